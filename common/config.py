@@ -1,0 +1,266 @@
+"""Configuration: TOML files merged into frozen nested dataclasses, then overridden on the command line by tyro.
+
+    config = parse_config(Config)    # python -m nanoGPT.train nanoGPT/configs/stdlib.toml --optimizer.lr 1e-3
+
+A TOML file may name a parent, `extends = "other.toml"` (relative to itself), which it overrides key by key.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import sys
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from common import UserError
+
+Config = TypeVar("Config")
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration that cannot be used; its message is one line."""
+
+
+def parse_config(config_class: type[Config], argv: list[str] | None = None) -> Config:
+    """Build `config_class` from `[CONFIG.toml ...] [--section.key value ...]`; later ones win.
+
+    `argv` defaults to the command line. Every field of `config_class`, sections included, needs a default.
+    `--help` describes each knob by its docstring or comment, with the value from the files as its default.
+
+    Raises ConfigError for a missing file, an unknown key or flag (naming the nearest), or a value of a wrong type.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    values = dataclasses.asdict(config_class())
+    while arguments and not arguments[0].startswith("-"):
+        values = _merge(values, _read_toml(config_class, Path(arguments.pop(0))))
+    entries, arguments = _take_table_entries(config_class, arguments)
+    return _override(_replace(config_class(), _merge(values, entries)), arguments)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Turn a config into plain dicts, lists, strings and numbers that JSON can hold."""
+    return _plain(dataclasses.asdict(config))
+
+
+def from_dict(config_class: type[Config], mapping: dict[str, Any]) -> Config:
+    """Build a config from what `to_dict` gave; absent keys keep their defaults.
+
+    Raises ConfigError for an unknown key or a value of a wrong type.
+    """
+    return _replace(config_class(), _checked(config_class, mapping, source="config"))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+# --- TOML files
+
+
+def _read_toml(config_class: type, path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read and check one file over the files it extends; each is checked alone so that an error names its file."""
+    if path.resolve() in children:
+        raise ConfigError(f"{path}: extends itself through {children[-1].name}; remove one `extends`")
+    try:
+        mapping = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file not found: {path}; name an existing TOML file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: not a readable TOML file: {error}") from None
+    parent = mapping.pop("extends", None)
+    values = _checked(config_class, mapping, source=str(path))
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: key 'extends' must be a file name, got {parent!r}")
+    return _merge(_read_toml(config_class, path.parent / parent, (*children, path.resolve())), values)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both_tables = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = _merge(below[key], value) if both_tables else value
+    return merged
+
+
+# --- checking a mapping against the dataclasses
+
+
+def _checked(config_class: type, mapping: dict, source: str, prefix: str = "", root: type | None = None) -> dict:
+    """Return the mapping with each value converted to its field's type, or raise a ConfigError that names `source`."""
+    root = root or config_class
+    hints = typing.get_type_hints(config_class)
+    values = {}
+    for key, value in mapping.items():
+        name = prefix + key
+        if key not in hints:
+            raise ConfigError(f"{source}: unknown key '{name}'{_nearest(name, _known_keys(root))}")
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
+            values[key] = _checked(hints[key], value, source, prefix=f"{name}.", root=root)
+            continue
+        try:
+            values[key] = _convert(value, hints[key])
+        except TypeError:
+            wanted, got = _type_name(hints[key]), f"{type(value).__name__} {value!r}"
+            raise ConfigError(f"{source}: key '{name}' must be {wanted}, got {got}") from None
+    return values
+
+
+def _convert(value: Any, wanted: Any) -> Any:
+    """Return `value` as the type `wanted`, or raise TypeError; nothing but int to float and list to tuple is bent."""
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            with contextlib.suppress(TypeError):
+                return _convert(value, option)
+    elif origin is Literal:
+        if any(value == option and type(value) is type(option) for option in arguments):
+            return value
+    elif origin is tuple and isinstance(value, list | tuple):
+        repeated = len(arguments) == 2 and arguments[1] is Ellipsis
+        kinds = arguments[:1] * len(value) if repeated else arguments
+        if len(kinds) == len(value):
+            return tuple(_convert(entry, kind) for entry, kind in zip(value, kinds, strict=True))
+    elif origin is list and isinstance(value, list | tuple):
+        return [_convert(entry, arguments[0]) for entry in value]
+    elif origin is dict and isinstance(value, dict):
+        return {key: _convert(entry, arguments[1]) for key, entry in value.items()}
+    elif wanted is Any or type(value) is wanted:  # exactly: True is an int to isinstance
+        return value
+    elif wanted is float and type(value) is int:
+        return float(value)
+    elif wanted is Path and isinstance(value, str):
+        return Path(value)
+    raise TypeError
+
+
+def _replace(config: Config, values: dict[str, Any]) -> Config:
+    """Return `config` with checked values put in, sections one by one."""
+    fields = {}
+    for key, value in values.items():
+        section = getattr(config, key)
+        fields[key] = _replace(section, value) if dataclasses.is_dataclass(section) else value
+    try:
+        return dataclasses.replace(config, **fields)
+    except ValueError as error:  # a section's own __post_init__
+        raise ConfigError(f"config: {error}") from error
+
+
+def _type_name(wanted: Any) -> str:
+    if typing.get_origin(wanted) is Literal:
+        return "one of " + ", ".join(repr(option) for option in typing.get_args(wanted))
+    return wanted.__name__ if isinstance(wanted, type) and not typing.get_args(wanted) else str(wanted)
+
+
+def _known_keys(config_class: type, prefix: str = "") -> list[str]:
+    hints = typing.get_type_hints(config_class)
+    keys = []
+    for field in dataclasses.fields(config_class):
+        keys.append(prefix + field.name)
+        if dataclasses.is_dataclass(hints[field.name]):
+            keys += _known_keys(hints[field.name], f"{prefix}{field.name}.")
+    return keys
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    """Return the hint that ends an unknown-key error: the same leaf in another section, else the closest spelling."""
+    leaf = name.rpartition(".")[2]
+    found = [key for key in known if key.rpartition(".")[2] == leaf]
+    found = found or difflib.get_close_matches(name, known, n=1)
+    if not found:
+        leaves = {key.rpartition(".")[2]: key for key in known}
+        found = [leaves[near] for near in difflib.get_close_matches(leaf, leaves, n=1)]
+    return f"; the nearest known key is '{found[0]}'" if found else "; see --help"
+
+
+# --- the command line
+
+
+def _take_table_entries(config_class: type, arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Split off each `--section.table.key VALUE` of a dict field, since tyro knows only the keys that exist already.
+
+    VALUE is written as in TOML; what is not TOML is a string.
+    """
+    entries: dict[str, Any] = {}
+    rest = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        flag, has_value, text = argument.partition("=")
+        path, _, key = flag.removeprefix("--").rpartition(".")
+        path = path.replace("-", "_")
+        if not flag.startswith("--") or not _is_table(config_class, path):
+            rest.append(argument)
+            continue
+        text = text if has_value else next(remaining, "")
+        table = entries
+        for name in path.split("."):
+            table = table.setdefault(name, {})
+        table[key] = _toml_value(text)
+    return _checked(config_class, entries, source="command line"), rest
+
+
+def _is_table(config_class: type, path: str) -> bool:
+    kind: Any = config_class
+    for name in path.split("."):
+        kind = typing.get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+    return typing.get_origin(kind) is dict
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _override(config: Config, arguments: list[str]) -> Config:
+    import tyro  # here, so that figures can read configs without it
+
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            config, unknown = tyro.cli(
+                type(config),
+                default=config,
+                args=arguments,
+                prog=_program_name(),
+                use_underscores=True,
+                return_unknown_args=True,
+            )
+    except SystemExit as exit_request:
+        if not exit_request.code:  # --help
+            raise
+        raise ConfigError(f"command line: {_first_line(errors.getvalue())}") from None
+    if unknown:
+        if not unknown[0].startswith("--"):
+            raise ConfigError(f"command line: unexpected {unknown[0]!r}; config files come before the flags")
+        flag = unknown[0].removeprefix("--").partition("=")[0]
+        raise ConfigError(f"command line: unknown flag '--{flag}'{_nearest(flag, _known_keys(type(config)))}")
+    return config
+
+
+def _program_name() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
+    return f"{program} [CONFIG.toml ...]"
+
+
+def _first_line(box: str) -> str:
+    """Return the message out of tyro's box, which is drawn for a screen: the lines up to the first inner rule."""
+    message = []
+    for line in box.splitlines():
+        text = line.strip("│ ")
+        if text.startswith("─") and message:
+            break
+        if text and text[0] not in "╭╰─":
+            message.append(text)
+    return " ".join(message) or "not understood; see --help"

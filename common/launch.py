@@ -1,0 +1,195 @@
+"""Where a run executes: processes, device, seeds, signals; the same with torchrun and without it."""
+
+import os
+import random
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from common import UserError, one_line
+
+Result = TypeVar("Result")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among all processes of the run, and the device that it computes on."""
+
+    rank: int
+    local_rank: int  # the rank on this machine, which is also the index of the GPU
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints, logs and writes for all."""
+        return self.rank == 0
+
+
+def start(device: str = "auto", timeout_s: float = 600) -> Launch:
+    """Join the process group that torchrun prepared, or run as a single process without one.
+
+    `device` "auto" takes CUDA, then MPS, then the CPU. The backend is NCCL on CUDA and gloo on CPUs. A collective
+    that takes longer than `timeout_s` seconds ends the run instead of hanging it.
+
+    Raises ValueError when the device is unknown or not on this machine.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    chosen = _choose_device(device, local_rank, world_size)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # NCCL sends Python objects through the current device
+    if "RANK" in os.environ and not dist.is_initialized():
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    return Launch(rank, local_rank, world_size, chosen)
+
+
+def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
+    if name not in DEVICES:
+        raise ValueError(f"device must be one of {', '.join(DEVICES)}; got {name!r}")
+    if name == "auto":
+        several = world_size > 1  # MPS has no collectives
+        mps = torch.backends.mps.is_available() and not several
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("device 'cuda' was asked for, but torch sees no GPU here; use device cpu or auto")
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"local rank {local_rank} needs a GPU of its own, but torch sees {torch.cuda.device_count()}; "
+                "start fewer processes (NGPU)"
+            )
+        return torch.device("cuda", local_rank)
+    if name == "mps" and (world_size > 1 or not torch.backends.mps.is_available()):
+        raise ValueError("device 'mps' needs an Apple GPU and a single process; use device cpu or auto")
+    return torch.device(name)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators, those of all devices included."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def all_reduce_sum(values: list[float], launch: Launch) -> list[float]:
+    """Sum each value over the ranks in float64; every rank must call it with as many values."""
+    if not dist.is_initialized():
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=launch.device)  # (len(values),)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def on_main(function: Callable[[], Result]) -> Result:
+    """Run `function` on rank 0 alone, and give its result, or raise its failure, on every rank."""
+    result, failure = None, None
+    if process_rank() == 0:
+        try:
+            result = function()
+        except Exception as error:
+            failure = error
+    if dist.is_initialized():
+        outcome = [result, failure]
+        dist.broadcast_object_list(outcome)
+        result, failure = outcome
+    if failure is not None:
+        raise failure
+    return result
+
+
+def process_rank() -> int:
+    """Return this process's rank in the process group; 0 without one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class StopRequest:
+    """Turn the first Ctrl-C or SIGTERM into a question that the training loop asks between two steps.
+
+    A second signal acts as usual. torchrun passes Ctrl-C on to its workers and kills them after 30 seconds, so
+    save at once.
+
+    Example:
+        with StopRequest() as stop_request:
+            while step < steps and not stop_request.agreed(launch):
+                ...
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    # One Ctrl-C can arrive twice, from the terminal and from torchrun or Slurm; a person is slower.
+    REPEAT_SECONDS = 1.0
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._first_time = 0.0
+        self._previous_handlers = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in self.SIGNALS:
+            self._previous_handlers[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame) -> None:
+        if not self.requested:
+            self.requested, self._first_time = True, time.monotonic()
+        elif time.monotonic() - self._first_time > self.REPEAT_SECONDS:
+            self.__exit__()
+            signal.raise_signal(number)
+
+    def agreed(self, launch: Launch) -> bool:
+        """Whether any rank was asked to stop; every rank must call it, and all get the same answer."""
+        return all_reduce_sum([float(self.requested)], launch)[0] > 0
+
+
+def main_guard(main: Callable[[], None]) -> None:
+    """Run a program; an error that the user can act on becomes one `error: ...` line and exit status 1.
+
+    Such errors are UserError, OSError (files, network), and a ValueError that this repository raised itself. Any
+    other exception is a bug and keeps its traceback; `python -X dev` shows the traceback of every one.
+    """
+    try:
+        main()
+    except (UserError, OSError, ValueError) as error:
+        for_the_user = isinstance(error, UserError | OSError) or _raised_here(error)
+        if sys.flags.dev_mode or not for_the_user:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether the statement that raised `error` stands in this repository, not in a library."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    repository = Path(__file__).resolve().parents[1]
+    return raised_in.is_relative_to(repository) and "site-packages" not in raised_in.parts
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Return the most memory this process has used, in MiB: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

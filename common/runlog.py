@@ -1,0 +1,213 @@
+"""The record of a run: metrics.jsonl in its folder, always, and Weights & Biases beside it, when it can."""
+
+import contextlib
+import itertools
+import json
+import netrc
+import os
+import platform
+import uuid
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from common import one_line, warn
+
+METRICS_FILE = "metrics.jsonl"
+WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # the cloud's, before wandb 0.31 and since
+WANDB_TIMEOUT_S = 30  # wandb waits 90 s for its server, which is most of a short run
+
+
+def run_name(optimizer: str, lr: float, seed: int, adamw_lr: float | None = None) -> str:
+    """Name a run after what is varied: "olion-lr6e-4-s1337", or "olion-lr6e-4-adamw2e-3-s1337".
+
+    `adamw_lr` is the rate of the AdamW part (embeddings, head, norms), named where it differs from `lr`.
+    """
+    rest = "" if adamw_lr is None or adamw_lr == lr else f"-adamw{_shortest(adamw_lr)}"
+    return f"{optimizer}-lr{_shortest(lr)}{rest}-s{seed}"
+
+
+def _shortest(value: float) -> str:
+    """Write 0.016 as 1.6e-2: one spelling for a rate, short, and the same on every machine."""
+    number = Decimal(repr(float(value)))
+    exponent = number.adjusted() if number else 0
+    return f"{number.scaleb(-exponent).normalize()}e{exponent}"
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """Read the metrics of a run, one dict a logged step, without a last line that a killed run left half-written."""
+    path = Path(folder) / METRICS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines()
+    metrics = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise ValueError(f"{path}: line {number} is not JSON; remove the line or the file") from None
+    return metrics
+
+
+def move_aside(folder: Path) -> None:
+    """Keep what an earlier run of this name left: its folder becomes GROUP.old/NAME.1, .2 and so on."""
+    if not (folder / METRICS_FILE).exists():
+        return
+    old = folder.parent.with_name(folder.parent.name + ".old")
+    target = next(path for i in itertools.count(1) if not (path := old / f"{folder.name}.{i}").exists())
+    old.mkdir(parents=True, exist_ok=True)
+    folder.rename(target)
+    print(f"an earlier run of this name is now {target}")
+
+
+class RunLog:
+    """Write a run's config.json and metrics.jsonl into `folder`, and the same to Weights & Biases.
+
+    `experiment` "nanogpt" is the wandb project "olion-nanogpt". `wandb_mode` "auto" is online where there is a
+    login and offline elsewhere (`wandb sync` uploads later); the environment's WANDB_MODE wins over "auto".
+    `resume_step` k keeps the metrics up to step k and the wandb run; None starts both afresh. Where `is_main` is
+    False (every rank but 0) nothing is done. Trouble with wandb is one warning, never the end of a run.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        config: dict[str, Any],
+        experiment: str,
+        name: str,
+        group: str,
+        tags: list[str],
+        wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto",
+        resume_step: int | None = None,
+        is_main: bool = True,
+    ) -> None:
+        self._file = self._wandb_run = None
+        if not is_main:
+            return
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if resume_step is None:
+            (self._folder / METRICS_FILE).unlink(missing_ok=True)
+            (self._folder / "wandb_id").unlink(missing_ok=True)
+        else:
+            self._drop_after(resume_step)
+        record = {"experiment": experiment, "name": name, "group": group, "config": config, **machine()}
+        _write_aside(self._folder / "config.json", json.dumps(record, indent=2) + "\n")
+        self._file = open(self._folder / METRICS_FILE, "a", encoding="utf-8")
+        mode = _wandb_mode(wandb_mode)
+        if mode != "disabled":
+            self._start_wandb(mode, project=f"olion-{experiment}", name=name, group=group, tags=tags, config=config)
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Append {"step": step, **metrics}; a value is a number, a string or a tensor of one element."""
+        if self._file is None:
+            return
+        record = {"step": step, **{key: _number(value) for key, value in metrics.items()}}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._wandb_run is not None:
+            try:
+                # With a step given, wandb drops what a resumed run repeats instead of doubling it.
+                self._wandb_run.log(record, step=step)
+            except Exception as error:
+                self._give_up_wandb(error)
+
+    def finish(self) -> None:
+        """Close the file and the wandb run."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._wandb_run is not None:
+            try:
+                self._wandb_run.finish()
+            except Exception as error:
+                self._give_up_wandb(error)
+            self._wandb_run = None
+
+    def _drop_after(self, step: int) -> None:
+        if (self._folder / METRICS_FILE).exists():
+            kept = [record for record in read_metrics(self._folder) if record["step"] <= step]
+            _write_aside(self._folder / METRICS_FILE, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def _start_wandb(self, mode: str, **settings: Any) -> None:
+        id_file = self._folder / "wandb_id"
+        try:
+            import wandb  # here: it takes a second, and a run can do without it
+
+            if not id_file.exists():
+                _write_aside(id_file, uuid.uuid4().hex[:8] + "\n")
+            self._wandb_run = wandb.init(
+                dir=self._folder,
+                id=id_file.read_text().strip(),
+                resume="allow",
+                mode=mode,
+                settings=wandb.Settings(silent=True, console="off", init_timeout=WANDB_TIMEOUT_S),
+                **settings,
+            )
+            for axis in ("step", "tokens"):
+                self._wandb_run.define_metric(axis)
+            self._wandb_run.define_metric("*", step_metric="step")
+        except Exception as error:
+            if mode == "online":  # a machine with a login may still have no network
+                warn(f"Weights & Biases is offline for this run; `wandb sync` uploads it later: {one_line(error)}")
+                wandb.teardown()  # or the run id counts as taken
+                self._start_wandb("offline", **settings)
+            else:
+                self._give_up_wandb(error)
+
+    def _give_up_wandb(self, error: Exception) -> None:
+        self._wandb_run = None
+        warn(f"Weights & Biases is off for this run: {one_line(error)}")
+
+
+def _number(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value  # torch and numpy scalars
+
+
+def _write_aside(path: Path, text: str) -> None:
+    """Replace a file so that a killed process leaves the old one or the new one, never half of it."""
+    aside = path.with_name(path.name + ".partial")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def _wandb_mode(mode: str) -> str:
+    if mode not in ("auto", "online", "offline", "disabled"):
+        raise ValueError(f"wandb mode must be auto, online, offline or disabled; got {mode!r}")
+    if mode != "auto":
+        return mode
+    return os.environ.get("WANDB_MODE") or ("online" if _has_login() else "offline")
+
+
+def _has_login() -> bool:
+    """Look where `wandb login` leaves its key, without importing wandb, which would ask for one."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    server = os.environ.get("WANDB_BASE_URL")
+    hosts = (urlsplit(server).netloc,) if server else WANDB_HOSTS
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        keys = netrc.netrc(os.environ.get("NETRC"))
+        return any(keys.authenticators(host) for host in hosts)
+    return False
+
+
+def machine() -> dict[str, Any]:
+    import torch  # here: it takes a second, and reading metrics can do without it
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    # The cores given to this process, which Linux can tell from those of the machine.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine = {"cpu": _cpu_name(), "cores": cores, "gpus": gpus}
+    return {"torch": torch.__version__, "python": platform.python_version(), "machine": machine}
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,31 @@
+"""Learning-rate schedule: step -> multiplier of the peak rate."""
+
+import math
+
+DECAYS = ("cosine", "linear", "constant")
+
+
+def multiplier(step: int, *, steps: int, warmup: int, decay: str = "cosine", floor: float = 0.1) -> float:
+    """Return the fraction of the peak learning rate to use at `step`, which counts from 0.
+
+    Warm-up is linear over `warmup` steps, from 1 / warmup at step 0 (a rate of zero would waste the step) to 1.
+    Then the rate decays from 1 to `floor`, a fraction of the peak, at `steps`, and stays there. "constant" stays
+    at 1. A fraction of the peak, not a rate, is returned so that a swept learning rate scales its whole schedule.
+
+    Raises ValueError for an unknown decay or a floor outside [0, 1].
+
+    Example: `group["lr"] = peak * multiplier(step, steps=20_000, warmup=2_000)`
+    """
+    if decay not in DECAYS:
+        raise ValueError(f"decay must be one of {', '.join(DECAYS)}; got {decay!r}")
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor must be a fraction of the peak rate, between 0 and 1; got {floor}")
+    if step < min(warmup, steps):
+        return (step + 1) / warmup
+    if decay == "constant":
+        return 1.0
+    if step >= steps:
+        return floor
+    progress = (step - warmup) / (steps - warmup)  # 0 at the end of the warm-up, 1 at `steps`
+    remaining = (1 + math.cos(math.pi * progress)) / 2 if decay == "cosine" else 1 - progress
+    return floor + (1 - floor) * remaining

@@ -1,0 +1,43 @@
+"""How long a training step takes, and how much of it is the optimizer."""
+
+import statistics
+import time
+
+import torch
+
+
+class Timer:
+    """Times whole steps and the optimizer in them, in milliseconds; the device's queue is emptied at each reading.
+
+    Example:
+        timer.start(); backward(); timer.optimizer(); optimizer.step(); timer.stop()
+        step_ms, optimizer_ms = timer.medians()
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.steps, self.updates = device, [], []
+
+    def start(self) -> None:
+        """Begin a step."""
+        self.started = self._now()
+
+    def optimizer(self) -> None:
+        """Begin the optimizer's part of the step."""
+        self.updating = self._now()
+
+    def stop(self) -> None:
+        """End the step."""
+        now = self._now()
+        self.steps.append(now - self.started)
+        self.updates.append(now - self.updating)
+
+    def medians(self) -> tuple[float, float]:
+        """Return the median step and optimizer time since the last call."""
+        medians = statistics.median(self.steps), statistics.median(self.updates)
+        self.steps, self.updates = [], []
+        return medians
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return 1000 * time.perf_counter()

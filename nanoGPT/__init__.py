@@ -1,0 +1,1 @@
+"""GPT-2 language models: prepare a corpus, train, sample."""

@@ -1,0 +1,226 @@
+"""Corpora on disk: how one is written, and how batches and validation windows are read from it.
+
+A corpus is a folder of token files, train.bin and val.bin (raw little-endian uint16 or uint32, one text after the
+other, each followed by an end-of-text token), and meta.json:
+
+    {"tokenizer": "bytes", "vocab_size": 257, "dtype": "uint16", "source": "stdlib",
+     "files": {"train.bin": {"tokens": 9, "text_bytes": 8, "sha256": "..."}, "val.bin": {...}}}
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's name for it
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """One split: tokens (n,) memory-mapped, and UTF-8 bytes of text per token, for bits per byte."""
+
+    path: Path
+    tokens: np.ndarray
+    bytes_per_token: float
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class Encoded(NamedTuple):
+    """Tokens (n,) to be written, and the UTF-8 bytes of the text they stand for."""
+
+    tokens: np.ndarray
+    text_bytes: int
+
+
+# ---- Reading
+
+
+def tokenizer(name: str) -> Any:
+    """Make the tiktoken Encoding of a corpus: "bytes" (256 bytes and end-of-text) or "gpt2".
+
+    Raises FileNotFoundError when gpt2's merges are neither in tiktoken's cache nor to be downloaded.
+    """
+    import tiktoken  # training sees tokens only, and goes without
+
+    if name == "bytes":
+        ranks = {bytes([value]): value for value in range(256)}
+        lines = r"[^\n]*\n|[^\n]+"  # no merges, so any pattern gives the same tokens; lines are quick
+        return tiktoken.Encoding(
+            name, pat_str=lines, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256}, explicit_n_vocab=257
+        )
+    if name != "gpt2":
+        raise ValueError(f"the tokenizer must be 'bytes' or 'gpt2', got {name!r}")
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except OSError as error:  # what `requests` raises is one
+        raise FileNotFoundError(
+            "tiktoken's gpt2 is neither in its cache nor reachable: where there is internet, run "
+            "`TIKTOKEN_CACHE_DIR=FOLDER python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\"`, then copy "
+            "FOLDER here and set TIKTOKEN_CACHE_DIR to it; or use --tokenizer bytes"
+        ) from error
+
+
+def read_meta(folder: str | Path) -> dict:
+    """Read a corpus' meta.json; raises FileNotFoundError where there is none, ValueError for a damaged one."""
+    path = Path(folder) / "meta.json"
+    if not path.is_file():
+        source = path.parent.name if path.parent.name in ("stdlib", "openwebtext") else "FILE_OR_FOLDER"
+        command = f"python -m nanoGPT.prepare {source} --out {path.parent}"
+        raise FileNotFoundError(f"{path.parent} holds no corpus (no meta.json): run `{command}`")
+    try:
+        meta = json.loads(path.read_text())
+        _ = meta["tokenizer"], meta["vocab_size"], meta["dtype"], meta["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): remove {path.parent}, prepare it again") from error
+    return meta
+
+
+def load(folder: str | Path, split: str, *, verify: bool = True) -> TokenFile:
+    """Map the "train" or the "val" tokens of a corpus.
+
+    verify: compare the file's SHA-256 with meta.json's too (about a second per GB).
+    Raises FileNotFoundError when it is missing, ValueError when it is empty or not the file that was prepared.
+    """
+    meta, path = read_meta(folder), Path(folder) / f"{split}.bin"
+    remedy = f"remove {path.parent} and run `python -m nanoGPT.prepare` again"
+    if path.name not in meta["files"] or not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {remedy}")
+    entry, dtype = meta["files"][path.name], np.dtype(meta["dtype"]).newbyteorder("<")
+    if not entry["tokens"]:
+        raise ValueError(f"{path} must hold tokens, is empty: prepare more text, or another --val-fraction")
+    if path.stat().st_size != entry["tokens"] * dtype.itemsize:
+        expected = f"{entry['tokens']} tokens of {dtype.itemsize} bytes"
+        raise ValueError(f"{path} must hold {expected}, is {path.stat().st_size} bytes long: {remedy}")
+    if verify and sha256(path) != entry["sha256"]:
+        raise ValueError(f"{path} must have the SHA-256 that meta.json records, has another: {remedy}")
+    return TokenFile(path, np.memmap(path, dtype, mode="r"), entry["text_bytes"] / entry["tokens"])
+
+
+def sha256(path: Path) -> str:
+    """Hash a file without holding all of it in memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def padded_vocabulary(meta: dict, multiple: int = 64) -> int:
+    """Round a corpus' vocabulary up, to a shape that hardware likes: 64 turns GPT-2's 50,257 into 50,304."""
+    return -(-meta["vocab_size"] // multiple) * multiple
+
+
+def check_vocabulary(meta: dict, vocab_size: int) -> None:
+    """Refuse a model whose vocabulary is smaller than its corpus'."""
+    if vocab_size < meta["vocab_size"]:
+        raise ValueError(
+            f"the corpus' {meta['tokenizer']} tokens need a vocabulary of {meta['vocab_size']}, the model has "
+            f"{vocab_size}: raise the model's vocab_size (0 fits it to the corpus), or use another corpus"
+        )
+
+
+def batch(
+    tokens: TokenFile,
+    *,
+    seed: int,
+    step: int,
+    sequences: slice | tuple[int, int],
+    global_batch: int,
+    context: int,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """Draw the rows `sequences` of a step's global batch: inputs (b, T) and targets (b, T), int64.
+
+    (seed, step) fixes the windows of the whole global batch, so that it is the same however many ranks and
+    accumulation steps share it, and a resumed run continues with the batches it would have had.
+    """
+    check_length(tokens, context)
+    start, stop = (sequences.start, sequences.stop) if isinstance(sequences, slice) else sequences
+    offsets = np.random.default_rng([seed, step]).integers(len(tokens) - context, size=global_batch)
+    return windows(tokens, offsets[start:stop], context, device)
+
+
+def validation_windows(tokens: TokenFile, *, count: int, context: int) -> np.ndarray:
+    """Spread `count` windows evenly over a file, without overlap (fewer in a short one): offsets (count,)."""
+    check_length(tokens, context)
+    available = (len(tokens) - 1) // context
+    count = min(count, available)
+    return np.arange(count) * available // count * context
+
+
+def windows(
+    tokens: TokenFile, offsets: Sequence[int] | np.ndarray, context: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Cut, at each offset, inputs (b, T) and the targets one token later (b, T), int64."""
+    rows = np.stack([tokens.tokens[offset : offset + context + 1] for offset in offsets])
+    rows = torch.from_numpy(rows.astype(np.int64))  # (b, T + 1)
+    if torch.device(device).type == "cuda":
+        rows = rows.pin_memory()  # a pinned copy need not wait for the GPU
+    rows = rows.to(device, non_blocking=True)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def check_length(tokens: TokenFile, context: int) -> None:
+    """Refuse a file that is shorter than one window."""
+    if len(tokens) <= context:
+        raise ValueError(
+            f"{tokens.path} must hold a window of context + 1 = {context + 1} tokens, holds {len(tokens)}: "
+            "prepare more text or lower the model's context"
+        )
+
+
+# ---- Writing
+
+
+def write_corpus(folder: Path, splits: dict[str, Iterable[Encoded]], described: dict) -> dict:
+    """Write a whole corpus or none, and return its meta.json: `described` (tokenizer, source, ...) and the rest.
+
+    What stood in the folder's place is replaced. Raises ValueError when a split comes out empty.
+    """
+    vocab_size = tokenizer(described["tokenizer"]).n_vocab
+    dtype = "uint16" if vocab_size <= 2**16 else "uint32"
+    with written_aside(folder) as partial:
+        files = {f"{name}.bin": write_split(partial / f"{name}.bin", splits[name], dtype) for name in splits}
+        meta = described | {"vocab_size": vocab_size, "dtype": dtype, "files": files}
+        (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    return meta
+
+
+def write_split(path: Path, encoded: Iterable[Encoded], dtype: str) -> dict:
+    """Write one token file, with a progress bar, and return its entry in meta.json."""
+    digest, tokens, text_bytes = hashlib.sha256(), 0, 0
+    with path.open("wb") as file, tqdm(desc=path.name, unit=" tokens", unit_scale=True, disable=None) as bar:
+        for block in encoded:
+            data = block.tokens.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+            file.write(data)
+            digest.update(data)
+            tokens, text_bytes = tokens + len(block.tokens), text_bytes + block.text_bytes
+            bar.update(len(block.tokens))
+    if not tokens:
+        raise ValueError(f"{path.name} needs text, the source leaves none: add text or change --val-fraction")
+    return {"tokens": tokens, "text_bytes": text_bytes, "sha256": digest.hexdigest()}
+
+
+@contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """Give a folder to write to, which takes the place of `folder` once all went well."""
+    partial, old = (folder.parent / f".{kind}-{folder.name}" for kind in ("partial", "old"))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a prepare that was killed
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

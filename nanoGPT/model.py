@@ -1,0 +1,210 @@
+"""GPT-2 (Radford et al. 2019), with nanoGPT's module names and the logits of Hugging Face's GPT2LMHeadModel.
+
+Letters in the shape comments: B sequences, T tokens, C width, H heads, D = C / H, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT; the defaults are GPT-2 small."""
+
+    n_layer: int = 12
+    """Blocks."""
+    n_head: int = 12
+    """Attention heads of a block."""
+    n_embd: int = 768
+    """Width C, a multiple of n_head."""
+    context: int = 1024
+    """Longest sequence, in tokens."""
+    vocab_size: int = 50304
+    """Tokens: GPT-2's 50,257 up to a multiple of 64, a fast shape; 0 stands for the corpus', padded likewise."""
+    bias: bool = False
+    """Biases in layers and norms: OpenAI's own weights have them, the paper's do not."""
+    dropout: float = 0.0
+    """Part of the activations dropped in training."""
+
+    def __post_init__(self):
+        for name in ("n_layer", "n_head", "n_embd", "context"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        return F.dropout(self.c_proj(y), self.dropout, self.training)  # (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C); GPT-2 was trained with the tanh form
+        return F.dropout(self.c_proj(x), self.dropout, self.training)  # (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))  # (B, T, C)
+        return x + self.mlp(self.ln_2(x))  # (B, T, C)
+
+
+class GPT(nn.Module):
+    """A GPT-2, its output head tied to its token embedding.
+
+    Example: `logits, loss = GPT(GPTConfig(n_layer=2))(tokens, targets)`.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1, got {config.vocab_size}: fill in the corpus'")
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.context, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draw the weights as GPT-2 did: N(0, 0.02), less for the projections into the residual stream."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding) and module is not self.lm_head:
+                # The stream adds up 2 n_layer projections; the root keeps its variance that of one.
+                residual = math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj") else 1.0
+                nn.init.normal_(module.weight, std=0.02 / residual)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Score every next token: logits (B, T, V), and their mean cross-entropy (nats) with targets (B, T).
+
+        Targets of -1 are left out of the mean. Raises ValueError when T exceeds the context.
+        """
+        T = tokens.size(1)
+        if T > self.config.context:
+            raise ValueError(f"the context is {self.config.context} tokens, got {T}: shorten the sequence")
+        positions = torch.arange(T, device=tokens.device)  # (T)
+        x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.blocks:
+            x = block(x)  # (B, T, C)
+        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def num_parameters(self) -> int:
+        """Count the parameters, the tied head once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """Count the operations a token costs, forward and backward: 6 N + 12 L C T (PaLM, appendix B).
+
+        N leaves out the positions, which are only looked up; the tied embedding is multiplied, as the head.
+        """
+        config = self.config
+        multiplied = self.num_parameters() - self.wpe.weight.numel()
+        return 6 * multiplied + 12 * config.n_layer * config.n_embd * config.context
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+        vocab_size: int | None = None,
+    ) -> Tensor:
+        """Continue tokens (B, T) by sampling: (B, T + max_new_tokens).
+
+        temperature: 0 takes the likeliest token. top_k: sample among the k likeliest only. vocab_size: the
+        corpus', where the model's is padded beyond it. Call `eval()` first if there is dropout.
+        """
+        for _ in range(max_new_tokens):
+            logits, _ = self(tokens[:, -self.config.context :])  # (B, T, V)
+            logits = logits[:, -1, :vocab_size].float()  # (B, V)
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
+                logits = logits.masked_fill(logits < kth, -torch.inf)
+            if temperature == 0:
+                next_token = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
+            else:
+                probabilities = F.softmax(logits / temperature, dim=-1)  # (B, V)
+                next_token = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
+            tokens = torch.cat([tokens, next_token], dim=1)
+        return tokens
+
+    @classmethod
+    def from_huggingface(cls, source: Any, dropout: float = 0.0) -> "GPT":
+        """Take over a GPT2LMHeadModel, given itself or by name ("gpt2", "gpt2-medium", a folder).
+
+        Raises FileNotFoundError when the name is neither here nor on the Hub, ValueError for a model whose
+        arithmetic is not GPT-2's.
+        """
+        theirs = download(source) if isinstance(source, str) else source
+        hf = theirs.config
+        required = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True}
+        required |= {"scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
+        for key, value in required.items():
+            if getattr(hf, key) != value:
+                raise ValueError(f"GPT-2 has {key} = {value}, got {getattr(hf, key)}: use a plain GPT-2")
+        ours = cls(GPTConfig(hf.n_layer, hf.n_head, hf.n_embd, hf.n_positions, hf.vocab_size, True, dropout))
+        state = {}
+        for name, weight in theirs.state_dict().items():
+            name = name.removeprefix("transformer.").replace("h.", "blocks.", name.startswith("transformer.h."))
+            stored_transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))  # Conv1D (in, out)
+            state[name] = weight.t() if stored_transposed else weight
+        ours.load_state_dict(state)
+        return ours.to(theirs.dtype)
+
+
+def download(name: str) -> nn.Module:
+    """Fetch a GPT2LMHeadModel from a folder, Hugging Face's cache, or its Hub."""
+    from transformers import GPT2LMHeadModel  # slow to import, and only needed here
+
+    try:
+        return GPT2LMHeadModel.from_pretrained(name)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"GPT-2 {name!r} is neither a folder, nor in HF_HOME, nor to be had from the Hugging Face Hub: run "
+            f"`hf download {name} --local-dir FOLDER` where there is internet, and give that folder"
+        ) from error

@@ -1,0 +1,309 @@
+"""Turn text into a corpus of tokens that nanoGPT.train reads.
+
+    python -m nanoGPT.prepare stdlib                      # this Python's standard library: seconds, no download
+    python -m nanoGPT.prepare openwebtext --workers 16    # what GPT-2 is trained on here: 17 GB of tokens
+    python -m nanoGPT.prepare novel.txt --out data/novel  # a file, or a folder of text, .jsonl and .parquet
+    python -m nanoGPT.prepare nanoGPT/configs/stdlib.toml # what that config trains on, if it is one of the first two
+
+The corpus (see nanoGPT/data.py) appears once it is whole; one that is already there is left alone.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from common.config import parse_config
+from common.launch import main_guard
+from nanoGPT.data import Encoded, load, read_meta, tokenizer, write_corpus
+from nanoGPT.train import Config
+
+# Tests are no code that one reads; pydoc_data is generated prose, and longer than all else in validation.
+NOT_LIBRARY = {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dist-packages"}
+NAMED = ("stdlib", "openwebtext")
+OPENWEBTEXT = "Skylion007/openwebtext"  # on the Hugging Face Hub
+OPENWEBTEXT_DOCUMENTS = 8_013_769  # in the whole set, as nanoGPT's data/openwebtext/prepare.py counts them
+TABLES = (".jsonl", ".parquet")  # files of many documents, one a row
+PIECE_BYTES = 2**22  # a longer text is encoded by pieces: bounded memory, and work for every thread
+CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # UTF-8: what follows the first byte of a character
+
+
+@dataclass(frozen=True)
+class Prepare:
+    source: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="SOURCE")]]
+    """stdlib (this Python's standard library), openwebtext (of the Hugging Face Hub), or a file or folder."""
+    out: Path | None = None
+    """The folder to make; by default data/NAME, after the source."""
+    tokenizer: Literal["bytes", "gpt2"] | None = None
+    """bytes: 256 and an end-of-text, no download. gpt2: tiktoken's, the default for openwebtext only."""
+    val_fraction: float | None = None
+    """The part kept for validation; by default 0.05, and 0.0005 of openwebtext, as in nanoGPT."""
+    workers: int = os.cpu_count() or 1
+    """How many threads (for openwebtext, processes) encode."""
+
+
+Part = tuple[Path, int, int | None]  # a file, and the range in it of documents (of bytes, in plain text)
+
+
+# ---- Local files
+
+
+def library_files() -> tuple[Path, list[Path]]:
+    """List this Python's standard library, without tests and installed packages."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [path for path in root.rglob("*.py") if not NOT_LIBRARY & set(path.relative_to(root).parts)]
+    if len(files) < 2:
+        raise FileNotFoundError(f"need *.py files below {root}, found {len(files)}: give a FILE_OR_FOLDER")
+    return root, sorted(files)
+
+
+def local_files(source: Path) -> tuple[Path, list[Path]]:
+    """List a file, or all that a folder holds but hidden and empty files."""
+    if source.is_file():
+        return source.parent, [source]
+    if not source.is_dir():
+        raise FileNotFoundError(f"the source must be stdlib, openwebtext, a file or a folder: no {source} here")
+    files = [path for path in source.rglob("*") if path.is_file() and path.stat().st_size]
+    files = [path for path in files if not any(p.startswith(".") for p in path.relative_to(source).parts)]
+    if not files:
+        raise FileNotFoundError(f"{source} must hold text, .jsonl or .parquet files, holds none")
+    return source, sorted(files)
+
+
+def fingerprint(root: Path, files: list[Path]) -> str:
+    """Hash the names, sizes and times of files: quick, and different once a file has changed."""
+    stats = [(path.relative_to(root).as_posix(), path.stat()) for path in files]
+    listing = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def is_readable(path: Path) -> bool:
+    """Tell whether a file is parquet, or UTF-8 throughout."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            while path.suffix != ".parquet" and file.read(PIECE_BYTES):
+                pass
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def split_files(root: Path, files: list[Path], val_fraction: float) -> dict[str, list[Part]]:
+    """Divide files by a hash of their path, which others do not change; one alone into its head and tail."""
+    if len(files) == 1:
+        cut = tail_start(files[0], val_fraction)
+        return {"train": [(files[0], 0, cut)], "val": [(files[0], cut, None)]}
+
+    def place(path: Path) -> float:  # uniform in [0, 1)
+        return int(hashlib.sha256(path.relative_to(root).as_posix().encode()).hexdigest()[:12], 16) / 16**12
+
+    places = sorted(place(path) for path in files)
+    bound = min(max(val_fraction, np.nextafter(places[0], 1)), places[-1])  # a file on either side at least
+    parts: dict[str, list[Part]] = {"train": [], "val": []}
+    for path in files:
+        parts["val" if place(path) < bound else "train"].append((path, 0, None))
+    return parts
+
+
+def tail_start(path: Path, val_fraction: float) -> int:
+    """Place the cut of a single file: before a document, or in plain text before a character."""
+    size = sum(1 for _ in documents(path)) if path.suffix in TABLES else path.stat().st_size
+    cut = max(size - max(1, round(size * val_fraction)), 0)
+    if path.suffix in TABLES:
+        return cut
+    with path.open("rb") as file:
+        file.seek(cut)
+        tail = file.read(3)  # a character has at most three continuation bytes
+    return cut + len(tail) - len(tail.lstrip(CONTINUATION_BYTES))
+
+
+def documents(path: Path) -> Iterator[str]:
+    """Read the text of each row of a .jsonl or .parquet file."""
+    try:
+        if path.suffix == ".parquet":
+            from pyarrow import parquet  # only such files need it
+
+            for rows in parquet.ParquetFile(path).iter_batches(batch_size=256, columns=["text"]):
+                yield from rows.column("text").to_pylist()
+        else:
+            with path.open(encoding="utf-8") as file:
+                yield from (json.loads(line)["text"] for line in file if line.strip())
+    except (ValueError, KeyError, TypeError) as error:  # pyarrow's are subclasses of these
+        raise ValueError(f"each row of {path} must have its text under the key 'text': {error!r}") from error
+
+
+def pieces(part: Part) -> Iterator[tuple[str, bool]]:
+    """Read a part of a file: texts, and whether each ends there; long plain text is cut at ends of lines."""
+    path, start, stop = part
+    if path.suffix in TABLES:
+        yield from ((text, True) for text in islice(documents(path), start, stop))
+        return
+    remaining = (path.stat().st_size if stop is None else stop) - start
+    with path.open("rb") as file:
+        file.seek(start)
+        while remaining:
+            text = file.read(min(PIECE_BYTES, remaining))
+            text += file.readline(remaining - len(text))
+            remaining -= len(text)
+            yield text.decode(), not remaining
+
+
+def encode(parts: list[Part], name: str, workers: int) -> Iterator[Encoded]:
+    """Encode parts of files in order, on threads: tiktoken works without Python's lock."""
+    encoding = tokenizer(name)
+    end_of_text = np.array([encoding.eot_token], dtype=np.uint32)
+
+    def encode_piece(piece: tuple[str, bool]) -> Encoded:
+        text, ends = piece
+        tokens = encoding.encode_to_numpy(text, disallowed_special=())  # "<|endoftext|>" in a text is text
+        return Encoded(np.append(tokens, end_of_text) if ends else tokens, len(text.encode()))
+
+    stream = (piece for part in parts for piece in pieces(part))
+    with ThreadPoolExecutor(workers) as pool:
+        while group := list(islice(stream, 16 * workers)):  # by groups: `map` would first read everything
+            yield from pool.map(encode_piece, group)
+
+
+# ---- The Hugging Face Hub
+
+
+def load_openwebtext() -> Any:
+    """Fetch OpenWebText, or find it below HF_HOME: a datasets.Dataset with the column "text"."""
+    import datasets  # slow to import, and only needed here
+
+    try:
+        try:
+            return datasets.load_dataset(OPENWEBTEXT, split="train")
+        except RuntimeError:  # it is a loading script, which datasets 4 refuses; the Hub keeps a converted copy
+            return datasets.load_dataset(OPENWEBTEXT, revision="refs/convert/parquet", split="train")
+    except Exception as error:  # the Hub's failures share no narrower class
+        raise ConnectionError(
+            f"{OPENWEBTEXT} is neither in the Hugging Face cache nor reachable ({type(error).__name__}): copy "
+            "the cache of a machine that has it here and set HF_HOME to it, or give as the source a folder of "
+            "its .parquet, .jsonl or .txt files"
+        ) from error
+
+
+def encode_rows(rows: dict[str, list[str]], name: str) -> dict[str, list]:
+    """Encode documents, each with its end-of-text; Dataset.map calls this in its processes."""
+    encoding = tokenizer(name)
+    tokens = [encoding.encode_ordinary(text) + [encoding.eot_token] for text in rows["text"]]
+    return {"tokens": tokens, "text_bytes": [len(text.encode()) for text in rows["text"]]}
+
+
+def encode_dataset(dataset: Any, name: str, val_fraction: float, workers: int) -> dict[str, Iterator[Encoded]]:
+    """Split a Dataset as nanoGPT splits OpenWebText (its seed too), encode it, and read it back by blocks."""
+    print(f"{len(dataset):,} documents (all of {OPENWEBTEXT}: {OPENWEBTEXT_DOCUMENTS:,})")
+    split = dataset.train_test_split(test_size=val_fraction, seed=2357, shuffle=True)
+
+    def blocks(part: Any) -> Iterator[Encoded]:
+        encoded = part.map(
+            encode_rows,
+            batched=True,
+            fn_kwargs={"name": name},
+            remove_columns=part.column_names,
+            num_proc=min(workers, len(part)),
+            desc=f"encoding with {name}",
+        )
+        for block in encoded.with_format("arrow").iter(batch_size=1024):
+            tokens = block["tokens"].combine_chunks().flatten().to_numpy()
+            yield Encoded(tokens, sum(block["text_bytes"].to_pylist()))
+
+    return {"train": blocks(split["train"]), "val": blocks(split["test"])}
+
+
+# ---- The corpus
+
+
+def is_up_to_date(folder: Path, request: dict) -> bool:
+    """Compare a corpus with what is asked for; raises ValueError where something else would be lost."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    if not (folder / "meta.json").is_file():
+        raise ValueError(f"--out must be a new folder or a corpus, {folder} is neither: choose another --out")
+    meta = read_meta(folder)
+    for key in ("source", "tokenizer", "val_fraction"):
+        if meta.get(key) != request[key]:
+            found = f"{folder} holds a corpus with {key} = {meta.get(key)}"
+            raise ValueError(f"{found}, asked for is {request[key]}: remove it or choose another --out")
+    try:
+        for split in ("train", "val"):
+            load(folder, split, verify=False)
+    except (FileNotFoundError, ValueError):
+        return False  # files are missing or cut short: to be made again
+    return meta.get("content") == request["content"]
+
+
+def prepare(config: Prepare, load_hub: Callable[[], Any] = load_openwebtext) -> Path:
+    """Make the corpus that is asked for unless it is there, and return its folder.
+
+    load_hub: gives the datasets.Dataset that `openwebtext` stands for.
+    """
+    hub, path = config.source == "openwebtext", Path(config.source).resolve()
+    named = config.source in NAMED
+    folder = config.out or Path("data") / (config.source if named else path.stem)
+    name = config.tokenizer or ("gpt2" if hub else "bytes")
+    val_fraction = (0.0005 if hub else 0.05) if config.val_fraction is None else config.val_fraction
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"--val-fraction must be between 0 and 1, got {val_fraction}")
+    if config.workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {config.workers}")
+
+    root, files = (path, []) if hub else library_files() if named else local_files(path)
+    request = {"source": config.source if named else str(path), "tokenizer": name, "val_fraction": val_fraction}
+    request["content"] = fingerprint(root, files)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits here, and then finds the corpus
+        if is_up_to_date(folder, request):
+            print(f"{folder} is up to date")
+            return folder
+        tokenizer(name)  # fails, if it must, before anything is downloaded
+        readable = [file for file in files if is_readable(file)]
+        if hub:
+            splits = encode_dataset(load_hub(), name, val_fraction, config.workers)
+        elif readable:
+            parts = split_files(root, readable, val_fraction)
+            splits = {split: encode(parts[split], name, config.workers) for split in parts}
+        else:
+            raise ValueError(f"{path} must hold UTF-8 text or .parquet, has none: convert it (iconv -t utf-8)")
+        meta = write_corpus(folder, splits, request | {"skipped_files": len(files) - len(readable)})
+    counts = ", ".join(f"{entry['tokens']:,} tokens in {file}" for file, entry in meta["files"].items())
+    skipped = f"; {meta['skipped_files']} files skipped, which are not UTF-8" if meta["skipped_files"] else ""
+    print(f"{folder}: {counts}, {name} vocabulary of {meta['vocab_size']}{skipped}")
+    return folder
+
+
+def prepare_for(settings: Config) -> Path:
+    """Make the corpus that a training config names, if it is one of those that have a name and is not there."""
+    folder = Path(settings.data.folder)
+    try:
+        for split in ("train", "val"):
+            load(folder, split, verify=False)
+    except FileNotFoundError:
+        if folder.name not in NAMED:
+            raise
+        return prepare(Prepare(folder.name, out=folder))
+    return folder
+
+
+def main() -> None:
+    if sys.argv[1:] and sys.argv[1].endswith(".toml"):
+        prepare_for(parse_config(Config))
+        return
+    prepare(tyro.cli(Prepare, prog="python -m nanoGPT.prepare", description=__doc__))
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,398 @@
+"""Train a GPT-2 with one of the optimizers, on one device or under torchrun with DDP.
+
+    python -m nanoGPT.train nanoGPT/configs/stdlib.toml --optimizer.name muon --optimizer.lr 8e-3
+    torchrun --standalone --nproc-per-node 8 -m nanoGPT.train nanoGPT/configs/gpt2_small.toml
+    python -m nanoGPT.train nanoGPT/configs/stdlib.toml --resume
+
+The run's folder, runs/nanogpt/GROUP/NAME, holds metrics.jsonl, config.json, checkpoints/ and wandb/. On a CPU a resumed
+run repeats, bit for bit, what it would have done uninterrupted.
+"""
+
+import contextlib
+import json
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from common import UserError, checkpoint, config, launch
+from common.runlog import RunLog, move_aside, run_name
+from common.schedule import multiplier
+from common.timer import Timer
+from nanoGPT import data
+from nanoGPT.model import GPT, GPTConfig
+from optimizers import RuleOptimizer, build_optimizer
+from optimizers.rule import rule_named
+
+# Dense bf16 peaks of NVIDIA's data sheets, for MFU.
+PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
+MAX_SKIPPED = 10  # non-finite steps in a row after which a run is lost; fp16's loss scale recovers within these
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The corpus and how it is cut."""
+
+    folder: str = "data/openwebtext"
+    """Folder that `python -m nanoGPT.prepare` wrote."""
+    batch_size: int = 480
+    """Sequences a step, over all ranks and micro-batches: 480 x 1,024 tokens in the paper."""
+    micro_batch: int = 40
+    """Sequences that one rank takes through the model at once; lower it if memory runs out, the result stays."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer; an option that the named rule does not have is an error."""
+
+    name: str = "olion"
+    """Rule of the hidden matrices: olion, muon, adamuon, lion, adamw or a registered rule of your own."""
+    lr: float | None = None
+    """Peak rate of the matrices; None takes this optimizer's from `tuned_lr`."""
+    tuned_lr: dict[str, float] = field(default_factory=dict)
+    """Rate of each optimizer where `lr` is not given: the best of a sweep (python -m scripts.sweep)."""
+    adamw_lr: float | None = None
+    """Peak rate of embeddings, head and norms, which AdamW trains for every rule; None is the matrices' rate."""
+    weight_decay: float = 0.1
+    """Decoupled, on every tensor of two or more dimensions."""
+    betas: tuple[float, float] | None = None
+    """Of olion, lion or adamw; None is the paper's."""
+    momentum: float | None = None
+    """Of muon or adamuon; None is the paper's 0.95."""
+    ns_steps: int | None = None
+    """Newton-Schulz steps; None is 5."""
+    ns_coefficients: str | None = None
+    """jordan, convergent or polar_express; None is jordan."""
+    ns_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of the orthogonalization; None is bfloat16 on GPUs and float32 on CPUs."""
+    state_dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of the momentum; None is the parameters'."""
+    split_qkv: bool = False
+    """Orthogonalize the query, key and value blocks of the fused weight apart."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the run, as a multiple of the peak."""
+
+    warmup: int = 2000
+    """Steps of linear warm-up."""
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    floor: float = 0.1
+    """Fraction of the peak at the end; a fraction, so that a swept rate scales its whole schedule."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Validation, always on the same windows."""
+
+    every: int = 500
+    """Steps between validations; there is one at step 0 and one at the end."""
+    windows: int = 1000
+    """Windows of one context each, evenly spaced over val.bin."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What can be resumed."""
+
+    every: int = 1000
+    """Steps between checkpoints, and one at the end; 0 writes none."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every knob of a run; the defaults are the paper's GPT-2 small on OpenWebText."""
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    steps: int = 20_000
+    """Optimizer steps."""
+    clip: float = 1.0
+    """Largest global norm of the gradient; 0 leaves it as it is."""
+    init_from: str = ""
+    """A Hugging Face GPT-2 to start from ("gpt2", "gpt2-medium", a folder); empty is a random start."""
+    seed: int = 1337
+    """Seeds the weights and, with the step, the batches."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Autocast precision; auto is bfloat16 on GPUs and float32 elsewhere."""
+    compile: bool = False
+    """Run the model through torch.compile: a minute of compiling, then faster steps on a GPU."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    group: str = "default"
+    """Folder of the run under runs/nanogpt, and its group in Weights & Biases."""
+    out: str = "runs/nanogpt"
+    """Folder of all runs."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Weights & Biases: auto is online with a login, else offline (`wandb sync` uploads it later)."""
+    resume: bool = False
+    """Continue from the newest checkpoint of this run; without it, an earlier run's folder is moved aside."""
+
+
+def main() -> None:
+    """Read the configuration, train, and leave the process group whatever happens."""
+    settings = fit_vocabulary(config.parse_config(Config))
+    ranks = launch.start(settings.device)
+    try:
+        train(settings, ranks)
+    finally:
+        launch.stop()
+
+
+def train(settings: Config, ranks: launch.Launch) -> None:
+    """Train until `settings.steps`, or until asked to stop."""
+    lr = peak_lr(settings.optimizer)
+    name = run_name(settings.optimizer.name, lr, settings.seed, settings.optimizer.adamw_lr)
+    folder = Path(settings.out, settings.group, name)
+    launch.seed_all(settings.seed)
+    corpus = open_corpus(settings, ranks)
+    model, network = build_model(settings, ranks)
+    optimizer = build(settings.optimizer, model, lr)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision(settings, ranks) == torch.float16)
+
+    step, skipped, in_a_row = 0, 0, 0
+    if settings.resume:
+        same_experiment(checkpoint.read_extra(folder / "checkpoints"), settings)
+        if saved := checkpoint.load(folder / "checkpoints", model, optimizer):
+            step, skipped, in_a_row = saved["step"], saved["skipped"], saved["in_a_row"]
+            scaler.load_state_dict(saved["scaler"])
+    elif ranks.is_main:
+        move_aside(folder)
+    runlog = RunLog(
+        folder,
+        config=config.to_dict(settings),
+        experiment="nanogpt",
+        name=name,
+        group=settings.group,
+        tags=[settings.optimizer.name],
+        wandb_mode=settings.wandb,
+        resume_step=step or None,
+        is_main=ranks.is_main,
+    )
+    if step == 0:
+        first = {"tokens": 0, "optimizer_state_mb": optimizer.state_size() / 1e6}
+        runlog.log(0, first | evaluate(network, corpus["val"], settings, ranks))
+
+    timer = Timer(ranks.device)
+    bar = tqdm(total=settings.steps, initial=step, desc=name, disable=not ranks.is_main, mininterval=1.0)
+    with launch.StopRequest() as stop:
+        asked = False
+        while step < settings.steps and not asked:
+            timer.start()
+            rate = multiplier(step, steps=settings.steps, **vars(settings.schedule))
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * rate
+            loss = accumulate_gradient(network, scaler, corpus["train"], step, settings, ranks)
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf).item()
+
+            timer.optimizer()
+            if math.isfinite(norm) and math.isfinite(loss):
+                scaler.step(optimizer)
+                in_a_row = 0
+            else:
+                skipped, in_a_row = skipped + 1, in_a_row + 1
+            scaler.update()
+            optimizer.zero_grad()
+            step += 1
+            timer.stop()
+            if in_a_row == MAX_SKIPPED:
+                raise UserError(
+                    f"training needs finite losses and gradients, and the {in_a_row} steps up to {step} had none; "
+                    "lower the learning rate, or --resume from the last checkpoint, which is intact"
+                )
+
+            asked, last, metrics = stop.agreed(ranks), step == settings.steps, {}
+            if step % settings.log_every == 0 or last:
+                metrics = {"train/loss": loss, "lr": lr * rate, "grad_norm": norm, "skipped": skipped}
+                metrics |= speed(timer.medians(), model, settings, ranks)
+            if step % settings.eval.every == 0 or last:
+                metrics |= evaluate(network, corpus["val"], settings, ranks)
+            if metrics:
+                runlog.log(step, {"tokens": step * settings.data.batch_size * settings.model.context, **metrics})
+                bar.set_postfix({key: f"{metrics[key]:.4f}" for key in ("train/loss", "val/loss") if key in metrics})
+            if settings.checkpoint.every and (step % settings.checkpoint.every == 0 or last or asked):
+                extra = {"config": config.to_dict(settings), "scaler": scaler.state_dict()}
+                extra |= {"skipped": skipped, "in_a_row": in_a_row}
+                checkpoint.save(folder / "checkpoints", step, model, optimizer, extra, settings.checkpoint.keep)
+            if last and ranks.is_main:
+                final = {"step": step, "val_loss": metrics["val/loss"], "bits_per_byte": metrics["val/bits_per_byte"]}
+                (folder / "finished.json").write_text(json.dumps(final) + "\n")
+            bar.update()
+    bar.close()
+    runlog.finish()
+    if ranks.is_main and step < settings.steps:
+        print(f"stopped at step {step} of {settings.steps}; the same command with --resume continues")
+
+
+def peak_lr(settings: OptimizerConfig) -> float:
+    """Return the peak rate of the matrices: the one asked for, or the optimizer's tuned one."""
+    rule_named(settings.name)
+    lr = settings.tuned_lr.get(settings.name) if settings.lr is None else settings.lr
+    if lr is None:
+        raise UserError(f"{settings.name} needs a learning rate and `optimizer.tuned_lr` has none; pass --optimizer.lr")
+    return lr
+
+
+def fit_vocabulary(settings: Config) -> Config:
+    """Give a model of vocabulary 0 the corpus', padded."""
+    if settings.model.vocab_size:
+        return settings
+    vocab_size = data.padded_vocabulary(data.read_meta(settings.data.folder))
+    return replace(settings, model=replace(settings.model, vocab_size=vocab_size))
+
+
+def open_corpus(settings: Config, ranks: launch.Launch) -> dict[str, data.TokenFile]:
+    """Open both splits, checked against the model and the batch."""
+    if settings.data.batch_size % ranks.world_size:
+        raise UserError(
+            f"data.batch_size must be a multiple of the {ranks.world_size} ranks; got {settings.data.batch_size}"
+        )
+    corpus = {split: data.load(settings.data.folder, split, verify=ranks.is_main) for split in ("train", "val")}
+    for tokens in corpus.values():
+        data.check_length(tokens, settings.model.context)
+    data.check_vocabulary(data.read_meta(settings.data.folder), settings.model.vocab_size)
+    return corpus
+
+
+def build_model(settings: Config, ranks: launch.Launch) -> tuple[GPT, nn.Module]:
+    """Return the model, and the network that trains it: the model compiled or under DDP, as asked."""
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, for what autocast leaves in fp32
+    model = GPT.from_huggingface(settings.init_from) if settings.init_from else GPT(settings.model)
+    if settings.init_from and model.config != settings.model:
+        raise UserError(f"[model] must describe {settings.init_from}: {model.config}; got {settings.model}")
+    network = model.to(ranks.device)
+    if settings.compile:
+        network = torch.compile(network)
+    if ranks.world_size > 1:
+        network = DistributedDataParallel(network, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
+    return model, network
+
+
+def build(settings: OptimizerConfig, model: GPT, lr: float) -> RuleOptimizer:
+    """Build the optimizer; every option that is set reaches the rule, which refuses what it does not have."""
+    names = ("betas", "momentum", "ns_steps", "ns_coefficients", "ns_dtype", "state_dtype")
+    options = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+    for name in ("ns_dtype", "state_dtype"):
+        if name in options:
+            options[name] = getattr(torch, options[name])
+    return build_optimizer(
+        model,
+        settings.name,
+        lr=lr,
+        adamw_lr=settings.adamw_lr,
+        weight_decay=settings.weight_decay,
+        qkv_split={"*.c_attn.weight": 3} if settings.split_qkv else None,
+        **options,
+    )
+
+
+def precision(settings: Config, ranks: launch.Launch) -> torch.dtype:
+    """Return the dtype that the model computes in."""
+    if settings.dtype == "auto":
+        return torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    return getattr(torch, settings.dtype)
+
+
+def autocast(settings: Config, ranks: launch.Launch) -> contextlib.AbstractContextManager:
+    """Return the autocast of the run's precision."""
+    dtype = precision(settings, ranks)
+    return torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
+
+
+def accumulate_gradient(
+    network: nn.Module,
+    scaler: torch.amp.GradScaler,
+    tokens: data.TokenFile,
+    step: int,
+    settings: Config,
+    ranks: launch.Launch,
+) -> float:
+    """Leave the gradient of the global batch's mean loss in the parameters, and return that loss."""
+    network.train()
+    rows = settings.data.batch_size // ranks.world_size
+    first = ranks.rank * rows
+    total = torch.zeros((), device=ranks.device)
+    for start in range(0, rows, settings.data.micro_batch):
+        stop = min(start + settings.data.micro_batch, rows)
+        inputs, targets = data.batch(  # (b, T) each
+            tokens,
+            seed=settings.seed,
+            step=step,
+            sequences=slice(first + start, first + stop),
+            global_batch=settings.data.batch_size,
+            context=settings.model.context,
+            device=ranks.device,
+        )
+        synchronize = stop == rows or ranks.world_size == 1  # the ranks' gradients meet once a step
+        with contextlib.nullcontext() if synchronize else network.no_sync():
+            with autocast(settings, ranks):
+                _, loss = network(inputs, targets)
+            loss = loss * ((stop - start) / rows)
+            scaler.scale(loss).backward()
+        total += loss.detach()
+    return launch.all_reduce_sum([total.item() / ranks.world_size], ranks)[0]
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, tokens: data.TokenFile, settings: Config, ranks: launch.Launch) -> dict[str, float]:
+    """Return the mean loss in nats a token over the validation windows, which the ranks share, and in bits a byte."""
+    network.eval()
+    context = settings.model.context
+    offsets = data.validation_windows(tokens, count=settings.eval.windows, context=context)
+    mine = offsets[ranks.rank :: ranks.world_size]
+    total = 0.0
+    for start in range(0, len(mine), settings.data.micro_batch):
+        inputs, targets = data.windows(tokens, mine[start : start + settings.data.micro_batch], context, ranks.device)
+        with autocast(settings, ranks):
+            _, loss = network(inputs, targets)
+        total += loss.item() * len(inputs)
+    loss = launch.all_reduce_sum([total], ranks)[0] / len(offsets)
+    return {"val/loss": loss, "val/bits_per_byte": loss / math.log(2) / tokens.bytes_per_token}
+
+
+def speed(medians: tuple[float, float], model: GPT, settings: Config, ranks: launch.Launch) -> dict[str, float]:
+    """Return what people watch: times, tokens a second, memory, and MFU where the device's peak is known."""
+    step_ms, optimizer_ms = medians
+    tokens_per_second = settings.data.batch_size * settings.model.context / step_ms * 1000
+    metrics = {"step_ms": step_ms, "optimizer_ms": optimizer_ms, "tokens_per_second": tokens_per_second}
+    metrics["peak_memory_mb"] = launch.peak_memory_mb(ranks.device)
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
+    if peak := next((peak for name, peak in PEAK_TFLOPS.items() if name in device), None):
+        metrics["mfu"] = tokens_per_second * model.flops_per_token() / (1e12 * peak * ranks.world_size)
+    return metrics
+
+
+def same_experiment(saved: dict | None, settings: Config) -> None:
+    """Refuse to resume with another model, corpus or optimizer than the checkpoint's; steps and the rest may change."""
+    if saved is None:
+        return
+    now = config.to_dict(settings)
+    for section in ("model", "data", "optimizer", "schedule"):
+        for key, value in now[section].items():
+            was = saved["config"][section].get(key)
+            if was != value and key not in ("micro_batch", "tuned_lr"):
+                raise UserError(
+                    f"--resume needs the {section}.{key} of the checkpoint, {was}; got {value}; "
+                    "set it back, or start anew without --resume"
+                )
+
+
+if __name__ == "__main__":
+    launch.main_guard(main)

@@ -1,0 +1,26 @@
+"""OLion, Muon, AdaMuon, Lion and AdamW: one update rule each, one engine for all of them."""
+
+from .adamuon import AdaMuon
+from .adamw import AdamW
+from .engine import RuleOptimizer
+from .lion import Lion
+from .muon import Muon
+from .olion import OLion
+from .polar import orthogonalize
+from .roles import build_optimizer, roles_of
+from .rule import RULES, UpdateRule, register
+
+__all__ = [
+    "RULES",
+    "AdaMuon",
+    "AdamW",
+    "Lion",
+    "Muon",
+    "OLion",
+    "RuleOptimizer",
+    "UpdateRule",
+    "build_optimizer",
+    "orthogonalize",
+    "register",
+    "roles_of",
+]

@@ -1,0 +1,77 @@
+"""AdaMuon: the sign of the momentum, orthogonalized, then divided by an elementwise second moment.
+
+Si, Zhang and Shen, "AdaMuon: Adaptive Muon Optimizer", arXiv 2507.11005.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from .engine import RuleOptimizer
+from .polar import check_options, orthogonalize_group
+from .rule import Tensors, UpdateRule, ema, register, sign, signature_defaults
+
+
+def AdaMuon(
+    params: ParamsT,
+    lr: float = 6e-4,
+    weight_decay: float = 0.1,
+    momentum: float = 0.95,
+    eps: float = 1e-8,
+    scale: float = 0.2,
+    ns_steps: int = 5,
+    ns_coefficients: str | Sequence = "jordan",
+    ns_dtype: torch.dtype | None = None,
+    ns_form: str = "auto",
+    state_dtype: torch.dtype | None = None,
+    qkv_split: int = 1,
+    as_matrices: str | None = None,
+) -> RuleOptimizer:
+    """Build AdaMuon, for matrices.
+
+        M <- momentum M + (1 - momentum) g      V <- momentum V + (1 - momentum) O²
+        O = NewtonSchulz(sign(M))               D = O / (sqrt(V) + eps), scaled to RMS `scale`
+
+    V needs no bias correction: the rescaling takes any common factor out.
+
+    Args:
+        params: tensors of shape (m, n), named tensors or param groups.
+        lr: step size; D has RMS `scale`.
+        momentum: decay of M and of V.
+        eps: added to sqrt(V).
+        Others: as in `OLion`.
+
+    Raises ValueError, when built, for values out of range and tensors that are not matrices.
+
+    Example:
+        >>> optimizer = AdaMuon(model.blocks.parameters(), lr=6e-4)
+    """
+    return RuleOptimizer(rule="adamuon", **locals())
+
+
+def prepare(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
+    """Return the sign of the averaged gradient."""
+    return sign(ema(state["momentum"], grads, group["momentum"]))
+
+
+def refine(directions: Tensors, state: dict[str, Tensors], group: dict, route) -> Tensors:
+    """Divide by the root of the second moment and rescale."""
+    squares = torch._foreach_mul(directions, directions)
+    roots = torch._foreach_sqrt(ema(state["second_moment"], squares, group["momentum"]))
+    torch._foreach_add_(roots, group["eps"])
+    torch._foreach_div_(directions, roots)
+    return route.rescale(directions, group["scale"])
+
+
+register(
+    UpdateRule(
+        name="adamuon",
+        defaults=signature_defaults(AdaMuon),
+        state=("momentum", "second_moment"),
+        prepare=prepare,
+        direct=lambda stack, group: orthogonalize_group(stack, {**group, "eps": 1e-7}),  # its eps is V's
+        refine=refine,
+        check=check_options,
+    )
+)

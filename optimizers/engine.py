@@ -1,0 +1,157 @@
+"""The one torch.optim.Optimizer that runs every rule, param group by param group."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .checks import closest
+from .routes import Local, matrix_shape
+from .rule import UpdateRule, rule_named
+
+# Group keys that belong to the engine or to torch and its schedulers, not to a rule.
+_COMMON_KEYS = {"params", "param_names", "rule", "name", "initial_lr"}
+
+
+class RuleOptimizer(torch.optim.Optimizer):
+    """Runs update rules; `OLion(...)`, `Muon(...)` and the others build one.
+
+    Args:
+        params: tensors, (name, tensor) pairs or param groups, as for any torch optimizer. A group may name its own
+            `rule`; it then takes that rule's defaults, but the optimizer's lr and weight_decay.
+        rule: the name of a registered rule, for the groups that name none.
+        options: the rule's options, by name.
+
+    Raises ValueError, when built, for an unknown rule or option, a value out of range, or a tensor the rule cannot do.
+
+    Example:
+        >>> groups = [{"params": matrices}, {"params": others, "rule": "adamw", "lr": 3e-4}]
+        >>> optimizer = RuleOptimizer(groups, "olion", lr=1e-3)
+    """
+
+    def __init__(self, params: ParamsT, rule: str, **options):
+        known = rule_named(rule).defaults
+        _refuse_unknown(options, known, rule)
+        super().__init__(params, {**known, **options, "rule": rule})
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add a group, complete its options from its rule's defaults, check it, and make its state."""
+        rule = rule_named(param_group.get("rule", self.defaults["rule"]))
+        _refuse_unknown(param_group, rule.defaults.keys() | _COMMON_KEYS, rule.name)
+        inherited = self.defaults
+        if rule.name != self.defaults["rule"]:
+            inherited = {name: self.defaults[name] for name in ("lr", "weight_decay")}
+        super().add_param_group({**rule.defaults, **inherited, "rule": rule.name, **param_group})
+        group = self.param_groups[-1]
+        for foreign in self.defaults.keys() - rule.defaults.keys() - _COMMON_KEYS:
+            del group[foreign]  # torch hands every group the optimizer's defaults, also a group of another rule
+        try:
+            _check(group, rule)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        for param in group["params"]:
+            self.state[param] = _new_state(param, group, rule)
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None):
+        """Update every parameter that has a gradient; returns the closure's loss, if there is a closure."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if params:
+                self._update(params, group)
+        return loss
+
+    def _update(self, params: list[Tensor], group: dict) -> None:
+        rule = rule_named(group["rule"])
+        grads = [param.grad for param in params]
+        names = rule.state + rule.scalars
+        state = {name: [self.state[param][name] for param in params] for name in names}
+        if rule.whole_step:
+            rule.whole_step(params, grads, state, group)
+            return
+        route = Local(params, group) if rule.direct else None
+        directions = rule.prepare(grads, state, group)
+        if rule.direct:
+            directions = route.direct(directions, lambda stack: rule.direct(stack, group))
+        if rule.refine:
+            directions = rule.refine(directions, state, group, route)
+        lr = float(group["lr"])
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(params, directions, alpha=-lr)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load a state dict of the same rules over the same tensors; ValueError, changing nothing, for another one."""
+        ours, theirs = ([group.get("rule") for group in groups] for groups in
+                        (self.param_groups, state_dict["param_groups"]))  # fmt: skip
+        if ours != theirs:
+            raise ValueError(
+                f"the state must be of the rules {ours}, one a param group; got {theirs}; "
+                "build the optimizer that the state was saved from"
+            )
+        super().load_state_dict(state_dict)
+        # torch casts state to the parameter's dtype and leaves "step" where it was saved.
+        for group in self.param_groups:
+            rule = rule_named(group["rule"])
+            for param in group["params"]:
+                for name, value in self.state[param].items():
+                    dtype = torch.float32 if name in rule.scalars else _state_dtype(param, group)
+                    self.state[param][name] = value.to(param.device, dtype)
+
+    def state_size(self) -> int:
+        """Return the bytes of state that this process holds."""
+        buffers = [value for state in self.state.values() for value in state.values()]
+        return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
+
+
+def _new_state(param: Tensor, group: dict, rule: UpdateRule) -> dict[str, Tensor]:
+    state = {name: torch.zeros_like(param, dtype=_state_dtype(param, group)) for name in rule.state}
+    scalars = {name: torch.zeros((), dtype=torch.float32, device=param.device) for name in rule.scalars}
+    return {name: buffer.detach() for name, buffer in {**state, **scalars}.items()}
+
+
+def _state_dtype(param: Tensor, group: dict) -> torch.dtype:
+    return group.get("state_dtype") or param.dtype
+
+
+def _check(group: dict, rule: UpdateRule) -> None:
+    _require(float(group["lr"]) >= 0, "lr", "0 or more", group["lr"])
+    _require(group["weight_decay"] >= 0, "weight_decay", "0 or more", group["weight_decay"])
+    for name in ("momentum", "betas"):
+        values = group.get(name, ())
+        values = values if isinstance(values, tuple | list) else (values,)
+        _require(all(0 <= value < 1 for value in values), name, "in [0, 1)", group.get(name))
+    if "betas" in rule.defaults:
+        _require(len(group["betas"]) == 2, "betas", "two numbers", group["betas"])
+    for name in ("eps", "scale"):
+        _require(group.get(name, 0) >= 0, name, "0 or more", group.get(name))
+    if rule.check:
+        rule.check(group)
+    for position, param in enumerate(group["params"]):
+        name = group["param_names"][position] if "param_names" in group else f"parameter {position} of its group"
+        if not param.is_floating_point():
+            raise ValueError(f"{name}: parameters must be real floating-point tensors, got {param.dtype}; convert it")
+        if rule.direct:
+            try:
+                matrix_shape(param.shape, group["qkv_split"], group["as_matrices"])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+
+
+def _require(holds: bool, name: str, wanted: str, got) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {wanted}; got {got}")
+
+
+def _refuse_unknown(options, known, rule: str) -> None:
+    for option in options:
+        if option not in known:
+            names = sorted(set(known) - _COMMON_KEYS)
+            raise ValueError(
+                f"{rule} has no option {option!r}{closest(option, names)}; its options are {', '.join(names)}"
+            )

@@ -1,0 +1,56 @@
+"""Lion: the sign of a gradient mixed with its average.
+
+Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675, program 1.
+"""
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from .engine import RuleOptimizer
+from .rule import Tensors, UpdateRule, ema, mix, register, sign, signature_defaults
+
+
+def Lion(
+    params: ParamsT,
+    lr: float = 1e-4,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+    scale: float = 1.0,
+    state_dtype: torch.dtype | None = None,
+) -> RuleOptimizer:
+    """Build Lion, for tensors of any shape.
+
+        D = scale sign(b1 M + (1 - b1) g)       with the old M
+        M <- b2 M + (1 - b2) g
+
+    OLion's paper writes its Lion baseline with the new M, betas (0.95, 0.98) and D of size 0.2: the same updates as
+    betas=(0.931, 0.98), scale=0.2 here.
+
+    Args:
+        params: tensors, named tensors or param groups.
+        lr: step size; every entry moves by lr x scale a step.
+        betas: (b1, b2), the weight of M in the mix and its decay.
+        weight_decay: decoupled, multiplied by lr.
+        scale: size of D.
+        state_dtype: dtype of M; None is the parameter's.
+
+    Raises ValueError, when built, for values out of range.
+
+    Example:
+        >>> optimizer = Lion(model.parameters(), lr=1e-4, weight_decay=0.1)
+    """
+    return RuleOptimizer(rule="lion", **locals())
+
+
+def prepare(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
+    """Return scale x the sign of the mix with the old average, then move the average."""
+    mix_weight, decay = group["betas"]
+    averages = [average.to(grad.dtype) for average, grad in zip(state["momentum"], grads, strict=True)]
+    directions = sign(mix(grads, averages, mix_weight))
+    ema(state["momentum"], grads, decay)
+    if group["scale"] != 1:
+        torch._foreach_mul_(directions, group["scale"])
+    return directions
+
+
+register(UpdateRule(name="lion", defaults=signature_defaults(Lion), state=("momentum",), prepare=prepare))

@@ -1,0 +1,91 @@
+"""Muon: Nesterov momentum, orthogonalized.
+
+Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the scale by Liu et al., "Muon is
+scalable for LLM training", arXiv 2502.16982. Options mean what they mean in torch.optim.Muon.
+"""
+
+from collections.abc import Sequence
+from math import sqrt
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from .engine import RuleOptimizer
+from .polar import JORDAN, check_options, orthogonalize_group
+from .rule import Tensors, UpdateRule, ema, mix, register, signature_defaults
+
+SCALES = {
+    "original": lambda m, n: sqrt(max(1, m / n)),  # Jordan et al.
+    "match_rms_adamw": lambda m, n: 0.2 * sqrt(max(m, n)),  # Liu et al.: an update of RMS 0.2, as AdamW's
+}
+
+
+def Muon(
+    params: ParamsT,
+    lr: float = 1e-3,
+    weight_decay: float = 0.1,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    ns_coefficients: str | Sequence = JORDAN,
+    eps: float = 1e-7,
+    ns_steps: int = 5,
+    adjust_lr_fn: str | None = None,
+    ns_dtype: torch.dtype | None = None,
+    ns_form: str = "auto",
+    state_dtype: torch.dtype | None = None,
+    qkv_split: int = 1,
+    as_matrices: str | None = None,
+) -> RuleOptimizer:
+    """Build Muon, for matrices: torch.optim.Muon's arguments, order and meaning, batched over equal shapes.
+
+        M <- momentum M + (1 - momentum) g
+        D = NewtonSchulz((1 - momentum) g + momentum M), or NewtonSchulz(M) without `nesterov`
+        X <- (1 - lr weight_decay) X - lr factor(m, n) D
+
+    Args:
+        params: tensors of shape (m, n), named tensors or param groups.
+        lr: step size, before `adjust_lr_fn`.
+        adjust_lr_fn: the factor: "original" (also None), sqrt(max(1, m / n)), or "match_rms_adamw",
+            0.2 sqrt(max(m, n)), under which AdamW's learning rate and weight decay carry over.
+        Others: as in `OLion`.
+
+    Raises ValueError, when built, for values out of range and tensors that are not matrices.
+
+    Example:
+        >>> optimizer = Muon(model.blocks.parameters(), lr=6e-4, adjust_lr_fn="match_rms_adamw")
+    """
+    return RuleOptimizer(rule="muon", **locals())
+
+
+def prepare(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
+    """Return the averaged gradient, one step ahead with `nesterov`."""
+    averages = ema(state["momentum"], grads, group["momentum"])
+    return mix(grads, averages, group["momentum"]) if group["nesterov"] else averages
+
+
+def refine(directions: Tensors, state: dict[str, Tensors], group: dict, route) -> Tensors:
+    """Scale each matrix by the factor of its whole shape."""
+    factor = SCALES[group["adjust_lr_fn"] or "original"]
+    for direction, (_, m, n) in zip(directions, route.shapes, strict=True):
+        direction.mul_(factor(m, n))
+    return directions
+
+
+def check(group: dict) -> None:
+    """Refuse an unknown scale and what every orthogonalization refuses."""
+    if group["adjust_lr_fn"] not in (None, *SCALES):
+        raise ValueError(f"adjust_lr_fn must be None or one of {', '.join(SCALES)}; got {group['adjust_lr_fn']!r}")
+    check_options(group)
+
+
+register(
+    UpdateRule(
+        name="muon",
+        defaults=signature_defaults(Muon),
+        state=("momentum",),
+        prepare=prepare,
+        direct=orthogonalize_group,
+        refine=refine,
+        check=check,
+    )
+)

@@ -1,0 +1,86 @@
+"""OLion: Lion's double momentum average, orthogonalized as in Muon, then signed.
+
+Wang, Shen and Zhang, "OLion: Approaching the Hadamard Ideal by Intersecting Spectral and l-infinity Implicit Biases",
+arXiv 2602.01105, algorithm 1.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .engine import RuleOptimizer
+from .polar import check_options, orthogonalize_group
+from .rule import Tensors, UpdateRule, ema, mix, register, sign, signature_defaults
+
+
+def OLion(
+    params: ParamsT,
+    lr: float = 6e-4,
+    betas: tuple[float, float] = (0.95, 0.98),
+    weight_decay: float = 0.1,
+    ns_steps: int = 5,
+    ns_coefficients: str | Sequence = "jordan",
+    eps: float = 1e-7,
+    scale: float = 0.2,
+    ns_dtype: torch.dtype | None = None,
+    ns_form: str = "auto",
+    state_dtype: torch.dtype | None = None,
+    qkv_split: int = 1,
+    as_matrices: str | None = None,
+) -> RuleOptimizer:
+    """Build OLion, for matrices: hidden weights of two dimensions (`build_optimizer` picks them out of a model).
+
+        M <- b2 M + (1 - b2) g          X <- (1 - lr weight_decay) X - lr D
+        G~ = (1 - b1) g + b1 M          with the new M
+        S = sign(NewtonSchulz(G~))      D = scale sqrt(m n) / ||S||_F S
+
+    Because M moves before it is mixed, this is Lion's average with b1 b2 (0.931) in front of the old M.
+
+    Args:
+        params: tensors of shape (m, n), named tensors or param groups.
+        lr: step size; D has RMS `scale`, so an entry moves by lr x scale a step.
+        betas: (b1, b2), the weight of M in the mix and its decay.
+        weight_decay: decoupled, multiplied by lr.
+        ns_steps, ns_coefficients, eps, ns_dtype, ns_form: the orthogonalization; see `polar.orthogonalize`.
+        scale: RMS of D; 0.2 is AdamW's usual update size (Liu et al., arXiv 2502.16982).
+        state_dtype: dtype of M; None is the parameter's.
+        qkv_split: number of equal row blocks of each weight that are orthogonalized apart (3 for a fused QKV).
+        as_matrices: how to see tensors of more than two dimensions: "batch", "flatten", or None to refuse them.
+
+    Raises ValueError, when built, for values out of range and tensors that are not matrices.
+
+    Example:
+        >>> optimizer = OLion(model.blocks.parameters(), lr=1e-3)
+    """
+    return RuleOptimizer(rule="olion", **locals())
+
+
+def prepare(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
+    """Return G~: the gradient mixed with its average."""
+    mix_weight, decay = group["betas"]
+    return mix(grads, ema(state["momentum"], grads, decay), mix_weight)
+
+
+def direct(stack: Tensor, group: dict) -> Tensor:
+    """Return sign(NewtonSchulz(stack)): entries -1, 0 and 1; a row that is zero in G~ stays zero."""
+    return sign([orthogonalize_group(stack, group)])[0]
+
+
+def refine(directions: Tensors, state: dict[str, Tensors], group: dict, route) -> Tensors:
+    """Scale each matrix to RMS `scale`, zeros counted."""
+    return route.rescale(directions, group["scale"])
+
+
+register(
+    UpdateRule(
+        name="olion",
+        defaults=signature_defaults(OLion),
+        state=("momentum",),
+        prepare=prepare,
+        direct=direct,
+        refine=refine,
+        check=check_options,
+    )
+)

@@ -1,0 +1,78 @@
+"""Routes: how a rule's direction, which needs whole matrices, is reached from the tensors that this process holds.
+
+A route is made for the tensors of one param group and knows layouts, never rules. `Local` is for one process, and
+for whole tensors on every rank; the distributed routes will have the same three members.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .rule import Tensors
+
+_STACK_LIMIT = 2**27  # entries stacked at once (512 MiB in fp32): past that a larger batch is no faster
+
+
+def matrix_shape(shape: torch.Size, qkv_split: int = 1, as_matrices: str | None = None) -> tuple[int, int, int]:
+    """Return the (batch, m, n) that a tensor of this shape is seen as.
+
+    qkv_split: a (k r, c) weight is k matrices (r, c), one below the other.
+    as_matrices: for more than two dimensions: "batch" (leading dimensions count matrices) or "flatten" (the trailing
+        dimensions are one, as for a convolution's (out, in, height, width)).
+    """
+    said = f"shape {tuple(shape)}"
+    if len(shape) < 2:
+        raise ValueError(f"a matrix rule needs 2 or more dimensions, got {said}; give it to AdamW")
+    if len(shape) == 2:
+        if qkv_split < 1 or shape[0] % qkv_split:
+            raise ValueError(f"qkv_split={qkv_split} must divide the rows of {said}; use the number of fused blocks")
+        return qkv_split, shape[0] // qkv_split, shape[1]
+    if qkv_split != 1:
+        raise ValueError(f"qkv_split={qkv_split} needs a 2-D weight, got {said}; put it in a group of its own")
+    if as_matrices == "batch":
+        return prod(shape[:-2]), shape[-2], shape[-1]
+    if as_matrices == "flatten":
+        return 1, shape[0], prod(shape[1:])
+    raise ValueError(
+        f"a matrix rule needs to know how to see {said}; pass as_matrices='batch' (leading dimensions count matrices) "
+        "or as_matrices='flatten' (one matrix, d0 x the rest)"
+    )
+
+
+class Local:
+    """Whole matrices in this process: same shapes are stacked and done in one batch."""
+
+    def __init__(self, params: Tensors, group: dict):
+        self.shapes = [matrix_shape(p.shape, group["qkv_split"], group["as_matrices"]) for p in params]
+
+    def direct(self, tensors: Tensors, direction: Callable[[Tensor], Tensor]) -> Tensors:
+        """Return direction(matrices) of each tensor, in the tensor's own shape and dtype."""
+        results: list[Tensor | None] = [None] * len(tensors)
+        for members in self._stacks(tensors):
+            stack = torch.cat([tensors[i].reshape(self.shapes[i]) for i in members])  # (batch, m, n)
+            parts = direction(stack).to(stack.dtype).split([self.shapes[i][0] for i in members])
+            for i, part in zip(members, parts, strict=True):
+                results[i] = part.reshape(tensors[i].shape)
+        return results
+
+    def rescale(self, tensors: Tensors, rms: float) -> Tensors:
+        """Scale each matrix, in place, to this root mean square entry; a zero matrix stays zero."""
+        for tensor, (batch, m, n) in zip(tensors, self.shapes, strict=True):
+            matrices = tensor.view(batch, m, n)
+            norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)  # (batch, 1, 1)
+            matrices.mul_(torch.where(norm == 0, norm, rms * (m * n) ** 0.5 / norm))
+        return tensors
+
+    def _stacks(self, tensors: Tensors) -> list[list[int]]:
+        """Indices that go together: equal matrices, dtype and device, up to the limit."""
+        stacks = defaultdict(list)
+        for i, tensor in enumerate(tensors):
+            stacks[self.shapes[i][1:], tensor.dtype, tensor.device].append(i)
+        chunks = []
+        for members in stacks.values():
+            size = max(1, _STACK_LIMIT // max(1, tensors[members[0]].numel()))
+            chunks += [members[i : i + size] for i in range(0, len(members), size)]
+        return chunks

@@ -1,0 +1,108 @@
+"""What an optimizer is here: a value that says how a gradient becomes an update. The engine runs it on any layout.
+
+    p <- (1 - lr weight_decay) p - lr refine(direct(prepare(g)))
+
+Adding one is a value of `UpdateRule` and a call of `register`:
+
+    register(UpdateRule(
+        name="signum",                                     # Bernstein et al. 2018: the sign of an averaged gradient
+        defaults=dict(lr=1e-3, weight_decay=0.0, momentum=0.9),
+        state=("momentum",),
+        prepare=lambda grads, state, group: sign(ema(state["momentum"], grads, group["momentum"])),
+    ))
+    optimizer = RuleOptimizer(model.parameters(), "signum", lr=3e-4)
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import closest
+
+Tensors = list[Tensor]
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """One optimizer, as pure functions over the tensors of one param group.
+
+    Attributes:
+        name: what `group["rule"]` says.
+        defaults: every option of the rule and its default; `lr` and `weight_decay` must be among them.
+        state: names of the buffers, each of its parameter's shape, layout and (unless `state_dtype`) dtype.
+        scalars: names of 0-dimensional float32 buffers.
+        prepare: (grads, state, group) -> directions. Elementwise, on my shard; state[name] is a list beside grads and
+            may be written to, grads may not, and what is returned must be new tensors.
+        direct: (stack (batch, m, n), group) -> (batch, m, n), on whole matrices, stateless. None: elementwise rule.
+        refine: (directions, state, group, route) -> directions. Elementwise, on my shard; may write to directions.
+            `route.shapes` are the (batch, m, n) of whole matrices, `route.rescale` needs the whole matrix's norm.
+        whole_step: (params, grads, state, group) -> None. Instead of the three, for an elementwise rule with a kernel
+            that does the whole update at once, decay included.
+        check: (group) -> None; raises ValueError for option values that the rule cannot take.
+    """
+
+    name: str
+    defaults: Mapping[str, Any]
+    state: tuple[str, ...] = ()
+    scalars: tuple[str, ...] = ()
+    prepare: Callable[[Tensors, dict[str, Tensors], dict], Tensors] | None = None
+    direct: Callable[[Tensor, dict], Tensor] | None = None
+    refine: Callable[[Tensors, dict[str, Tensors], dict, Any], Tensors] | None = None
+    whole_step: Callable[[Tensors, Tensors, dict[str, Tensors], dict], None] | None = None
+    check: Callable[[dict], None] | None = None
+
+
+RULES: dict[str, UpdateRule] = {}
+
+
+def register(rule: UpdateRule) -> UpdateRule:
+    """Make a rule known by its name; ValueError if another rule has it."""
+    if RULES.get(rule.name, rule) is not rule:
+        raise ValueError(f"a rule named {rule.name!r} exists already; give yours another name")
+    if missing := {"lr", "weight_decay"} - rule.defaults.keys():
+        raise ValueError(f"rule {rule.name!r} needs defaults for lr and weight_decay; {sorted(missing)} missing")
+    if (rule.prepare is None) == (rule.whole_step is None):
+        raise ValueError(f"rule {rule.name!r} needs either prepare or whole_step; give exactly one of them")
+    RULES[rule.name] = rule
+    return rule
+
+
+def rule_named(name: str) -> UpdateRule:
+    """Return the registered rule; ValueError naming the nearest where there is none."""
+    if name not in RULES:
+        raise ValueError(f"the optimizer must be one of {', '.join(sorted(RULES))}; got {name!r}{closest(name, RULES)}")
+    return RULES[name]
+
+
+def signature_defaults(face: Callable) -> dict[str, Any]:
+    """Return the keyword defaults of a public face: the one place where a rule's defaults are written."""
+    parameters = inspect.signature(face).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+# The elementwise pieces that rules are made of.
+
+
+def ema(averages: Tensors, values: Tensors, decay: float) -> Tensors:
+    """Move each average towards its value, average <- decay average + (1 - decay) value, and return copies.
+
+    An average kept in a narrower dtype is widened for the arithmetic and rounded once, when it is stored.
+    """
+    fresh = [average.to(value.dtype, copy=True) for average, value in zip(averages, values, strict=True)]
+    torch._foreach_lerp_(fresh, values, 1 - decay)
+    torch._foreach_copy_(averages, fresh)
+    return fresh
+
+
+def mix(values: Tensors, averages: Tensors, weight: float) -> Tensors:
+    """Return (1 - weight) value + weight average."""
+    return torch._foreach_lerp(values, averages, weight)
+
+
+def sign(tensors: Tensors) -> Tensors:
+    """Return the entrywise sign; sign(0) = 0, and NaN stays NaN (torch.sign makes it 0, which hides a divergence)."""
+    return [tensor.sign().add_(tensor * 0) for tensor in tensors]

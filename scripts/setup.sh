@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Makes the environment, .venv with requirements.txt, if there is none; prints the interpreter to use.
+#   bash scripts/setup.sh                          a .venv here, from python3.11 or newer
+#   PYTHON=~/torch/bin/python bash scripts/setup.sh    one's own interpreter: nothing is installed, only checked
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [[ -n "${PYTHON:-}" ]]; then
+  "$PYTHON" -c 'import torch, tyro, tqdm' || {
+    echo "error: PYTHON=$PYTHON must have what requirements.txt lists; run: $PYTHON -m pip install -r requirements.txt" >&2
+    exit 1
+  }
+  echo "$PYTHON"
+  exit
+fi
+
+python=.venv/bin/python
+stamp=.venv/requirements.installed # a copy of what was installed: the environment follows requirements.txt
+if [[ ! -x "$python" ]] || ! cmp -s requirements.txt "$stamp"; then
+  base=""
+  for candidate in python3 python3.13 python3.12 python3.11 python; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      base=$candidate
+      break
+    fi
+  done
+  if [[ -z "$base" ]]; then
+    echo "error: Python 3.11 or newer is required and none was found; install one or set PYTHON" >&2
+    exit 1
+  fi
+  echo "setting up .venv with $("$base" --version) (minutes the first time)" >&2
+  [[ -x "$python" ]] || "$base" -m venv .venv
+  # torch alone first: with it in place, no other package can choose another build of it.
+  "$python" -m pip install --quiet "$(grep -o '^torch==[^ ]*' requirements.txt)" >&2
+  "$python" -m pip install --quiet -r requirements.txt >&2
+  cp requirements.txt "$stamp"
+fi
+echo "$PWD/$python"

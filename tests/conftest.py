@@ -1,0 +1,28 @@
+"""Settings every test shares: few threads, fixed seeds, and no `gpu` test where there is no GPU."""
+
+import os
+
+# Before torch is imported; worker processes inherit it. On matrices this small more threads only cost time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import random
+
+import numpy
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """Start every test from the same random state, whichever tests ran before it."""
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)

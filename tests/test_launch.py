@@ -1,0 +1,155 @@
+"""Processes, seeds, signals, and what a user sees of an error."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from common import launch
+from common.launch import Launch, StopRequest, all_reduce_sum, on_main, peak_memory_mb, seed_all, start, stop
+
+ROOT = Path(__file__).parents[1]
+SINGLE = Launch(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+
+
+def test_start_without_torchrun_is_one_process_without_a_group():
+    assert start("cpu") == SINGLE
+    assert not dist.is_initialized() and SINGLE.is_main
+    stop()
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("gpu", "device must be one of auto, cpu, cuda, mps; got 'gpu'"), ("mps", "needs an Apple GPU")],
+)
+def test_start_refuses_a_device_that_is_not_here(device, message, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        start(device)
+
+
+def test_start_refuses_cuda_without_a_gpu_and_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="torch sees no GPU"):
+        start("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="local rank 2 needs a GPU of its own, but torch sees 2"):
+        start("auto")
+
+
+def test_seed_all_repeats_every_generator():
+    seed_all(5)
+    first = random.random(), np.random.rand(), torch.rand(1).item()
+    seed_all(5)
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == first
+    seed_all(6)
+    assert random.random() != first[0]
+
+
+def test_single_process_sum_is_the_identity():
+    assert all_reduce_sum([1.5, 2.0], SINGLE) == [1.5, 2.0]
+
+
+def test_peak_memory_of_a_cpu_process_matches_the_kernel_s_high_water_mark():
+    peak = peak_memory_mb(torch.device("cpu"))
+    status = Path("/proc/self/status").read_text()
+    kernel = int(status.partition("VmHWM:")[2].split()[0]) / 1024
+    assert peak == pytest.approx(kernel, rel=0.05)  # VmHWM is counted a little later, and in batches
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_is_a_request_and_handlers_come_back(number):
+    before = signal.getsignal(number)
+    with StopRequest() as stop_request:
+        assert not stop_request.agreed(SINGLE)
+        signal.raise_signal(number)
+        assert stop_request.agreed(SINGLE)
+        signal.raise_signal(number)  # the echo of one Ctrl-C through torchrun
+        assert stop_request.agreed(SINGLE)
+    assert signal.getsignal(number) == before
+
+
+def test_second_ctrl_c_interrupts_as_usual(monkeypatch):
+    monkeypatch.setattr(StopRequest, "REPEAT_SECONDS", -1.0)
+    with pytest.raises(KeyboardInterrupt), StopRequest():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+
+def fail(*_):
+    raise OSError("rank 0 failed")
+
+
+def on_each_rank(rank, port, folder):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    launch = start("cpu", timeout_s=60)
+    results = {"launch": [launch.rank, launch.local_rank, launch.world_size, launch.is_main]}
+    # 1 is lost beside 1e9 in float32, not in float64.
+    results["sum"] = all_reduce_sum([1e9 if rank else 1.0, 2.0], launch)
+    results["on_main"] = on_main(lambda: f"from {rank}")
+    with pytest.raises(OSError, match="rank 0 failed"):
+        on_main(fail)
+    with StopRequest() as stop_request:
+        results["agreed"] = [stop_request.agreed(launch)]
+        if rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+        results["agreed"].append(stop_request.agreed(launch))
+    stop()
+    assert not dist.is_initialized()
+    (folder / f"{rank}.json").write_text(json.dumps(results))
+
+
+def test_two_ranks_agree_on_sums_results_failures_and_stopping(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(on_each_rank, (port, tmp_path), nprocs=2)
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
+            "launch": [rank, rank, 2, rank == 0],
+            "sum": [1e9 + 1, 4.0],
+            "on_main": "from 0",
+            "agreed": [False, True],
+        }
+
+
+def test_main_guard_turns_errors_for_the_user_into_one_line(capsys):
+    def missing_file():
+        open("/absent/file")
+
+    def bad_device():
+        start("gpu")
+
+    for main, message in [(missing_file, "No such file or directory: '/absent/file'"), (bad_device, "got 'gpu'")]:
+        with pytest.raises(SystemExit) as exit_request:
+            launch.main_guard(main)
+        line = capsys.readouterr().err
+        assert exit_request.value.code == 1
+        assert line.startswith("error: ") and line.count("\n") == 1 and message in line
+
+
+def test_main_guard_leaves_bugs_their_traceback():
+    def library_error():
+        np.zeros(3).reshape(2)  # a ValueError, but not one of ours
+
+    for main, kind in [(lambda: {}["key"], KeyError), (lambda: json.loads("{"), ValueError)]:
+        with pytest.raises(kind):
+            launch.main_guard(main)
+
+
+def test_dev_mode_shows_the_traceback_of_every_error():
+    code = "from common.launch import main_guard, start; main_guard(lambda: start('gpu'))"
+    ran = subprocess.run([sys.executable, "-X", "dev", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 1 and "Traceback" in ran.stderr

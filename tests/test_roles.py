@@ -1,0 +1,232 @@
+"""Which tensors are matrices and which are decayed is decided once, by role, for all optimizers alike."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from optimizers import build_optimizer, roles_of
+
+NAMES = ["olion", "muon", "adamuon", "lion", "adamw"]
+MATRIX_RULES = ["olion", "muon", "adamuon"]
+every_name = pytest.mark.parametrize("name", NAMES)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, bias: bool):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width, bias=bias)
+        self.c_attn = nn.Linear(width, 3 * width, bias=bias)
+        self.c_proj = nn.Linear(width, width, bias=bias)
+
+    def forward(self, x):
+        query, key, value = self.c_attn(self.ln_1(x)).chunk(3, dim=-1)
+        return x + self.c_proj(functional.scaled_dot_product_attention(query, key, value, is_causal=True))
+
+
+class TinyGPT(nn.Module):
+    """The tensors of a GPT: two tables, hidden weights, norms, biases, and a head that is tied or not."""
+
+    def __init__(self, tied: bool = True, bias: bool = True, width: int = 8, context: int = 6, vocabulary: int = 11):
+        super().__init__()
+        self.wte = nn.Embedding(vocabulary, width)
+        self.wpe = nn.Embedding(context, width)
+        self.blocks = nn.ModuleList([Block(width, bias), Block(width, bias)])
+        self.ln_f = nn.LayerNorm(width, bias=bias)
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.lm_head.weight = self.wte.weight
+
+    def forward(self, tokens):
+        x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(self.ln_f(x))
+
+
+HIDDEN = {f"blocks.{i}.{name}.weight" for i in (0, 1) for name in ("c_attn", "c_proj")}
+TABLES = {"wte.weight", "wpe.weight"}
+
+
+def groups_of(optimizer) -> dict[str, tuple[str, float]]:
+    """Each tensor's name -> (the rule of its group, its weight decay); fails on a tensor in two groups."""
+    found = {}
+    for group in optimizer.param_groups:
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            assert name not in found and param is not None
+            found[name] = (group["rule"], group["weight_decay"])
+    return found
+
+
+@every_name
+@pytest.mark.parametrize("tied", [True, False])
+def test_groups_match_the_roles_for_every_optimizer_alike(name, tied):
+    model = TinyGPT(tied)
+    groups = groups_of(build_optimizer(model, name, lr=1e-3, weight_decay=0.1))
+    vectors = {each for each, param in model.named_parameters() if param.ndim == 1}
+    expected = dict.fromkeys(HIDDEN, (name, 0.1)) | dict.fromkeys(vectors, ("adamw", 0.0))
+    expected |= dict.fromkeys(TABLES | (set() if tied else {"lm_head.weight"}), ("adamw", 0.1))
+    assert groups == expected
+
+
+@every_name
+@pytest.mark.parametrize("tied", [True, False])
+def test_trainable_parameters_match_the_groups_one_to_one(name, tied):
+    model = TinyGPT(tied)
+    model.blocks[0].c_proj.weight.requires_grad_(False)
+    optimizer = build_optimizer(model, name, lr=1e-3)
+    grouped = [id(param) for group in optimizer.param_groups for param in group["params"]]
+    trainable = [id(param) for param in model.parameters() if param.requires_grad]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == set(trainable)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"width": 8, "context": 8},  # positions have the shape of c_proj, as in GPT-2 medium (1024 and 1024)
+        {"width": 8, "context": 24},  # positions have the shape of c_attn
+        {"width": 8, "vocabulary": 24},  # tokens have the shape of c_attn
+    ],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_table_with_the_shape_of_a_hidden_weight_matches_the_same_roles(tied, sizes):
+    roles = roles_of(TinyGPT(tied, **sizes))
+    assert {name for name, role in roles.items() if role == "matrix"} == HIDDEN
+    assert {name for name, role in roles.items() if role == "embedding"} == TABLES
+    assert ("lm_head.weight" in roles) == (not tied)
+    assert tied or roles["lm_head.weight"] == "head"
+
+
+@pytest.mark.parametrize("name", MATRIX_RULES + ["lion"])
+def test_the_rest_of_the_model_matches_adamw_whatever_the_rule(name):
+    torch.manual_seed(1)
+    model = TinyGPT(tied=False)
+    twin = TinyGPT(tied=False)
+    twin.load_state_dict(model.state_dict())
+    optimizers = build_optimizer(model, name, lr=1e-2), build_optimizer(twin, "adamw", lr=1e-2)
+    for _ in range(3):
+        for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+            parameter.grad = torch.randn_like(parameter)
+            other.grad = parameter.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    others = dict(twin.named_parameters())
+    for each, parameter in model.named_parameters():
+        assert torch.equal(parameter, others[each]) == (each not in HIDDEN)
+
+
+@every_name
+def test_one_optimizer_for_the_whole_model_trains_it(name):
+    torch.manual_seed(1)
+    model = TinyGPT()
+    optimizer = build_optimizer(model, name, lr=1e-2)
+    tokens = torch.randint(11, (4, 6))
+    losses = []
+    for _ in range(20):
+        loss = functional.cross_entropy(model(tokens).flatten(0, 1), tokens.roll(-1, dims=1).flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("module", ["ln_proj", "embed_mlp", "lm_head_mixer", "adaLN_modulation"])
+def test_names_decide_nothing(module):
+    """A hidden Linear is a matrix whatever it is called (the authors' code sent adaLN modulation to AdamW)."""
+    model = TinyGPT()
+    model.blocks[0].add_module(module, nn.Linear(8, 48))
+    assert roles_of(model)[f"blocks.0.{module}.weight"] == "matrix"
+    assert roles_of(model)[f"blocks.0.{module}.bias"] == "vector"
+
+
+@every_name
+@pytest.mark.parametrize("shape", [(8, 8), (2, 8, 8)])
+def test_a_raw_parameter_is_refused_until_its_role_is_declared(name, shape):
+    model = TinyGPT()
+    model.blocks[0].gate = nn.Parameter(torch.randn(shape))
+    with pytest.raises(ValueError, match="roles=") as caught:
+        build_optimizer(model, name, lr=1e-3)
+    assert "blocks.0.gate" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+    expected = {"embedding": ("adamw", 0.1), "head": ("adamw", 0.1), "vector": ("adamw", 0.0)}
+    for role, group in expected.items():
+        optimizer = build_optimizer(model, name, lr=1e-3, roles={"*.gate": role})
+        assert groups_of(optimizer)["blocks.0.gate"] == group
+    options = {"as_matrices": "batch"} if name in MATRIX_RULES else {}
+    optimizer = build_optimizer(model, name, lr=1e-3, roles={"*.gate": "matrix"}, **options)
+    assert groups_of(optimizer)["blocks.0.gate"] == (name, 0.1)
+
+
+def test_declared_roles_overrule_the_models_own():
+    model = TinyGPT()
+    assert roles_of(model, {"blocks.0.c_proj.weight": "embedding"})["blocks.0.c_proj.weight"] == "embedding"
+    assert roles_of(model, {"wpe.*": "matrix"})["wpe.weight"] == "matrix"
+
+
+def test_a_raw_vector_needs_no_declared_role():
+    model = TinyGPT()
+    model.blocks[0].gain = nn.Parameter(torch.ones(8))
+    assert roles_of(model)["blocks.0.gain"] == "vector"
+
+
+@pytest.mark.parametrize("name", MATRIX_RULES)
+def test_a_convolution_is_a_matrix_and_refused_until_told_how_to_see_it(name):
+    model = nn.Sequential(nn.Conv2d(3, 8, 2))
+    assert roles_of(model) == {"0.weight": "matrix", "0.bias": "vector"}
+    with pytest.raises(ValueError, match=r"0\.weight.*as_matrices"):
+        build_optimizer(model, name, lr=1e-3)
+    build_optimizer(model, name, lr=1e-3, as_matrices="flatten")
+
+
+def test_the_rates_of_matrices_and_rest_match_what_was_asked():
+    optimizer = build_optimizer(TinyGPT(), "olion", lr=1e-3, adamw_lr=5e-3)
+    assert {group["rule"]: group["lr"] for group in optimizer.param_groups} == {"olion": 1e-3, "adamw": 5e-3}
+    optimizer = build_optimizer(TinyGPT(), "olion", lr=1e-3)
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-3}
+
+
+def test_the_papers_configuration_is_the_default_of_each_optimizer():
+    first = {name: build_optimizer(TinyGPT(), name, lr=1e-3).param_groups[0] for name in NAMES}
+    assert first["olion"]["betas"] == (0.95, 0.98)
+    assert first["muon"]["adjust_lr_fn"] == "match_rms_adamw"
+    assert (first["lion"]["betas"], first["lion"]["scale"]) == (pytest.approx((0.931, 0.98)), 0.2)
+    assert (first["adamw"]["betas"], first["adamw"]["eps"]) == ((0.9, 0.95), 1e-8)
+    for name in NAMES:
+        rest = build_optimizer(TinyGPT(), name, lr=1e-3).param_groups[-1]
+        assert (rest["betas"], rest["eps"]) == ((0.9, 0.95), 1e-8)
+
+
+@pytest.mark.parametrize("name", MATRIX_RULES)
+def test_qkv_split_of_a_pattern_matches_the_fused_weights_alone(name):
+    optimizer = build_optimizer(TinyGPT(), name, lr=1e-3, qkv_split={"*.c_attn.weight": 3})
+    split = {each: group["qkv_split"] for group in optimizer.param_groups[:2] for each in group["param_names"]}
+    assert split == {each: 3 if "c_attn" in each else 1 for each in HIDDEN}
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"name": "oilon"}, "'olion'"),
+        ({"name": "muom"}, "'muon'"),
+        ({"name": "olion", "ns_step": 3}, "'ns_steps'"),
+        ({"name": "adamw", "ns_steps": 3}, "ns_steps"),
+        ({"name": "olion", "lr": -1.0}, "lr"),
+        ({"name": "olion", "adamw_lr": -1.0}, "lr"),
+        ({"name": "olion", "roles": {"wpe.weight": "matrices"}}, "'matrix'"),
+        ({"name": "olion", "roles": {"wpe.weigth": "matrix"}}, "'wpe.weight'"),
+        ({"name": "olion", "qkv_split": {"*.c_atn.weight": 3}}, "c_atn"),
+        ({"name": "olion", "qkv_split": {"*.c_attn.weight": 5}}, "qkv_split"),
+    ],
+)
+def test_build_optimizer_refuses_a_bad_option_naming_the_nearest(options, named):
+    with pytest.raises(ValueError, match=named) as caught:
+        build_optimizer(TinyGPT(), **{"lr": 1e-3, **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_trainable_parameters_is_refused():
+    with pytest.raises(ValueError, match="trainable"):
+        build_optimizer(TinyGPT().requires_grad_(False), "olion", lr=1e-3)

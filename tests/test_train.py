@@ -1,0 +1,224 @@
+"""nanoGPT/train.py end to end, on a corpus and a model that take seconds."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import UserError
+from common.config import parse_config
+from common.launch import Launch
+from common.runlog import read_metrics
+from nanoGPT import train as training
+from nanoGPT.data import load
+from nanoGPT.train import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = """
+steps = 12
+log_every = 1
+wandb = "disabled"
+device = "cpu"
+[model]
+n_layer = 2
+n_head = 2
+n_embd = 32
+context = 32
+vocab_size = 0
+[data]
+folder = "{corpus}"
+batch_size = 4
+micro_batch = 4
+[optimizer]
+lr = 4e-3
+adamw_lr = 2e-3
+[schedule]
+warmup = 3
+[eval]
+every = 4
+windows = 10
+[checkpoint]
+every = 4
+"""
+TIMINGS = {"step_ms", "optimizer_ms", "tokens_per_second", "peak_memory_mb"}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    text = folder / "text.txt"
+    text.write_text("\n".join(f"def f{i}(x): return x * {i} + {i * i % 97}" for i in range(2000)))
+    run_module("nanoGPT.prepare", str(text), "--out", str(folder / "tokens"))
+    return folder / "tokens"
+
+
+@pytest.fixture
+def tiny(tmp_path, corpus) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY.format(corpus=corpus))
+    return path
+
+
+def run_module(module: str, *arguments: str, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+    launcher = ["-m", module]
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", module]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def train(config: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
+    out = str(config.parent / "runs")
+    return run_module("nanoGPT.train", str(config), "--out", out, *arguments, **options)
+
+
+def run_folder(config: Path) -> Path:
+    (folder,) = (config.parent / "runs" / "default").iterdir()
+    return folder
+
+
+def curves(config: Path) -> list[dict]:
+    lines = read_metrics(run_folder(config))
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+
+
+@pytest.mark.parametrize("optimizer", ["olion", "muon", "adamuon", "lion", "adamw"])
+def test_resume_after_kill_9_matches_the_uninterrupted_run_bit_for_bit(tiny, tmp_path, corpus, optimizer):
+    choice = ("--optimizer.name", optimizer)
+    train(tiny, *choice)
+    whole = curves(tiny)
+    assert whole[-1]["val/loss"] < whole[0]["val/loss"]
+
+    killed = tmp_path / "killed" / "tiny.toml"
+    killed.parent.mkdir()
+    killed.write_text(tiny.read_text())
+    command = [sys.executable, "-m", "nanoGPT.train", str(killed), "--out", str(killed.parent / "runs"), *choice]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(killed.parent.glob("runs/default/*/checkpoints/step-*")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(curves(killed)) < len(whole), "the run ended before it could be killed"
+    train(killed, *choice, "--resume")
+    assert curves(killed) == whole
+
+
+def test_two_ranks_match_one_process_at_the_same_global_batch(tiny):
+    train(tiny)
+    one = curves(tiny)
+    run_folder(tiny).rename(tiny.parent / "one")
+    train(tiny, "--data.micro_batch", "1", ranks=2)
+    two = curves(tiny)
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    # fp32 sums in another order; a flipped sign of a near-zero entry of OLion moves one weight by 2 lr x 0.2.
+    for a, b in zip(one, two, strict=True):
+        assert a["train/loss" if "train/loss" in a else "val/loss"] == pytest.approx(
+            b["train/loss" if "train/loss" in b else "val/loss"], abs=1e-4
+        )
+        if "val/loss" in a:
+            assert a["val/loss"] == pytest.approx(b["val/loss"], abs=1e-4)
+    assert one[0]["val/loss"] == pytest.approx(two[0]["val/loss"], abs=1e-6)
+
+
+def test_sigterm_saves_a_checkpoint_that_resume_continues(tiny):
+    command = [sys.executable, "-m", "nanoGPT.train", str(tiny), "--out", str(tiny.parent / "runs"), "--steps", "2000"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    metrics = tiny.parent / "runs" / "default"
+    while process.poll() is None and not any(
+        path.read_text().count("\n") > 2 for path in metrics.glob("*/metrics.jsonl")
+    ):
+        time.sleep(0.01)
+    process.terminate()
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "--resume continues" in printed
+    step = curves(tiny)[-1]["step"]
+    assert (run_folder(tiny) / "checkpoints" / f"step-{step:08d}").is_dir()
+    train(tiny, "--steps", str(step + 2), "--resume")
+    assert [line["step"] for line in curves(tiny)] == list(range(step + 3))
+
+
+def test_run_of_the_same_name_is_moved_aside_not_overwritten(tiny):
+    train(tiny, "--steps", "4")
+    first = curves(tiny)
+    train(tiny, "--steps", "4", "--checkpoint.every", "0")
+    (old,) = (tiny.parent / "runs" / "default.old").iterdir()
+    assert [line["step"] for line in read_metrics(old)] == [line["step"] for line in first]
+    assert (old / "checkpoints" / "step-00000004").is_dir()
+    assert not (run_folder(tiny) / "checkpoints").exists()
+
+
+def test_non_finite_steps_are_skipped_counted_and_end_the_run_with_the_checkpoint_intact(tiny, monkeypatch):
+    settings = parse_config(Config, [str(tiny), "--out", str(tiny.parent / "runs"), "--steps", "100"])
+    honest, losses = training.accumulate_gradient, []
+
+    def sometimes_nan(*arguments):
+        losses.append(honest(*arguments))
+        return losses[-1] if len(losses) in (1, 2, 3, 4, 6) else math.nan  # step 5, then from 7 on
+
+    monkeypatch.setattr(training, "accumulate_gradient", sometimes_nan)
+    alone = Launch(0, 0, 1, torch.device("cpu"))
+    with pytest.raises(UserError, match="the 10 steps up to 16 had none"):
+        training.train(training.fit_vocabulary(settings), alone)
+    lines = {line["step"]: line for line in read_metrics(run_folder(tiny))}
+    assert [lines[step]["skipped"] for step in (4, 5, 6, 7, 15)] == [0, 1, 1, 2, 10]
+    # Nothing moved the weights after step 6, and the checkpoints of steps 8 and 12 are whole.
+    assert lines[8]["val/loss"] == lines[12]["val/loss"] != lines[4]["val/loss"]
+    monkeypatch.undo()
+    train(tiny, "--steps", "13", "--resume")
+    assert math.isfinite(curves(tiny)[-1]["train/loss"])
+
+
+def test_finished_file_holds_the_last_validation(tiny):
+    train(tiny)
+    finished = json.loads((run_folder(tiny) / "finished.json").read_text())
+    assert finished["step"] == 12
+    assert finished["val_loss"] == curves(tiny)[-1]["val/loss"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--optimizer.name", "olio"], "did you mean 'olion'?"),
+        (["--optimizer.name", "muon", "--optimizer.betas", "0.9", "0.95"], "muon has no option 'betas'"),
+        (["--optimizer.learning_rate", "1"], "unknown flag '--optimizer.learning_rate'"),
+        (["--data.folder", "/nowhere"], "nanoGPT.prepare"),
+        (["--model.context", "100000"], "context"),
+        (["--model.vocab_size", "200"], "vocabulary of 257"),
+        (["--optimizer.lr", "-1"], "lr must be 0 or more"),
+    ],
+)
+def test_bad_input_refuses_in_one_line(tiny, arguments, said):
+    done = train(tiny, *arguments, check=False)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert said in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_resume_refuses_another_optimizer_option(tiny):
+    train(tiny, "--steps", "4")
+    done = train(tiny, "--resume", "--optimizer.weight_decay", "0.5", check=False)
+    assert done.returncode == 1
+    assert "optimizer.weight_decay of the checkpoint, 0.1; got 0.5" in done.stderr
+
+
+def test_defaults_match_the_paper():
+    config = Config()
+    assert config.data.batch_size * config.model.context == 491_520
+    assert (config.steps, config.schedule.warmup, config.schedule.floor, config.clip) == (20_000, 2000, 0.1, 1.0)
+
+
+def test_corpus_of_the_fixture_is_whole(corpus):
+    assert len(load(corpus, "val")) > 10 * 33
