@@ -40,7 +40,11 @@ def whole_step(params: Tensors, grads: Tensors, state: dict[str, Tensors], group
         state["exp_avg_sq"],
         max_exp_avg_sqs=[],
         state_steps=state["step"],
-        fused=all(param.device.type in _FUSED_DEVICES for param in params),
+        fused=all(
+            # The fused kernel walks memory: a gradient laid out otherwise than its parameter would be misread.
+            param.device.type in _FUSED_DEVICES and param.stride() == grad.stride()
+            for param, grad in zip(params, grads, strict=True)
+        ),
         amsgrad=False,
         maximize=False,
         beta1=beta1,

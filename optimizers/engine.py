@@ -69,7 +69,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _update(self, params: list[Tensor], group: dict) -> None:
         rule = rule_named(group["rule"])
-        grads = [param.grad for param in params]
+        grads = [param.grad.to(torch.promote_types(param.grad.dtype, _state_dtype(param, group))) for param in params]
         names = rule.state + rule.scalars
         state = {name: [self.state[param][name] for param in params] for name in names}
         if rule.whole_step:
@@ -86,22 +86,36 @@ class RuleOptimizer(torch.optim.Optimizer):
         torch._foreach_add_(params, directions, alpha=-lr)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load a state dict of the same rules over the same tensors; ValueError, changing nothing, for another one."""
-        ours, theirs = ([group.get("rule") for group in groups] for groups in
-                        (self.param_groups, state_dict["param_groups"]))  # fmt: skip
+        """Load a state dict of the same rules over the same tensors; ValueError, changing nothing, for another one.
+
+        State keeps the dtype, device and memory that it was built with.
+        """
+        saved_ids = [each for group in state_dict["param_groups"] for each in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        saved = dict(zip(params, (state_dict["state"].get(each, {}) for each in saved_ids), strict=False))
+        self._refuse_other(state_dict["param_groups"], saved)
+        state = self.state
+        super().load_state_dict({**state_dict, "state": {}})  # the groups; torch would cast state to the weights' dtype
+        self.state = state
+        for param, buffers in saved.items():
+            for name, buffer in buffers.items():
+                self.state[param][name].copy_(buffer)
+
+    def _refuse_other(self, saved_groups: list[dict], saved: dict[Tensor, dict[str, Tensor]]) -> None:
+        ours, theirs = ([(group.get("rule"), len(group["params"])) for group in groups]
+                        for groups in (self.param_groups, saved_groups))  # fmt: skip
         if ours != theirs:
             raise ValueError(
-                f"the state must be of the rules {ours}, one a param group; got {theirs}; "
+                f"the state must be of param groups (rule, parameters) {ours}; got {theirs}; "
                 "build the optimizer that the state was saved from"
             )
-        super().load_state_dict(state_dict)
-        # torch casts state to the parameter's dtype and leaves "step" where it was saved.
-        for group in self.param_groups:
-            rule = rule_named(group["rule"])
-            for param in group["params"]:
-                for name, value in self.state[param].items():
-                    dtype = torch.float32 if name in rule.scalars else _state_dtype(param, group)
-                    self.state[param][name] = value.to(param.device, dtype)
+        for number, (param, buffers) in enumerate(saved.items()):
+            ours, theirs = ({name: tuple(buffer.shape) for name, buffer in state.items()}
+                            for state in (self.state[param], buffers))  # fmt: skip
+            if ours != theirs:
+                raise ValueError(
+                    f"the state of parameter {number} must be {ours}; got {theirs}; load it into the model it is of"
+                )
 
     def state_size(self) -> int:
         """Return the bytes of state that this process holds."""
@@ -120,16 +134,13 @@ def _state_dtype(param: Tensor, group: dict) -> torch.dtype:
 
 
 def _check(group: dict, rule: UpdateRule) -> None:
-    _require(float(group["lr"]) >= 0, "lr", "0 or more", group["lr"])
-    _require(group["weight_decay"] >= 0, "weight_decay", "0 or more", group["weight_decay"])
-    for name in ("momentum", "betas"):
-        values = group.get(name, ())
-        values = values if isinstance(values, tuple | list) else (values,)
-        _require(all(0 <= value < 1 for value in values), name, "in [0, 1)", group.get(name))
-    if "betas" in rule.defaults:
-        _require(len(group["betas"]) == 2, "betas", "two numbers", group["betas"])
-    for name in ("eps", "scale"):
-        _require(group.get(name, 0) >= 0, name, "0 or more", group.get(name))
+    for name in ("lr", "weight_decay", "eps", "scale"):
+        value = group.get(name, 0.0)
+        _require(isinstance(value, int | float | Tensor) and value >= 0, name, "a number, 0 or more", value)
+    betas = group.get("betas", (0.0, 0.0))
+    _require(isinstance(betas, tuple | list) and len(betas) == 2, "betas", "two numbers in [0, 1)", betas)
+    for name, value in [("betas", betas[0]), ("betas", betas[1]), ("momentum", group.get("momentum", 0.0))]:
+        _require(isinstance(value, int | float) and 0 <= value < 1, name, "in [0, 1)", value)
     if rule.check:
         rule.check(group)
     for position, param in enumerate(group["params"]):
@@ -145,7 +156,7 @@ def _check(group: dict, rule: UpdateRule) -> None:
 
 def _require(holds: bool, name: str, wanted: str, got) -> None:
     if not holds:
-        raise ValueError(f"{name} must be {wanted}; got {got}")
+        raise ValueError(f"{name} must be {wanted}; got {got!r}")
 
 
 def _refuse_unknown(options, known, rule: str) -> None:

@@ -119,8 +119,10 @@ def steps_of(ns_coefficients: str | Sequence, ns_steps: int) -> list[Triple]:
             raise ValueError(f"ns_coefficients must be one of {', '.join(COEFFICIENTS)}; got {ns_coefficients!r}{hint}")
         triples = COEFFICIENTS[ns_coefficients]
         return [triples[min(i, len(triples) - 1)] for i in range(ns_steps)]
-    rows = [ns_coefficients] if all(isinstance(c, int | float) for c in ns_coefficients) else ns_coefficients
-    if any(len(row) != 3 for row in rows) or len(rows) not in (1, ns_steps):
+    rows = ns_coefficients if isinstance(ns_coefficients, tuple | list) else ()
+    rows = [rows] if all(isinstance(entry, int | float) for entry in rows) else rows
+    whole = all(isinstance(row, tuple | list) and len(row) == 3 for row in rows)
+    if not whole or len(rows) not in (1, ns_steps):
         raise ValueError(
             f"ns_coefficients must be a name, one triple (a, b, c) or {ns_steps} triples (one a step); "
             f"got {ns_coefficients!r}"
@@ -139,6 +141,8 @@ def flops(
 ) -> float:
     """Return the floating-point operations of orthogonalizing one (m, n) matrix: two a multiplication."""
     triples = steps_of(ns_coefficients, ns_steps)
+    if form not in ("auto", "plain", "gram"):
+        raise ValueError(f"operations are counted for the forms auto, plain and gram; got {form!r}")
     if form == "auto":
         return min(flops(m, n, ns_steps, each, triples, dtype, device) for each in ("plain", "gram"))
     m, n = min(m, n), max(m, n)

@@ -35,8 +35,8 @@ def roles_of(model: nn.Module, roles: Mapping[str, str] | None = None) -> dict[s
     """Return the role of every trainable parameter, by name.
 
     Args:
-        model: any module. An output head is a Linear that shares an embedding's weight or has its shape
-            (vocabulary, width).
+        model: any module. An output head is a Linear that shares an embedding's weight, or the model's last Linear
+            where that has an embedding's shape, (vocabulary, width).
         roles: {name pattern: role}, as "*.gate": "matrix"; it goes before what is found here.
 
     Raises ValueError for a pattern or role that fits nothing, and for a tensor of two or more dimensions outside
@@ -54,21 +54,23 @@ def roles_of(model: nn.Module, roles: Mapping[str, str] | None = None) -> dict[s
     if unused:
         raise ValueError(f"roles: {unused[0]!r} fits no trainable parameter{closest(unused[0], trainable)}")
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    heads = [linear for linear in last if any(linear.weight.shape == table.shape for table in tables)]
     owners = {param: module for module in model.modules() for param in module.parameters(recurse=False)}
     found = {}
     for name, param in trainable.items():
         declared = [role for pattern, role in roles.items() if fnmatchcase(name, pattern)]
-        found[name] = declared[0] if declared else _role(name, param, owners[param], tables)
+        found[name] = declared[0] if declared else _role(name, param, owners[param], tables, heads)
     return found
 
 
-def _role(name: str, param: nn.Parameter, owner: nn.Module, tables: list[nn.Parameter]) -> str:
+def _role(name: str, param: nn.Parameter, owner: nn.Module, tables: list[nn.Parameter], heads: list[nn.Module]) -> str:
     if param.ndim < 2:
         return "vector"
     if any(param is table for table in tables):
         return "embedding"
     if isinstance(owner, nn.Linear):
-        return "head" if any(param.shape == table.shape for table in tables) else "matrix"
+        return "head" if owner in heads else "matrix"
     if isinstance(owner, nn.modules.conv._ConvNd):
         return "matrix"
     raise ValueError(

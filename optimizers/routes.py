@@ -24,6 +24,8 @@ def matrix_shape(shape: torch.Size, qkv_split: int = 1, as_matrices: str | None 
         dimensions are one, as for a convolution's (out, in, height, width)).
     """
     said = f"shape {tuple(shape)}"
+    if as_matrices not in (None, "batch", "flatten"):
+        raise ValueError(f"as_matrices must be None, 'batch' or 'flatten'; got {as_matrices!r}")
     if len(shape) < 2:
         raise ValueError(f"a matrix rule needs 2 or more dimensions, got {said}; give it to AdamW")
     if len(shape) == 2:

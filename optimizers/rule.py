@@ -36,7 +36,8 @@ class UpdateRule:
         state: names of the buffers, each of its parameter's shape, layout and (unless `state_dtype`) dtype.
         scalars: names of 0-dimensional float32 buffers.
         prepare: (grads, state, group) -> directions. Elementwise, on my shard; state[name] is a list beside grads and
-            may be written to, grads may not, and what is returned must be new tensors.
+            may be written to, grads may not, and what is returned must be new tensors. Gradients come in the wider
+            of their own dtype and the state's.
         direct: (stack (batch, m, n), group) -> (batch, m, n), on whole matrices, stateless. None: elementwise rule.
         refine: (directions, state, group, route) -> directions. Elementwise, on my shard; may write to directions.
             `route.shapes` are the (batch, m, n) of whole matrices, `route.rescale` needs the whole matrix's norm.
@@ -90,7 +91,7 @@ def signature_defaults(face: Callable) -> dict[str, Any]:
 def ema(averages: Tensors, values: Tensors, decay: float) -> Tensors:
     """Move each average towards its value, average <- decay average + (1 - decay) value, and return copies.
 
-    An average kept in a narrower dtype is widened for the arithmetic and rounded once, when it is stored.
+    values come in the wider dtype of gradient and state: a narrower average is rounded once, when it is stored.
     """
     fresh = [average.to(value.dtype, copy=True) for average, value in zip(averages, values, strict=True)]
     torch._foreach_lerp_(fresh, values, 1 - decay)

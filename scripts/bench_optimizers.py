@@ -179,11 +179,11 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if options.repeats < 1:
         raise ValueError(f"repeats must be 1 or more; got {options.repeats}")
-    machine = machine()
-    where = machine["machine"]["gpus"][0] if options.device.startswith("cuda") else machine["machine"]["cpu"]
+    here = machine()
+    where = here["machine"]["gpus"][0] if options.device.startswith("cuda") else here["machine"]["cpu"]
     threads = torch.get_num_threads()
     print(f"{where}, {threads} threads, torch {torch.__version__}, median of {options.repeats} rounds")
-    record = {**machine, "device": options.device, "threads": threads, "repeats": options.repeats, "shapes": {}}
+    record = {**here, "device": options.device, "threads": threads, "repeats": options.repeats, "shapes": {}}
     for name in options.shapes:
         shapes = matrix_shapes(name, options.layers)
         rows = summary(measure(options, shapes))
