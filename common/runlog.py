@@ -24,14 +24,16 @@ def run_name(optimizer: str, lr: float, seed: int, adamw_lr: float | None = None
 
     `adamw_lr` is the rate of the AdamW part (embeddings, head, norms), named where it differs from `lr`.
     """
-    rest = "" if adamw_lr is None or adamw_lr == lr else f"-adamw{_shortest(adamw_lr)}"
-    return f"{optimizer}-lr{_shortest(lr)}{rest}-s{seed}"
+    rest = "" if adamw_lr is None or adamw_lr == lr else f"-adamw{shortest(adamw_lr)}"
+    return f"{optimizer}-lr{shortest(lr)}{rest}-s{seed}"
 
 
-def _shortest(value: float) -> str:
+def shortest(value: float) -> str:
     """Write 0.016 as 1.6e-2: one spelling for a rate, short, and the same on every machine."""
+    if not value:
+        return "0"
     number = Decimal(repr(float(value)))
-    exponent = number.adjusted() if number else 0
+    exponent = number.adjusted()
     return f"{number.scaleb(-exponent).normalize()}e{exponent}"
 
 

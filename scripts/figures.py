@@ -12,45 +12,20 @@ import json
 import math
 import statistics
 import sys
-import zlib
 from dataclasses import asdict, dataclass
 from itertools import cycle, groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # before pyplot: no display on a training machine
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from common.figure import label_ends, markdown, mean_and_spread, new_figure, rate, save, style_of
 from common.launch import main_guard
 from common.runlog import read_metrics
 
-
-class Style(NamedTuple):
-    label: str
-    color: str
-    marker: str
-    width: float = 1.8  # points
-    weight: str = "normal"
-
-
-# One look an optimizer in every figure of the project. OLion has Okabe and Ito's vermilion; the others were searched
-# around that set's hues for colours that stay apart (27 or more in CIELAB) under Machado, Oliveira and Fernandes'
-# simulations (2009) of the three kinds of colour blindness, and read on white. Markers serve grey print.
-STYLES = {
-    "olion": Style("OLion", "#D55E00", "o", 3.2, "bold"),
-    "muon": Style("Muon", "#0A48C8", "s"),
-    "adamuon": Style("AdaMuon", "#06A07E", "^"),
-    "lion": Style("Lion", "#B04FAE", "D"),
-    "adamw": Style("AdamW", "#2B2B2B", "v"),
-}
-OTHERS = ("#A6761D", "#332288", "#7A9A01", "#882255")  # rules added later, until they get a line above
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))  # several lines of one optimizer
-INK, FAINT = "#222222", "#6E6E6E"
 NAMES = {
     "val/loss": "validation loss, nats a token",
     "val/bits_per_byte": "validation loss, bits a byte",
@@ -116,20 +91,6 @@ class Line:
             names = ", ".join(run.name for run in self.runs)
             raise ValueError(f"a mean needs points that all seeds share; {names} share none: draw them apart")
         return np.array(shared), np.array([[curve[x] for x in shared] for curve in curves])
-
-
-def style_of(optimizer: str) -> Style:
-    """The look of an optimizer, the same in every figure; a rule without one gets a colour by its name."""
-    fallback = Style(optimizer, OTHERS[zlib.crc32(optimizer.encode()) % len(OTHERS)], "P")
-    return STYLES.get(optimizer.lower(), fallback)
-
-
-def rate(lr: float | None) -> str:
-    """A learning rate as people write it: 6e-4, 1.6e-2."""
-    if not lr:
-        return "–" if lr is None else "0"
-    digits, exponent = f"{lr:.6e}".split("e")
-    return f"{float(digits):g}e{int(exponent)}"
 
 
 def method(config: dict, prefix: str = "") -> dict[str, Any]:
@@ -224,61 +185,6 @@ def group_lines(runs: list[Run]) -> list[Line]:
     return lines
 
 
-def spread(positions: list[float], gap: float) -> np.ndarray:
-    """Moves labels apart along one axis until neighbours are `gap` away, keeping their order."""
-    order = np.argsort(positions, kind="stable")
-    placed = np.array(positions, dtype=float)[order]
-    for _ in range(300):  # each pass halves an overlap; a dozen labels settle well before
-        overlap = np.maximum(gap - np.diff(placed), 0) / 2
-        placed[:-1] -= overlap
-        placed[1:] += overlap
-    return placed[np.argsort(order)]
-
-
-def new_figure(title: str, subtitle: str, rows: int = 1):
-    """A figure in the project's look: (figure, [panel, ...]); legible at 800 pixels, half of what is saved."""
-    plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 12, "axes.edgecolor": FAINT})
-    height = 1.0 + 3.8 * rows  # inches
-    figure, axes = plt.subplots(rows, 1, figsize=(8, height), sharey=True, squeeze=False)
-    figure.subplots_adjust(left=0.09, top=1 - 1.0 / height, bottom=0.62 / height, hspace=0.3)
-    figure.text(0.02, 1 - 0.17 / height, title, fontsize=15, fontweight="bold", color=INK, va="top")
-    figure.text(0.02, 1 - 0.5 / height, subtitle, fontsize=11, color=FAINT, va="top")
-    for panel in axes[:, 0]:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(axis="y", color="#E4E4E4", linewidth=0.8)
-        panel.set_axisbelow(True)
-        panel.tick_params(colors=INK, length=3)
-    return figure, list(axes[:, 0])
-
-
-def label_ends(panel, ends: list[tuple[float, float, str, str]]) -> None:
-    """Writes (x, y, text, optimizer) right of the panel, apart from each other, tied to the line's end."""
-    longest = max(len(text) for _, _, text, _ in ends)
-    panel.figure.subplots_adjust(right=max(0.5, 0.945 - 0.0108 * longest))  # a letter is about 1 % of the width
-    bottom, top = panel.get_ylim()
-    heights = [min(max(y, bottom), top) for _, y, _, _ in ends]
-    places = spread(heights, gap=(top - bottom) * 0.072)  # a line of text
-    for (x, _, text, optimizer), height, place in zip(ends, heights, places, strict=True):
-        style = style_of(optimizer)
-        panel.annotate(
-            text,
-            xy=(x, height),
-            xytext=(1.035, (place - bottom) / (top - bottom)),
-            textcoords="axes fraction",
-            color=style.color,
-            fontweight=style.weight,
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": style.color, "linewidth": 0.7, "alpha": 0.6, "shrinkA": 1},
-        )
-
-
-def save(figure, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=200)
-    plt.close(figure)
-
-
 def draw(lines: list[Line], out: Path, title: str, metric: str, x: str, ylim: tuple[float, float] | None) -> None:
     """The curves, cut so that the end of training fills the picture, the final values written at their ends."""
     counts = {len(line.runs) for line in lines}
@@ -300,26 +206,11 @@ def draw(lines: list[Line], out: Path, title: str, metric: str, x: str, ylim: tu
     margin = (max(late) - min(late)) * 0.1 or 0.05
     panel.set_ylim(*(ylim or (min(late) - margin, max(late) + margin)))
     panel.set_xlim(0, longest)
-    panel.set_xlabel(x.replace("_", " "), color=INK)
+    panel.set_xlabel(x.replace("_", " "))
     panel.xaxis.set_major_formatter(EngFormatter(sep="") if longest >= 1e5 else "{x:,.6g}")
     panel.xaxis.set_major_locator(MaxNLocator(6, integer=longest > 6))
     label_ends(panel, ends)
     save(figure, out)
-
-
-def mean_and_spread(values: list[float]) -> str:
-    """'1.678 ± 0.004 (3 seeds)': the mean and the sample standard deviation."""
-    mean = f"{statistics.fmean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f} ({len(values)} seeds)" if len(values) > 1 else mean
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table that is also aligned as plain text."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    body = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in body
-    )
 
 
 def table(lines: list[Line]) -> str:

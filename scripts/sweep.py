@@ -27,20 +27,10 @@ from matplotlib.ticker import NullLocator
 from tqdm import tqdm
 
 from common import UserError
+from common.figure import STYLES, label_ends, markdown, mean_and_spread, new_figure, rate, save, style_of
 from common.launch import StopRequest, main_guard
 from common.runlog import run_name
-from scripts.figures import (
-    STYLES,
-    label_ends,
-    markdown,
-    mean_and_spread,
-    method,
-    new_figure,
-    rate,
-    read_config,
-    save,
-    style_of,
-)
+from scripts.figures import method, read_config
 
 KEY = ("config", "optimizer", "lr", "adamw_lr", "seed")  # what makes a recorded run another run
 SWEPT = {"optimizer.name", "optimizer.lr", "optimizer.adamw_lr", "seed"}

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from common import figure
 from common.launch import main_guard
 from scripts import figures
 
@@ -91,22 +92,22 @@ def test_table_matches_last_values_and_medians(tmp_path):
 
 
 def test_looks_are_one_a_rule_and_stay_for_unknown_rules():
-    assert len({style.color for style in figures.STYLES.values()}) == len(figures.STYLES)
-    assert figures.style_of("OLion") == figures.STYLES["olion"]
-    assert figures.style_of("polargrad") == figures.style_of("polargrad")
-    assert figures.style_of("polargrad").label == "polargrad"
+    assert len({style.color for style in figure.STYLES.values()}) == len(figure.STYLES)
+    assert figure.style_of("OLion") == figure.STYLES["olion"]
+    assert figure.style_of("polargrad") == figure.style_of("polargrad")
+    assert figure.style_of("polargrad").label == "polargrad"
 
 
 @pytest.mark.parametrize(
     "lr, text", [(6e-4, "6e-4"), (1.6e-2, "1.6e-2"), (1.0, "1e0"), (0.0, "0"), (None, "–"), (0.008, "8e-3")]
 )
 def test_rate_matches_how_people_write_it(lr, text):
-    assert figures.rate(lr) == text
+    assert figure.rate(lr) == text
 
 
 def test_labels_are_spread_to_the_gap_in_their_order():
     positions = [1.0, 5.0, 1.02, 0.99, 1.01]
-    placed = figures.spread(positions, gap=0.1)
+    placed = figure.spread(positions, gap=0.1)
     assert list(np.argsort(placed)) == list(np.argsort(positions))
     assert np.diff(np.sort(placed)).min() > 0.099  # the passes approach the gap from below
     assert placed[1] == 5.0
