@@ -33,7 +33,7 @@ def start(folder, **options):
         (("adamw", 0.5, 0), "adamw-lr5e-1-s0"),
         (("adamw", 0.1 + 0.2, 0), "adamw-lr3.0000000000000004e-1-s0"),
         (("adamw", 10, 0), "adamw-lr1e1-s0"),
-        (("adamw", 0, 0), "adamw-lr0e0-s0"),
+        (("adamw", 0, 0), "adamw-lr0-s0"),
     ],
 )
 def test_run_name_matches_the_form(arguments, name):
