@@ -105,5 +105,8 @@ def mix(values: Tensors, averages: Tensors, weight: float) -> Tensors:
 
 
 def sign(tensors: Tensors) -> Tensors:
-    """Return the entrywise sign; sign(0) = 0, and NaN stays NaN (torch.sign makes it 0, which hides a divergence)."""
-    return [tensor.sign().add_(tensor * 0) for tensor in tensors]
+    """Return the entrywise sign; sign(0) = 0, and what is not finite becomes NaN.
+
+    torch.sign makes NaN 0, which would hide a divergence.
+    """
+    return [tensor.sign().add_(tensor, alpha=0) for tensor in tensors]

@@ -13,8 +13,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from common.config import parse_config
 from nanoGPT import data, prepare
 from nanoGPT.prepare import Prepare
+from nanoGPT.train import Config
 
 END = "<|endoftext|>"
 
@@ -256,3 +258,18 @@ def test_openwebtext_refuses_unreachable_merges_before_it_downloads(tmp_path, mo
     monkeypatch.setattr("tiktoken.get_encoding", unreachable)
     with pytest.raises(FileNotFoundError, match="TIKTOKEN_CACHE_DIR"):
         prepare.prepare(Prepare("openwebtext", tmp_path / "c"), lambda: pytest.fail("downloaded first"))
+
+
+def test_config_names_the_corpus_that_is_prepared_once(tmp_path):
+    config = parse_config(Config, ["--data.folder", str(tmp_path / "stdlib")])
+    folder = prepare.prepare_for(config)
+    assert data.read_meta(folder)["source"] == "stdlib"
+    before = (folder / "meta.json").stat().st_mtime_ns
+    assert prepare.prepare_for(config) == folder
+    assert (folder / "meta.json").stat().st_mtime_ns == before
+
+
+def test_config_of_an_own_corpus_that_is_missing_refuses_and_says_how_to_make_it(tmp_path):
+    config = parse_config(Config, ["--data.folder", str(tmp_path / "mine")])
+    with pytest.raises(FileNotFoundError, match=r"nanoGPT\.prepare"):
+        prepare.prepare_for(config)

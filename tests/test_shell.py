@@ -1,0 +1,50 @@
+"""The shell scripts, as a new user runs them: in a checkout of their own, without anything prepared."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("common", "nanoGPT", "optimizers", "scripts")
+QUICK = ("--steps", "2", "--eval.windows", "4", "--data.batch_size", "2", "--wandb", "disabled")
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "requirements.txt", tmp_path)
+    return tmp_path
+
+
+def bash(checkout: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
+    settings = os.environ | {"PYTHON": sys.executable, **environment}
+    return subprocess.run(["bash", *command], cwd="/", env=settings, capture_output=True, text=True, timeout=300)
+
+
+def test_run_script_trains_each_optimizer_and_draws_from_any_folder(checkout):
+    done = bash(checkout, str(checkout / "nanoGPT/run.sh"), *QUICK, OPTIMIZERS="olion adamw", LR="2e-3", SEED="3")
+    assert done.returncode == 0, done.stderr
+    runs = {path.name for path in (checkout / "runs/nanogpt/stdlib").iterdir()}
+    assert len(runs) == 2 and all("-lr2e-3-" in run and run.endswith("-s3") for run in runs)
+    assert "| OLion " in done.stdout and "| AdamW " in done.stdout
+    assert (checkout / "images/nanogpt_stdlib.png").stat().st_size > 10_000
+    assert (checkout / "images/nanogpt_stdlib.json").exists()
+
+
+def test_run_script_starts_one_process_a_rank_and_stops_at_the_first_failure(checkout):
+    done = bash(checkout, str(checkout / "nanoGPT/run.sh"), *QUICK, OPTIMIZERS="lion olio muon", NGPU="2")
+    assert done.returncode != 0
+    assert "did you mean 'olion'?" in done.stderr
+    (run,) = (checkout / "runs/nanogpt/stdlib").iterdir()
+    assert run.name.startswith("lion")
+
+
+def test_setup_refuses_an_interpreter_without_the_requirements(checkout):
+    done = bash(checkout, str(checkout / "scripts/setup.sh"), PYTHON="/bin/false")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: PYTHON=/bin/false must have what requirements.txt lists")
