@@ -62,6 +62,7 @@ def save(
         partial = on_main(lambda: prepare(folder, step))
         with _no_warning():
             dcp.save(state, storage_writer=dcp.FileSystemWriter(partial), no_dist=not dist.is_initialized())
+        on_main(lambda: _refuse_missing(partial))
         final = on_main(lambda: finish(partial, step, contents))
     except FAILURES as error:
         reason = f"{_cause(error)} ({free_space(folder)})"
@@ -228,6 +229,13 @@ def _read(path: Path, live: dict[str, Tensor], groups: Groups) -> dict[str, Any]
     with _no_warning():
         dcp.load(staged, storage_reader=reader, no_dist=not dist.is_initialized())
     return staged
+
+
+def _refuse_missing(partial: Path) -> None:
+    """Raise OSError where a rank on another machine wrote its part to a disk of its own."""
+    for item in dcp.FileSystemReader(partial).read_metadata().storage_data.values():
+        if not (partial / item.relative_path).is_file():
+            raise OSError(f"another rank's {item.relative_path} is not there: all ranks must share one file system")
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ def main_guard(main: Callable[[], None]) -> None:
         if sys.flags.dev_mode or not for_the_user:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        sys.exit(getattr(error, "exit_status", 1))
 
 
 def _raised_here(error: Exception) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import netrc
 import os
 import platform
@@ -164,7 +165,8 @@ class RunLog:
 
 
 def _number(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value  # torch and numpy scalars
+    value = value.item() if hasattr(value, "item") else value  # torch and numpy scalars
+    return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN
 
 
 def _write_aside(path: Path, text: str) -> None:

@@ -132,7 +132,7 @@ def batch(
     *,
     seed: int,
     step: int,
-    sequences: slice | tuple[int, int],
+    sequences: slice,
     global_batch: int,
     context: int,
     device: torch.device | str = "cpu",
@@ -143,9 +143,8 @@ def batch(
     accumulation steps share it, and a resumed run continues with the batches it would have had.
     """
     check_length(tokens, context)
-    start, stop = (sequences.start, sequences.stop) if isinstance(sequences, slice) else sequences
     offsets = np.random.default_rng([seed, step]).integers(len(tokens) - context, size=global_batch)
-    return windows(tokens, offsets[start:stop], context, device)
+    return windows(tokens, offsets[sequences], context, device)
 
 
 def validation_windows(tokens: TokenFile, *, count: int, context: int) -> np.ndarray:
@@ -222,5 +221,7 @@ def written_aside(folder: Path) -> Iterator[Path]:
             folder.rename(old)
         partial.rename(folder)
     finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)  # the new one did not get its name: back to the one before
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -3,23 +3,26 @@
 #   bash nanoGPT/run.sh                                        a small GPT on Python's own source: minutes, anywhere
 #   bash nanoGPT/run.sh nanoGPT/configs/gpt2_small.toml        GPT-2 on OpenWebText, on all GPUs of this machine
 #   OPTIMIZERS="olion muon" LR=1e-3 bash nanoGPT/run.sh        some optimizers, one rate
-#   bash nanoGPT/run.sh --resume --steps 1000                  any knob of nanoGPT/train.py, passed on
-#   NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=host0:29500 bash nanoGPT/run.sh nanoGPT/configs/gpt2_xl.toml   on each node
+#   bash nanoGPT/run.sh --model.n_layer 6 --steps 1000         any knob of nanoGPT/train.py, passed on
+#   bash nanoGPT/run.sh --resume                               what an interruption left undone
+# On several nodes that share a file system: set up and prepare once (the first lines of another run, on one node), then
+#   NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=host0:29500 bash nanoGPT/run.sh nanoGPT/configs/gpt2_xl.toml    NODE_RANK=1 on host1
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # The knobs that are changed first. Empty means: as the config says.
 OPTIMIZERS=${OPTIMIZERS:-olion muon adamuon lion adamw}
-SCALE=${SCALE:-}           # stdlib, gpt2_small, gpt2_medium, gpt2_large or gpt2_xl: a file of nanoGPT/configs
-LR=${LR:-}                 # peak learning rate of the matrices, for every optimizer
-BATCH=${BATCH:-}           # sequences a step, over all GPUs
-MICRO_BATCH=${MICRO_BATCH:-} # sequences on one GPU at once
+SCALE=${SCALE:-}             # stdlib, gpt2_small, gpt2_medium, gpt2_large or gpt2_xl: a file of nanoGPT/configs
+LR=${LR:-}                   # peak learning rate of the matrices, for every optimizer
+BATCH=${BATCH:-}             # sequences a step, over all GPUs
+MICRO_BATCH=${MICRO_BATCH:-} # most sequences on one GPU at once
 SEED=${SEED:-}
+GROUP=${GROUP:-}             # runs/nanogpt/GROUP holds the runs, and the picture shows all of them; the config's name
 
 # The machines.
-NGPU=${NGPU:-}             # processes on this machine; empty: one a GPU, or one on a CPU
+NGPU=${NGPU:-}               # processes on this machine; empty: one a GPU, or one on a CPU
 NNODES=${NNODES:-1}
-NODE_RANK=${NODE_RANK:-0}
+NODE_RANK=${NODE_RANK:-0}    # node 0 prepares and draws
 RDZV_ENDPOINT=${RDZV_ENDPOINT:-localhost:0} # host:port of node 0; port 0 takes a free one, for a single node
 
 CONFIG=nanoGPT/configs/${SCALE:-stdlib}.toml
@@ -27,24 +30,54 @@ if [[ $# -gt 0 && "$1" != -* ]]; then
   CONFIG=$1
   shift
 fi
-GROUP=${GROUP:-$(basename "$CONFIG" .toml)} # runs/nanogpt/GROUP holds the runs, and the picture shows all of them
+GROUP=${GROUP:-$(basename "$CONFIG" .toml)}
+for argument in "$@"; do
+  case $argument in
+    --group* | --out*) echo "error: the picture is of runs/nanogpt/GROUP; set GROUP instead of $argument" >&2; exit 1 ;;
+  esac
+done
+if [[ "$NNODES" -gt 1 && "$RDZV_ENDPOINT" == localhost:0 ]]; then
+  echo "error: NNODES=$NNODES needs one RDZV_ENDPOINT=host:port on all nodes, the host being one of them" >&2
+  exit 1
+fi
 PYTHON=$(bash scripts/setup.sh)
 NGPU=${NGPU:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 
-flags=()
+flags=("$@" --group "$GROUP")
 [[ -z "$LR" ]] || flags+=(--optimizer.lr "$LR")
-[[ -z "$BATCH" ]] || flags+=(--data.batch-size "$BATCH")
-[[ -z "$MICRO_BATCH" ]] || flags+=(--data.micro-batch "$MICRO_BATCH")
+[[ -z "$BATCH" ]] || flags+=(--data.batch_size "$BATCH")
+[[ -z "$MICRO_BATCH" ]] || flags+=(--data.micro_batch "$MICRO_BATCH")
 [[ -z "$SEED" ]] || flags+=(--seed "$SEED")
 
-launcher=("$PYTHON")
-if [[ "$NGPU" -gt 1 || "$NNODES" -gt 1 ]]; then
-  launcher=("$PYTHON" -m torch.distributed.run --nproc-per-node "$NGPU" --nnodes "$NNODES" --node-rank "$NODE_RANK"
-    --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT")
-fi
+case " $* " in *" --help "* | *" -h "*) exec "$PYTHON" -m nanoGPT.train "$CONFIG" --help ;; esac
+[[ "$NODE_RANK" -gt 0 ]] || "$PYTHON" -m nanoGPT.prepare "$CONFIG" "${flags[@]}"
 
-"$PYTHON" -m nanoGPT.prepare "$CONFIG" "${flags[@]}" "$@"
+# A signal reaches the training, which saves and leaves; then this script leaves too.
+stopped=""
+child=""
+trap 'stopped=yes; [[ -z "$child" ]] || kill -TERM "$child" 2>/dev/null || true' INT TERM
+
+diverged=""
 for optimizer in $OPTIMIZERS; do
-  "${launcher[@]}" -m nanoGPT.train "$CONFIG" --optimizer.name "$optimizer" --group "$GROUP" "${flags[@]}" "$@"
+  launcher=("$PYTHON")
+  if [[ "$NGPU" -gt 1 || "$NNODES" -gt 1 ]]; then
+    launcher=("$PYTHON" -m torch.distributed.run --nproc-per-node "$NGPU" --nnodes "$NNODES"
+      --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "$GROUP-$optimizer")
+  fi
+  "${launcher[@]}" -m nanoGPT.train "$CONFIG" --optimizer.name "$optimizer" "${flags[@]}" &
+  child=$!
+  status=0
+  wait "$child" || status=$?
+  while kill -0 "$child" 2>/dev/null; do # a trapped signal ends `wait` before the training has ended
+    status=0
+    wait "$child" || status=$?
+  done
+  [[ -z "$stopped" ]] || exit 143
+  case $status in
+    0) ;;
+    3) diverged+=" $optimizer" ;; # nanoGPT.train's word for it: a result, and no reason to skip the others
+    *) exit "$status" ;;
+  esac
 done
-"$PYTHON" -m scripts.figures "runs/nanogpt/$GROUP" --out "images/nanogpt_$GROUP.png"
+[[ "$NODE_RANK" -gt 0 ]] || "$PYTHON" -m scripts.figures "runs/nanogpt/$GROUP" --out "images/nanogpt_$GROUP.png"
+[[ -z "$diverged" ]] || echo "diverged:$diverged (see the error above; a lower learning rate helps)" >&2

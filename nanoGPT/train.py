@@ -9,8 +9,11 @@ run repeats, bit for bit, what it would have done uninterrupted.
 """
 
 import contextlib
+import itertools
 import json
 import math
+import signal
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -31,7 +34,21 @@ from optimizers.rule import rule_named
 
 # Dense bf16 peaks of NVIDIA's data sheets, for MFU.
 PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
+DIVERGED_STATUS = 3  # of the process, so that a script can tell a diverged run from one that could not be run
 MAX_SKIPPED = 10  # non-finite steps in a row after which a run is lost; fp16's loss scale recovers within these
+
+
+class Diverged(UserError):
+    """Training whose losses or gradients stay non-finite."""
+
+    exit_status = DIVERGED_STATUS
+
+
+def at_least(least: int, section: object, *names: str) -> None:
+    """Refuse numbers below `least`, and NaN."""
+    for name in names:
+        if not getattr(section, name) >= least:
+            raise UserError(f"{name} must be {least} or more; got {getattr(section, name)}")
 
 
 @dataclass(frozen=True)
@@ -43,7 +60,10 @@ class DataConfig:
     batch_size: int = 480
     """Sequences a step, over all ranks and micro-batches: 480 x 1,024 tokens in the paper."""
     micro_batch: int = 40
-    """Sequences that one rank takes through the model at once; lower it if memory runs out, the result stays."""
+    """Most sequences that one rank takes through the model at once; lower it if memory runs out, the result stays."""
+
+    def __post_init__(self):
+        at_least(1, self, "batch_size", "micro_batch")
 
 
 @dataclass(frozen=True)
@@ -73,7 +93,7 @@ class OptimizerConfig:
     state_dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the momentum; None is the parameters'."""
     split_qkv: bool = False
-    """Orthogonalize the query, key and value blocks of the fused weight apart."""
+    """Orthogonalize the query, key and value blocks of the fused weight apart; lion and adamw have nothing to split."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +107,10 @@ class ScheduleConfig:
     floor: float = 0.1
     """Fraction of the peak at the end; a fraction, so that a swept rate scales its whole schedule."""
 
+    def __post_init__(self):
+        at_least(0, self, "warmup")
+        multiplier(0, steps=1, **vars(self))  # refuses the rest
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -97,6 +121,9 @@ class EvalConfig:
     windows: int = 1000
     """Windows of one context each, evenly spaced over val.bin."""
 
+    def __post_init__(self):
+        at_least(1, self, "every", "windows")
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
@@ -106,6 +133,10 @@ class CheckpointConfig:
     """Steps between checkpoints, and one at the end; 0 writes none."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+
+    def __post_init__(self):
+        at_least(0, self, "every")
+        at_least(1, self, "keep")
 
 
 @dataclass(frozen=True)
@@ -143,15 +174,17 @@ class Config:
     resume: bool = False
     """Continue from the newest checkpoint of this run; without it, an earlier run's folder is moved aside."""
 
+    def __post_init__(self):
+        at_least(1, self, "steps", "log_every")
+        at_least(0, self, "clip")
+
 
 def main() -> None:
-    """Read the configuration, train, and leave the process group whatever happens."""
+    """Read the configuration and train."""
     settings = fit_vocabulary(config.parse_config(Config))
     ranks = launch.start(settings.device)
-    try:
-        train(settings, ranks)
-    finally:
-        launch.stop()
+    train(settings, ranks)
+    launch.stop()  # not after a failure: it waits for ranks that may be waiting for this one
 
 
 def train(settings: Config, ranks: launch.Launch) -> None:
@@ -164,15 +197,18 @@ def train(settings: Config, ranks: launch.Launch) -> None:
     model, network = build_model(settings, ranks)
     optimizer = build(settings.optimizer, model, lr)
     peaks = [group["lr"] for group in optimizer.param_groups]
+    launch.seed_all(settings.seed + ranks.rank)  # the weights are drawn; dropout differs from rank to rank
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision(settings, ranks) == torch.float16)
 
     step, skipped, in_a_row = 0, 0, 0
     if settings.resume:
-        same_experiment(checkpoint.read_extra(folder / "checkpoints"), settings)
+        same_experiment(launch.on_main(lambda: checkpoint.read_extra(folder / "checkpoints")), settings)
         if saved := checkpoint.load(folder / "checkpoints", model, optimizer):
             step, skipped, in_a_row = saved["step"], saved["skipped"], saved["in_a_row"]
             scaler.load_state_dict(saved["scaler"])
-    elif ranks.is_main:
+        elif ranks.is_main:
+            print(f"no checkpoint in {folder}: starting at step 0")
+    if step == 0 and ranks.is_main:
         move_aside(folder)
     runlog = RunLog(
         folder,
@@ -213,12 +249,14 @@ def train(settings: Config, ranks: launch.Launch) -> None:
             step += 1
             timer.stop()
             if in_a_row == MAX_SKIPPED:
-                raise UserError(
+                if ranks.is_main:
+                    finish(folder, step, {})
+                raise Diverged(
                     f"training needs finite losses and gradients, and the {in_a_row} steps up to {step} had none; "
-                    "lower the learning rate, or --resume from the last checkpoint, which is intact"
+                    "start anew with a lower learning rate (this run's last checkpoint is intact)"
                 )
 
-            asked, last, metrics = stop.agreed(ranks), step == settings.steps, {}
+            last, metrics = step == settings.steps, {}
             if step % settings.log_every == 0 or last:
                 metrics = {"train/loss": loss, "lr": lr * rate, "grad_norm": norm, "skipped": skipped}
                 metrics |= speed(timer.medians(), model, settings, ranks)
@@ -227,18 +265,20 @@ def train(settings: Config, ranks: launch.Launch) -> None:
             if metrics:
                 runlog.log(step, {"tokens": step * settings.data.batch_size * settings.model.context, **metrics})
                 bar.set_postfix({key: f"{metrics[key]:.4f}" for key in ("train/loss", "val/loss") if key in metrics})
+            asked = stop.agreed(ranks)
             if settings.checkpoint.every and (step % settings.checkpoint.every == 0 or last or asked):
                 extra = {"config": config.to_dict(settings), "scaler": scaler.state_dict()}
                 extra |= {"skipped": skipped, "in_a_row": in_a_row}
                 checkpoint.save(folder / "checkpoints", step, model, optimizer, extra, settings.checkpoint.keep)
             if last and ranks.is_main:
-                final = {"step": step, "val_loss": metrics["val/loss"], "bits_per_byte": metrics["val/bits_per_byte"]}
-                (folder / "finished.json").write_text(json.dumps(final) + "\n")
+                finish(folder, step, metrics)
             bar.update()
     bar.close()
     runlog.finish()
-    if ranks.is_main and step < settings.steps:
-        print(f"stopped at step {step} of {settings.steps}; the same command with --resume continues")
+    if step < settings.steps:
+        if ranks.is_main:
+            print(f"stopped at step {step} of {settings.steps}; the same command with --resume continues")
+        sys.exit(128 + signal.SIGTERM)
 
 
 def peak_lr(settings: OptimizerConfig) -> float:
@@ -260,11 +300,13 @@ def fit_vocabulary(settings: Config) -> Config:
 
 def open_corpus(settings: Config, ranks: launch.Launch) -> dict[str, data.TokenFile]:
     """Open both splits, checked against the model and the batch."""
-    if settings.data.batch_size % ranks.world_size:
+    if settings.data.batch_size < ranks.world_size:
         raise UserError(
-            f"data.batch_size must be a multiple of the {ranks.world_size} ranks; got {settings.data.batch_size}"
+            f"data.batch_size must be a sequence a rank or more, for {ranks.world_size} ranks; "
+            f"got {settings.data.batch_size}; raise it or set NGPU"
         )
-    corpus = {split: data.load(settings.data.folder, split, verify=ranks.is_main) for split in ("train", "val")}
+    verify = ranks.local_rank == 0  # one a machine: each may have its own copy
+    corpus = {split: data.load(settings.data.folder, split, verify=verify) for split in ("train", "val")}
     for tokens in corpus.values():
         data.check_length(tokens, settings.model.context)
     data.check_vocabulary(data.read_meta(settings.data.folder), settings.model.vocab_size)
@@ -274,7 +316,10 @@ def open_corpus(settings: Config, ranks: launch.Launch) -> dict[str, data.TokenF
 def build_model(settings: Config, ranks: launch.Launch) -> tuple[GPT, nn.Module]:
     """Return the model, and the network that trains it: the model compiled or under DDP, as asked."""
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, for what autocast leaves in fp32
-    model = GPT.from_huggingface(settings.init_from) if settings.init_from else GPT(settings.model)
+    if settings.init_from:  # the weights may be stored in half precision
+        model = GPT.from_huggingface(settings.init_from, dropout=settings.model.dropout).float()
+    else:
+        model = GPT(settings.model)
     if settings.init_from and model.config != settings.model:
         raise UserError(f"[model] must describe {settings.init_from}: {model.config}; got {settings.model}")
     network = model.to(ranks.device)
@@ -326,25 +371,26 @@ def accumulate_gradient(
 ) -> float:
     """Leave the gradient of the global batch's mean loss in the parameters, and return that loss."""
     network.train()
-    rows = settings.data.batch_size // ranks.world_size
-    first = ranks.rank * rows
+    batch_size = settings.data.batch_size
+    first, end = (batch_size * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
+    pieces = -(-(end - first) // settings.data.micro_batch)
+    bounds = [first + (end - first) * piece // pieces for piece in range(pieces + 1)]  # equal, for torch.compile
     total = torch.zeros((), device=ranks.device)
-    for start in range(0, rows, settings.data.micro_batch):
-        stop = min(start + settings.data.micro_batch, rows)
+    for start, stop in itertools.pairwise(bounds):
         inputs, targets = data.batch(  # (b, T) each
             tokens,
             seed=settings.seed,
             step=step,
-            sequences=slice(first + start, first + stop),
-            global_batch=settings.data.batch_size,
+            sequences=slice(start, stop),
+            global_batch=batch_size,
             context=settings.model.context,
             device=ranks.device,
         )
-        synchronize = stop == rows or ranks.world_size == 1  # the ranks' gradients meet once a step
+        synchronize = stop == end or ranks.world_size == 1  # the ranks' gradients meet once a step
         with contextlib.nullcontext() if synchronize else network.no_sync():
             with autocast(settings, ranks):
                 _, loss = network(inputs, targets)
-            loss = loss * ((stop - start) / rows)
+            loss = loss * ((stop - start) * ranks.world_size / batch_size)  # DDP takes the ranks' mean
             scaler.scale(loss).backward()
         total += loss.detach()
     return launch.all_reduce_sum([total.item() / ranks.world_size], ranks)[0]
@@ -380,18 +426,27 @@ def speed(medians: tuple[float, float], model: GPT, settings: Config, ranks: lau
 
 
 def same_experiment(saved: dict | None, settings: Config) -> None:
-    """Refuse to resume with another model, corpus or optimizer than the checkpoint's; steps and the rest may change."""
+    """Refuse to resume with another model, corpus or optimizer than the checkpoint's; length and logs may change."""
     if saved is None:
         return
-    now = config.to_dict(settings)
+    was, now = saved["config"], config.to_dict(settings)
+    pairs = {name: (was.get(name), now[name]) for name in ("clip", "dtype", "init_from")}
     for section in ("model", "data", "optimizer", "schedule"):
-        for key, value in now[section].items():
-            was = saved["config"][section].get(key)
-            if was != value and key not in ("micro_batch", "tuned_lr"):
-                raise UserError(
-                    f"--resume needs the {section}.{key} of the checkpoint, {was}; got {value}; "
-                    "set it back, or start anew without --resume"
-                )
+        pairs |= {f"{section}.{key}": (was[section].get(key), value) for key, value in now[section].items()}
+    for name in ("data.micro_batch", "optimizer.lr", "optimizer.tuned_lr"):  # the rate is in the run's name
+        del pairs[name]
+    for name, (old, new) in pairs.items():
+        if old != new:
+            raise UserError(
+                f"--resume needs the {name} of the checkpoint, {old}; got {new}; set it back, or start anew without "
+                "--resume"
+            )
+
+
+def finish(folder: Path, step: int, metrics: dict[str, float]) -> None:
+    """Mark a run as over, with its last validation; without metrics, as diverged."""
+    end = {"step": step, "val_loss": metrics.get("val/loss"), "bits_per_byte": metrics.get("val/bits_per_byte")}
+    (folder / "finished.json").write_text(json.dumps({**end, "diverged": not metrics}) + "\n")
 
 
 if __name__ == "__main__":

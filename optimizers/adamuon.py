@@ -6,10 +6,11 @@ Si, Zhang and Shen, "AdaMuon: Adaptive Muon Optimizer", arXiv 2507.11005.
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .engine import RuleOptimizer
-from .polar import check_options, orthogonalize_group
+from .polar import check_options, orthogonalize
 from .rule import Tensors, UpdateRule, ema, register, sign, signature_defaults
 
 
@@ -40,6 +41,7 @@ def AdaMuon(
         lr: step size; D has RMS `scale`.
         momentum: decay of M and of V.
         eps: added to sqrt(V).
+        state_dtype: dtype of M and V; None is the parameter's.
         Others: as in `OLion`.
 
     Raises ValueError, when built, for values out of range and tensors that are not matrices.
@@ -53,6 +55,12 @@ def AdaMuon(
 def prepare(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
     """Return the sign of the averaged gradient."""
     return sign(ema(state["momentum"], grads, group["momentum"]))
+
+
+def direct(stack: Tensor, group: dict) -> Tensor:
+    """Orthogonalize the signs; the group's eps is the second moment's."""
+    options = group["ns_steps"], group["ns_coefficients"]
+    return orthogonalize(stack, *options, dtype=group["ns_dtype"], form=group["ns_form"])
 
 
 def refine(directions: Tensors, state: dict[str, Tensors], group: dict, route) -> Tensors:
@@ -70,7 +78,7 @@ register(
         defaults=signature_defaults(AdaMuon),
         state=("momentum", "second_moment"),
         prepare=prepare,
-        direct=lambda stack, group: orthogonalize_group(stack, {**group, "eps": 1e-7}),  # its eps is V's
+        direct=direct,
         refine=refine,
         check=check_options,
     )

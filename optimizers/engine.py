@@ -82,7 +82,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         if rule.refine:
             directions = rule.refine(directions, state, group, route)
         lr = float(group["lr"])
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         torch._foreach_add_(params, directions, alpha=-lr)
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -137,6 +138,10 @@ def _check(group: dict, rule: UpdateRule) -> None:
     for name in ("lr", "weight_decay", "eps", "scale"):
         value = group.get(name, 0.0)
         _require(isinstance(value, int | float | Tensor) and value >= 0, name, "a number, 0 or more", value)
+    for name in ("ns_dtype", "state_dtype"):
+        value = group.get(name)
+        real = isinstance(value, torch.dtype) and value.is_floating_point
+        _require(value is None or real, name, "a floating-point torch.dtype or None", value)
     betas = group.get("betas", (0.0, 0.0))
     _require(isinstance(betas, tuple | list) and len(betas) == 2, "betas", "two numbers in [0, 1)", betas)
     for name, value in [("betas", betas[0]), ("betas", betas[1]), ("momentum", group.get("momentum", 0.0))]:

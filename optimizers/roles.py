@@ -101,7 +101,8 @@ def build_optimizer(
         adamw_lr: the rest's; None is `lr`, as in the paper.
         weight_decay: of every tensor that is decayed.
         adamw_betas, adamw_eps: of the rest.
-        qkv_split: {name pattern: k}: a fused weight that is orthogonalized as k row blocks, {"*.c_attn.weight": 3}.
+        qkv_split: {name pattern: k}: a fused weight that is orthogonalized as k row blocks, {"*.c_attn.weight": 3};
+            without effect on elementwise rules.
         roles: {name pattern: role} where the model's own say is to be overruled; see `roles_of`.
         options: the rule's own, over the paper's configuration (`PAPER`), over its defaults.
 
@@ -114,7 +115,9 @@ def build_optimizer(
     found = roles_of(model, roles)
     params = dict(model.named_parameters())
     matrices = [each for each, role in found.items() if role == "matrix"]
-    split = _blocks_of(matrices, qkv_split or {}) if rule.direct else dict.fromkeys(matrices, 1)
+    split = _blocks_of(matrices, qkv_split or {})
+    if not rule.direct:  # nothing to split
+        split = dict.fromkeys(matrices, 1)
     options = {"weight_decay": weight_decay, **PAPER.get(name, {}), **options}
     rest = {
         "rule": "adamw",

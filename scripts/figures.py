@@ -149,7 +149,7 @@ def summarize(lines: list[dict]) -> dict[str, float]:
 def read_run(folder: Path, metric: str, x: str) -> Run | None:
     """One run, or None, said on stderr, when it has no point to draw."""
     lines = read_metrics(folder)
-    drawn = [line for line in lines if all(math.isfinite(line.get(key, math.nan)) for key in (x, metric))]
+    drawn = [line for line in lines if all(line.get(key) is not None for key in (x, metric))]
     if not drawn:
         print(f"left out: {folder} has no {metric} against {x} (yet)", file=sys.stderr)
         return None

@@ -6,7 +6,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [[ -n "${PYTHON:-}" ]]; then
-  "$PYTHON" -c 'import torch, tyro, tqdm' || {
+  "$PYTHON" -c 'import matplotlib, numpy, tiktoken, torch, tqdm, tyro
+assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11), "torch 2.11 or newer is required"' || {
     echo "error: PYTHON=$PYTHON must have what requirements.txt lists; run: $PYTHON -m pip install -r requirements.txt" >&2
     exit 1
   }
@@ -29,7 +30,11 @@ if [[ ! -x "$python" ]] || ! cmp -s requirements.txt "$stamp"; then
     exit 1
   fi
   echo "setting up .venv with $("$base" --version) (minutes the first time)" >&2
-  [[ -x "$python" ]] || "$base" -m venv .venv
+  [[ -x "$python" ]] || "$base" -m venv .venv || {
+    rm -rf .venv
+    echo "error: $base must be able to make a venv (on Debian: apt install python3-venv); or set PYTHON" >&2
+    exit 1
+  }
   # torch alone first: with it in place, no other package can choose another build of it.
   "$python" -m pip install --quiet "$(grep -o '^torch==[^ ]*' requirements.txt)" >&2
   "$python" -m pip install --quiet -r requirements.txt >&2

@@ -152,9 +152,10 @@ def planned_steps(options: Options) -> int | None:
 
 
 def finished(folder: Path, steps: int | None) -> bool:
-    """finished.json is written at the very end of a run; a run of another length was another sweep's."""
+    """finished.json is written when a run ends or diverges; a run of another length was another sweep's."""
     mark = folder / "finished.json"
-    return mark.exists() and steps in (None, json.loads(mark.read_text())["step"])
+    end = json.loads(mark.read_text()) if mark.exists() else None
+    return end is not None and (end.get("diverged", False) or steps in (None, end["step"]))
 
 
 def outcome(options: Options, trial: Trial, error: str | None = None) -> dict:
@@ -217,7 +218,7 @@ def last_words(log: Path) -> str:
 
 def ended(options: Options, trial: Trial, status: int, steps: int | None) -> dict:
     """The outcome of a run whose process has ended."""
-    if status == 0 and finished(trial.folder(options), steps):
+    if status >= 0 and finished(trial.folder(options), steps):
         return outcome(options, trial)
     killed = f"error: killed by signal {-status}"
     return outcome(options, trial, killed if status < 0 else last_words(options.logs / f"{trial.name}.log"))
@@ -241,8 +242,7 @@ def train(options: Options) -> list[str]:
                 trial = running.pop(process)
                 entry = ended(options, trial, process.returncode, steps)
                 add(options.record, entry)
-                if entry["error"] and "finite" not in entry["error"]:  # a divergence is a result
-                    failures.append(trial.name)
+                failures += [trial.name] if entry["error"] else []
                 loss = "diverged" if entry["val_loss"] is None else f"{entry['val_loss']:.4f}"
                 bar.set_postfix_str(f"{trial.name}: {entry['error'] or loss}"[:80])
                 bar.update()

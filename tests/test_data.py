@@ -96,7 +96,7 @@ def test_tokenizer_refuses_another_name():
 
 def test_batch_matches_the_windows_that_numpys_generator_draws():
     tokens = counting(5000)
-    inputs, targets = data.batch(tokens, seed=7, step=3, sequences=(0, 6), global_batch=6, context=32)
+    inputs, targets = data.batch(tokens, seed=7, step=3, sequences=slice(0, 6), global_batch=6, context=32)
     offsets = np.random.default_rng([7, 3]).integers(0, 5000 - 32, size=6)
     assert inputs.tolist() == [list(range(offset, offset + 32)) for offset in offsets]
     assert torch.equal(targets, inputs + 1)
@@ -108,13 +108,13 @@ def test_batch_matches_the_global_batch_however_it_is_shared(ranks):
     drawn = dict(seed=1, step=9, global_batch=12, context=16)
     whole, _ = data.batch(counting(3000), sequences=slice(0, 12), **drawn)
     share = 12 // ranks
-    parts = [data.batch(counting(3000), sequences=(r * share, (r + 1) * share), **drawn)[0] for r in range(ranks)]
+    parts = [data.batch(counting(3000), sequences=slice(r * share, (r + 1) * share), **drawn)[0] for r in range(ranks)]
     assert torch.equal(torch.cat(parts), whole)
 
 
 def test_batch_differs_between_steps_and_between_seeds():
     def draw(seed, step):
-        return data.batch(counting(3000), seed=seed, step=step, sequences=(0, 4), global_batch=4, context=8)[0]
+        return data.batch(counting(3000), seed=seed, step=step, sequences=slice(0, 4), global_batch=4, context=8)[0]
 
     assert torch.equal(draw(1, 1), draw(1, 1))
     assert not torch.equal(draw(1, 1), draw(1, 2)) and not torch.equal(draw(1, 1), draw(2, 1))
@@ -122,7 +122,7 @@ def test_batch_differs_between_steps_and_between_seeds():
 
 
 def test_batch_draws_every_window_from_the_first_to_the_last():
-    inputs, targets = data.batch(counting(12), seed=0, step=0, sequences=(0, 99), global_batch=99, context=8)
+    inputs, targets = data.batch(counting(12), seed=0, step=0, sequences=slice(0, 99), global_batch=99, context=8)
     assert inputs[:, 0].unique().tolist() == [0, 1, 2, 3]
     assert targets.max() == 11
 
@@ -158,7 +158,7 @@ def test_windows_on_a_gpu_match_those_on_the_cpu():
 
 def test_short_files_are_refused_with_what_a_window_needs():
     for draw in (
-        lambda: data.batch(counting(16), seed=0, step=0, sequences=(0, 1), global_batch=1, context=16),
+        lambda: data.batch(counting(16), seed=0, step=0, sequences=slice(0, 1), global_batch=1, context=16),
         lambda: data.validation_windows(counting(16), count=1, context=16),
     ):
         with pytest.raises(ValueError, match="context \\+ 1 = 17 tokens, holds 16"):

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,21 @@ def test_run_script_starts_one_process_a_rank_and_stops_at_the_first_failure(che
     assert "did you mean 'olion'?" in done.stderr
     (run,) = (checkout / "runs/nanogpt/stdlib").iterdir()
     assert run.name.startswith("lion")
+
+
+def test_run_script_passes_sigterm_on_and_leaves_after_the_checkpoint(checkout):
+    command = ["bash", str(checkout / "nanoGPT/run.sh"), "--wandb", "disabled", "--eval.windows", "4"]
+    environment = os.environ | {"PYTHON": sys.executable, "OPTIMIZERS": "olion muon"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    metrics = "runs/nanogpt/stdlib/*/metrics.jsonl"
+    while process.poll() is None and not any(path.read_text().count("\n") > 1 for path in checkout.glob(metrics)):
+        time.sleep(0.05)
+    process.terminate()
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert "--resume continues" in printed
+    (run,) = (checkout / "runs/nanogpt/stdlib").iterdir()
+    assert list(run.glob("checkpoints/step-*"))
 
 
 def test_setup_refuses_an_interpreter_without_the_requirements(checkout):

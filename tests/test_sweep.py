@@ -31,7 +31,10 @@ if name == "broken":
     print("step 1\\rstep 2\\nerror: the corpus is missing\\nbye")
     sys.exit(1)
 if name == "hopeless":
-    sys.exit("error: training needs finite losses")
+    end = {"step": 40, "val_loss": None, "bits_per_byte": None, "diverged": True}
+    (folder / "finished.json").write_text(json.dumps(end))
+    print("error: training needs finite losses")
+    sys.exit(3)
 if name == "endless":
     time.sleep(600)
 loss = 1 + abs(float(lr) - 4e-3) * 100 + int(seed) / 1000 if name != "lost" else float("nan")
@@ -121,6 +124,8 @@ def test_diverged_run_is_null_and_does_not_fail_the_sweep(monkeypatch, capsys):
     losses = {run["optimizer"]: run["val_loss"] for run in recorded()}
     assert losses == {"lost": None, "hopeless": None, "olion": pytest.approx(2.337)}
     assert capsys.readouterr().out.count("diverged or failed") == 2
+    run_sweep(monkeypatch, "--optimizers", "lost", "hopeless", "olion", "--lrs", "4e-3")
+    assert len(calls()) == 3, "a diverged run was trained again"
 
 
 def test_table_matches_whether_the_best_lies_inside_the_grid():
