@@ -62,6 +62,13 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def at_least(least: float, section: Any, *names: str) -> None:
+    """Raise ConfigError for a field of a config that is below `least`, or NaN; for a section's __post_init__."""
+    for name in names:
+        if not getattr(section, name) >= least:
+            raise ConfigError(f"{name} must be {least} or more; got {getattr(section, name)}")
+
+
 # --- TOML files
 
 

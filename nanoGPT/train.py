@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import UserError, checkpoint, config, launch
+from common.config import at_least
 from common.runlog import RunLog, move_aside, run_name
 from common.schedule import multiplier
 from common.timer import Timer
@@ -42,13 +43,6 @@ class Diverged(UserError):
     """Training whose losses or gradients stay non-finite."""
 
     exit_status = DIVERGED_STATUS
-
-
-def at_least(least: int, section: object, *names: str) -> None:
-    """Refuse numbers below `least`, and NaN."""
-    for name in names:
-        if not getattr(section, name) >= least:
-            raise UserError(f"{name} must be {least} or more; got {getattr(section, name)}")
 
 
 @dataclass(frozen=True)
@@ -277,7 +271,8 @@ def train(settings: Config, ranks: launch.Launch) -> None:
     runlog.finish()
     if step < settings.steps:
         if ranks.is_main:
-            print(f"stopped at step {step} of {settings.steps}; the same command with --resume continues")
+            after = "the same command with --resume continues" if settings.checkpoint.every else "checkpoints are off"
+            print(f"stopped at step {step} of {settings.steps}; {after}")
         sys.exit(128 + signal.SIGTERM)
 
 
