@@ -55,7 +55,7 @@ FORMS = ("auto", "plain", "gram", "svd")
 # twenty times more for Jordan's, and runs of 5 (Jordan) and 3, 2 (Polar Express) diverge.
 _FIRST_LIMIT, _LATER_LIMIT = 1.2, 0.1
 
-_BLOCK = 192  # rows of a block of a symmetric product; smaller blocks lose more to call overhead than they save
+_BLOCK = 128  # rows of a block of a symmetric product; on two CPUs 64 and 256 were slower, in bf16 by a tenth
 
 
 def orthogonalize(
