@@ -300,7 +300,7 @@ def draw(curves: Curves, out: Path, title: str) -> None:
     for panel, part in zip(panels, parts, strict=True):
         panel.set_ylim(min(valleys) - margin, max(valleys) + margin)
         panel.set_xlabel(
-            "learning rate" + ("" if part is None else f" of the matrices; of the AdamW part {rate(part)}")
+            "learning rate of " + ("all tensors" if part is None else f"the matrices; of the AdamW part {rate(part)}")
         )
         draw_panel(panel, {optimizer: curve for (adamw_lr, optimizer), curve in curves.items() if adamw_lr == part})
     save(figure, out)
