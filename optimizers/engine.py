@@ -69,6 +69,10 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _update(self, params: list[Tensor], group: dict) -> None:
         rule = rule_named(group["rule"])
+        if any(param.grad.is_sparse for param in params):
+            raise ValueError(
+                f"{rule.name} needs dense gradients, got sparse ones; build the embedding with sparse=False"
+            )
         grads = [param.grad.to(torch.promote_types(param.grad.dtype, _state_dtype(param, group))) for param in params]
         names = rule.state + rule.scalars
         state = {name: [self.state[param][name] for param in params] for name in names}
@@ -103,25 +107,31 @@ class RuleOptimizer(torch.optim.Optimizer):
                 self.state[param][name].copy_(buffer)
 
     def _refuse_other(self, saved_groups: list[dict], saved: dict[Tensor, dict[str, Tensor]]) -> None:
-        ours, theirs = ([(group.get("rule"), len(group["params"])) for group in groups]
-                        for groups in (self.param_groups, saved_groups))  # fmt: skip
-        if ours != theirs:
+        required, got = _outline(self.param_groups), _outline(saved_groups)
+        if required != got:
             raise ValueError(
-                f"the state must be of param groups (rule, parameters) {ours}; got {theirs}; "
+                f"the state must be of param groups (rule, parameters) {required}; got {got}; "
                 "build the optimizer that the state was saved from"
             )
         for number, (param, buffers) in enumerate(saved.items()):
-            ours, theirs = ({name: tuple(buffer.shape) for name, buffer in state.items()}
-                            for state in (self.state[param], buffers))  # fmt: skip
-            if ours != theirs:
+            required, got = _shapes(self.state[param]), _shapes(buffers)
+            if required != got:
                 raise ValueError(
-                    f"the state of parameter {number} must be {ours}; got {theirs}; load it into the model it is of"
+                    f"the state of parameter {number} must be {required}; got {got}; load it into the model it is of"
                 )
 
     def state_size(self) -> int:
         """Return the bytes of state that this process holds."""
         buffers = [value for state in self.state.values() for value in state.values()]
         return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
+
+
+def _outline(groups: list[dict]) -> list[tuple[str | None, int]]:
+    return [(group.get("rule"), len(group["params"])) for group in groups]
+
+
+def _shapes(buffers: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(buffer.shape) for name, buffer in buffers.items()}
 
 
 def _new_state(param: Tensor, group: dict, rule: UpdateRule) -> dict[str, Tensor]:
@@ -154,7 +164,7 @@ def _check(group: dict, rule: UpdateRule) -> None:
             raise ValueError(f"{name}: parameters must be real floating-point tensors, got {param.dtype}; convert it")
         if rule.direct:
             try:
-                matrix_shape(param.shape, group["qkv_split"], group["as_matrices"])
+                matrix_shape(param.shape, group.get("qkv_split", 1), group.get("as_matrices"))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
 

@@ -48,7 +48,7 @@ class Local:
     """Whole matrices in this process: same shapes are stacked and done in one batch."""
 
     def __init__(self, params: Tensors, group: dict):
-        self.shapes = [matrix_shape(p.shape, group["qkv_split"], group["as_matrices"]) for p in params]
+        self.shapes = [matrix_shape(p.shape, group.get("qkv_split", 1), group.get("as_matrices")) for p in params]
 
     def direct(self, tensors: Tensors, direction: Callable[[Tensor], Tensor]) -> Tensors:
         """Return direction(matrices) of each tensor, in the tensor's own shape and dtype."""

@@ -40,7 +40,8 @@ class UpdateRule:
             of their own dtype and the state's.
         direct: (stack (batch, m, n), group) -> (batch, m, n), on whole matrices, stateless. None: elementwise rule.
         refine: (directions, state, group, route) -> directions. Elementwise, on my shard; may write to directions.
-            `route.shapes` are the (batch, m, n) of whole matrices, `route.rescale` needs the whole matrix's norm.
+            `route.shapes` are the (batch, m, n) of whole matrices, `route.rescale` needs the whole matrix's norm;
+            there is no route (None) where there is no `direct`.
         whole_step: (params, grads, state, group) -> None. Instead of the three, for an elementwise rule with a kernel
             that does the whole update at once, decay included.
         check: (group) -> None; raises ValueError for option values that the rule cannot take.
