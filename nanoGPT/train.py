@@ -220,9 +220,10 @@ def train(settings: Config, ranks: launch.Launch) -> None:
         runlog.log(0, first | evaluate(network, corpus["val"], settings, ranks))
 
     timer = Timer(ranks.device)
-    bar = tqdm(total=settings.steps, initial=step, desc=name, disable=not ranks.is_main, mininterval=1.0)
+    pace = 1.0 if sys.stderr.isatty() else 30.0  # seconds between two states of the bar; a log keeps them all
+    bar = tqdm(total=settings.steps, initial=step, desc=name, disable=not ranks.is_main, mininterval=pace)
     with launch.StopRequest() as stop:
-        asked = False
+        asked, shown = False, {}
         while step < settings.steps and not asked:
             timer.start()
             rate = multiplier(step, steps=settings.steps, **vars(settings.schedule))
@@ -258,7 +259,8 @@ def train(settings: Config, ranks: launch.Launch) -> None:
                 metrics |= evaluate(network, corpus["val"], settings, ranks)
             if metrics:
                 runlog.log(step, {"tokens": step * settings.data.batch_size * settings.model.context, **metrics})
-                bar.set_postfix({key: f"{metrics[key]:.4f}" for key in ("train/loss", "val/loss") if key in metrics})
+                shown |= {key: f"{metrics[key]:.4f}" for key in ("train/loss", "val/loss") if key in metrics}
+                bar.set_postfix(shown, refresh=False)
             asked = stop.agreed(ranks)
             if settings.checkpoint.every and (step % settings.checkpoint.every == 0 or last or asked):
                 extra = {"config": config.to_dict(settings), "scaler": scaler.state_dict()}
