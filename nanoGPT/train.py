@@ -313,6 +313,7 @@ def open_corpus(settings: Config, ranks: launch.Launch) -> dict[str, data.TokenF
 def build_model(settings: Config, ranks: launch.Launch) -> tuple[GPT, nn.Module]:
     """Return the model, and the network that trains it: the model compiled or under DDP, as asked."""
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, for what autocast leaves in fp32
+    torch.set_flush_denormal(True)  # saturated attention is subnormal: at too high a rate CPU steps took twice as long
     if settings.init_from:  # the weights may be stored in half precision
         model = GPT.from_huggingface(settings.init_from, dropout=settings.model.dropout).float()
     else:
