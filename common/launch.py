@@ -165,7 +165,7 @@ class StopRequest:
 
 
 def main_guard(main: Callable[[], None]) -> None:
-    """Run a program; an error that the user can act on becomes one `error: ...` line and exit status 1.
+    """Run a program; an error that the user can act on becomes one `error: ...` line and its exit_status, or 1.
 
     Such errors are UserError, OSError (files, network), and a ValueError that this repository raised itself. Any
     other exception is a bug and keeps its traceback; `python -X dev` shows the traceback of every one.

@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,6 +116,11 @@ def sha256(path: Path) -> str:
 def padded_vocabulary(meta: dict, multiple: int = 64) -> int:
     """Round a corpus' vocabulary up, to a shape that hardware likes: 64 turns GPT-2's 50,257 into 50,304."""
     return -(-meta["vocab_size"] // multiple) * multiple
+
+
+def fit_vocabulary(shape: Any, meta: dict) -> Any:
+    """Give a model config of vocabulary 0 the corpus', padded."""
+    return shape if shape.vocab_size else replace(shape, vocab_size=padded_vocabulary(meta))
 
 
 def check_vocabulary(meta: dict, vocab_size: int) -> None:

@@ -5,8 +5,9 @@
 #   OPTIMIZERS="olion muon" LR=1e-3 bash nanoGPT/run.sh        some optimizers, one rate
 #   bash nanoGPT/run.sh --model.n_layer 6 --steps 1000         any knob of nanoGPT/train.py, passed on
 #   bash nanoGPT/run.sh --resume                               what an interruption left undone
-# On several nodes that share a file system: set up and prepare once (the first lines of another run, on one node), then
-#   NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=host0:29500 bash nanoGPT/run.sh nanoGPT/configs/gpt2_xl.toml    NODE_RANK=1 on host1
+# On several nodes that share a file system: once, on one of them, `bash scripts/setup.sh` and
+# `.venv/bin/python -m nanoGPT.prepare openwebtext`; then on each, NODE_RANK being 1 on the second:
+#   NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=host0:29500 bash nanoGPT/run.sh nanoGPT/configs/gpt2_xl.toml
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

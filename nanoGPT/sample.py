@@ -6,7 +6,7 @@ The newest checkpoint of the run is used, and the tokenizer of the corpus that i
 """
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from common import checkpoint, launch
-from nanoGPT.data import padded_vocabulary, read_meta, tokenizer
+from nanoGPT.data import fit_vocabulary, read_meta, tokenizer
 from nanoGPT.model import GPT, GPTConfig
 
 
@@ -74,7 +74,7 @@ def load_run(run: Path) -> tuple[GPT, dict]:
     corpus = read_meta(settings["data"]["folder"])
     names = {field.name for field in fields(GPTConfig)}
     shape = GPTConfig(**{name: value for name, value in settings["model"].items() if name in names})
-    model = GPT(shape if shape.vocab_size else replace(shape, vocab_size=padded_vocabulary(corpus)))
+    model = GPT(fit_vocabulary(shape, corpus))
     if checkpoint.load(run / "checkpoints", model) is None:
         raise FileNotFoundError(f"{run / 'checkpoints'} must hold a checkpoint, holds none: train the run first")
     return model, corpus

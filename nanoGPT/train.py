@@ -35,14 +35,13 @@ from optimizers.rule import rule_named
 
 # Dense bf16 peaks of NVIDIA's data sheets, for MFU.
 PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
-DIVERGED_STATUS = 3  # of the process, so that a script can tell a diverged run from one that could not be run
 MAX_SKIPPED = 10  # non-finite steps in a row after which a run is lost; fp16's loss scale recovers within these
 
 
 class Diverged(UserError):
     """Training whose losses or gradients stay non-finite."""
 
-    exit_status = DIVERGED_STATUS
+    exit_status = 3  # tells a script, run.sh, a diverged run from one that could not be run
 
 
 @dataclass(frozen=True)
@@ -177,12 +176,14 @@ def main() -> None:
     """Read the configuration and train."""
     settings = fit_vocabulary(config.parse_config(Config))
     ranks = launch.start(settings.device)
-    train(settings, ranks)
+    finished = train(settings, ranks)
     launch.stop()  # not after a failure: it waits for ranks that may be waiting for this one
+    if not finished:
+        sys.exit(128 + signal.SIGTERM)
 
 
-def train(settings: Config, ranks: launch.Launch) -> None:
-    """Train until `settings.steps`, or until asked to stop."""
+def train(settings: Config, ranks: launch.Launch) -> bool:
+    """Train until `settings.steps`, or until asked to stop; returns whether the end was reached."""
     lr = peak_lr(settings.optimizer)
     name = run_name(settings.optimizer.name, lr, settings.seed, settings.optimizer.adamw_lr)
     folder = Path(settings.out, settings.group, name)
@@ -271,11 +272,10 @@ def train(settings: Config, ranks: launch.Launch) -> None:
             bar.update()
     bar.close()
     runlog.finish()
-    if step < settings.steps:
-        if ranks.is_main:
-            after = "the same command with --resume continues" if settings.checkpoint.every else "checkpoints are off"
-            print(f"stopped at step {step} of {settings.steps}; {after}")
-        sys.exit(128 + signal.SIGTERM)
+    if step < settings.steps and ranks.is_main:
+        after = "the same command with --resume continues" if settings.checkpoint.every else "checkpoints are off"
+        print(f"stopped at step {step} of {settings.steps}; {after}")
+    return step >= settings.steps
 
 
 def peak_lr(settings: OptimizerConfig) -> float:
@@ -289,10 +289,8 @@ def peak_lr(settings: OptimizerConfig) -> float:
 
 def fit_vocabulary(settings: Config) -> Config:
     """Give a model of vocabulary 0 the corpus', padded."""
-    if settings.model.vocab_size:
-        return settings
-    vocab_size = data.padded_vocabulary(data.read_meta(settings.data.folder))
-    return replace(settings, model=replace(settings.model, vocab_size=vocab_size))
+    meta = data.read_meta(settings.data.folder)
+    return replace(settings, model=data.fit_vocabulary(settings.model, meta))
 
 
 def open_corpus(settings: Config, ranks: launch.Launch) -> dict[str, data.TokenFile]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .checks import closest
-from .routes import Local, matrix_shape
+from .routes import Local, shape_in
 from .rule import UpdateRule, rule_named
 
 # Group keys that belong to the engine or to torch and its schedulers, not to a rule.
@@ -164,7 +164,7 @@ def _check(group: dict, rule: UpdateRule) -> None:
             raise ValueError(f"{name}: parameters must be real floating-point tensors, got {param.dtype}; convert it")
         if rule.direct:
             try:
-                matrix_shape(param.shape, group.get("qkv_split", 1), group.get("as_matrices"))
+                shape_in(group, param)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
 

@@ -44,11 +44,16 @@ def matrix_shape(shape: torch.Size, qkv_split: int = 1, as_matrices: str | None 
     )
 
 
+def shape_in(group: dict, param: Tensor) -> tuple[int, int, int]:
+    """Return the (batch, m, n) that a param group sees one of its parameters as."""
+    return matrix_shape(param.shape, group.get("qkv_split", 1), group.get("as_matrices"))
+
+
 class Local:
     """Whole matrices in this process: same shapes are stacked and done in one batch."""
 
     def __init__(self, params: Tensors, group: dict):
-        self.shapes = [matrix_shape(p.shape, group.get("qkv_split", 1), group.get("as_matrices")) for p in params]
+        self.shapes = [shape_in(group, param) for param in params]
 
     def direct(self, tensors: Tensors, direction: Callable[[Tensor], Tensor]) -> Tensors:
         """Return direction(matrices) of each tensor, in the tensor's own shape and dtype."""
