@@ -9,6 +9,7 @@ from .olion import OLion
 from .polar import orthogonalize
 from .roles import build_optimizer, roles_of
 from .rule import RULES, UpdateRule, register
+from .wire import count_bytes
 
 __all__ = [
     "RULES",
@@ -20,6 +21,7 @@ __all__ = [
     "RuleOptimizer",
     "UpdateRule",
     "build_optimizer",
+    "count_bytes",
     "orthogonalize",
     "register",
     "roles_of",

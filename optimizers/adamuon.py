@@ -6,6 +6,7 @@ Si, Zhang and Shen, "AdaMuon: Adaptive Muon Optimizer", arXiv 2507.11005.
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -28,6 +29,8 @@ def AdaMuon(
     state_dtype: torch.dtype | None = None,
     qkv_split: int = 1,
     as_matrices: str | None = None,
+    wire_dtype: torch.dtype | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> RuleOptimizer:
     """Build AdaMuon, for matrices.
 
@@ -42,6 +45,7 @@ def AdaMuon(
         momentum: decay of M and of V.
         eps: added to sqrt(V).
         state_dtype: dtype of M and V; None is the parameter's.
+        wire_dtype: in which directions travel between ranks; None is bfloat16.
         Others: as in `OLion`.
 
     Raises ValueError, when built, for values out of range and tensors that are not matrices.
@@ -63,13 +67,13 @@ def direct(stack: Tensor, group: dict) -> Tensor:
     return orthogonalize(stack, *options, dtype=group["ns_dtype"], form=group["ns_form"])
 
 
-def refine(directions: Tensors, state: dict[str, Tensors], group: dict, route) -> Tensors:
-    """Divide by the root of the second moment and rescale."""
+def refine(directions: Tensors, state: dict[str, Tensors], group: dict, shapes) -> Tensors:
+    """Divide by the root of the second moment."""
     squares = torch._foreach_mul(directions, directions)
     roots = torch._foreach_sqrt(ema(state["second_moment"], squares, group["momentum"]))
     torch._foreach_add_(roots, group["eps"])
     torch._foreach_div_(directions, roots)
-    return route.rescale(directions, group["scale"])
+    return directions
 
 
 register(
@@ -80,6 +84,7 @@ register(
         prepare=prepare,
         direct=direct,
         refine=refine,
+        rms="scale",
         check=check_options,
     )
 )

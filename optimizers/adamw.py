@@ -3,6 +3,7 @@
 Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101.
 """
 
+import torch.distributed as dist
 from torch.optim.adamw import adamw as torch_adamw
 from torch.optim.optimizer import ParamsT
 
@@ -19,6 +20,7 @@ def AdamW(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
+    process_group: dist.ProcessGroup | None = None,
 ) -> RuleOptimizer:
     """Build AdamW, for tensors of any shape; arguments and mathematics are torch.optim.AdamW's.
 

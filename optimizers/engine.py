@@ -1,13 +1,19 @@
 """The one torch.optim.Optimizer that runs every rule, param group by param group."""
 
 from collections.abc import Callable
+from itertools import compress
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
-from .checks import closest
-from .routes import Local, shape_in
+from .checks import closest, name_of
+from .layout import local_of
+from .owned import Owned
+from .plan import make_plan
+from .routes import Gathered, Local, shape_in
 from .rule import UpdateRule, rule_named
 
 # Group keys that belong to the engine or to torch and its schedulers, not to a rule.
@@ -21,19 +27,29 @@ class RuleOptimizer(torch.optim.Optimizer):
         params: tensors, (name, tensor) pairs or param groups, as for any torch optimizer. A group may name its own
             `rule`; it then takes that rule's defaults, but the optimizer's lr and weight_decay.
         rule: the name of a registered rule, for the groups that name none.
+        process_group: the ranks that hold the same plain tensors and gradients (DDP), and share the work. Without it
+            each process works by itself. DTensors say themselves where they are.
         options: the rule's options, by name.
 
-    Raises ValueError, when built, for an unknown rule or option, a value out of range, or a tensor the rule cannot do.
+    Building under a process group or with DTensors is a collective: all of their ranks must do it.
+
+    Raises ValueError, when built, for an unknown rule or option, a value out of range, a tensor or layout the rule
+    cannot do, and ranks that disagree on the parameters.
+
+    Attributes:
+        plan: what `step` will do: routes, owners, bytes; print it.
 
     Example:
         >>> groups = [{"params": matrices}, {"params": others, "rule": "adamw", "lr": 3e-4}]
         >>> optimizer = RuleOptimizer(groups, "olion", lr=1e-3)
     """
 
-    def __init__(self, params: ParamsT, rule: str, **options):
+    def __init__(self, params: ParamsT, rule: str, *, process_group: dist.ProcessGroup | None = None, **options):
         known = rule_named(rule).defaults
         _refuse_unknown(options, known, rule)
         super().__init__(params, {**known, **options, "rule": rule})
+        self._process_group = process_group
+        self.plan = make_plan(self.param_groups, process_group)
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group, complete its options from its rule's defaults, check it, and make its state."""
@@ -48,11 +64,20 @@ class RuleOptimizer(torch.optim.Optimizer):
             del group[foreign]  # torch hands every group the optimizer's defaults, also a group of another rule
         try:
             _check(group, rule)
+            if hasattr(self, "plan"):  # not while the first groups are added
+                self.plan = make_plan(self.param_groups, self._process_group)
         except ValueError:
             self.param_groups.pop()
             raise
         for param in group["params"]:
             self.state[param] = _new_state(param, group, rule)
+
+    def __setstate__(self, state: dict) -> None:
+        """Restore a copy or a pickle, which is of no process group; torch calls this after loading a state, too."""
+        super().__setstate__(state)
+        if not hasattr(self, "plan"):
+            self._process_group = None
+            self.plan = make_plan(self.param_groups, None)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -61,34 +86,45 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
-            if params:
-                self._update(params, group)
+        for group, parts in zip(self.param_groups, self.plan.parts, strict=True):
+            for part in parts:
+                self._update([group["params"][i] for i in part.indices], group, part.route)
         return loss
 
-    def _update(self, params: list[Tensor], group: dict) -> None:
+    def _update(self, params: list[Tensor], group: dict, route: Local | Owned | Gathered | None) -> None:
         rule = rule_named(group["rule"])
-        if any(param.grad.is_sparse for param in params):
-            raise ValueError(
-                f"{rule.name} needs dense gradients, got sparse ones; build the embedding with sparse=False"
-            )
-        grads = [param.grad.to(torch.promote_types(param.grad.dtype, _state_dtype(param, group))) for param in params]
-        names = rule.state + rule.scalars
-        state = {name: [self.state[param][name] for param in params] for name in names}
-        if rule.whole_step:
-            rule.whole_step(params, grads, state, group)
+        moving = [param.grad is not None for param in params]
+        if route is None or not route.collective:
+            params = list(compress(params, moving))
+            route = route and Local(list(compress(route.shapes, moving)))
+        if not params:
             return
-        route = Local(params, group) if rule.direct else None
+        # On a collective route a parameter without a gradient takes part with zeros, or other ranks would wait for
+        # it; its own state and value stay as they are.
+        grads = [_gradient(param, group) for param in params]
+        state = {name: [self._buffer(param, name) for param in params] for name in rule.state + rule.scalars}
+        weights = [local_of(param) for param in params]
+        if rule.whole_step:
+            rule.whole_step(weights, grads, state, group)
+            return
         directions = rule.prepare(grads, state, group)
-        if rule.direct:
+        if route:
             directions = route.direct(directions, lambda stack: rule.direct(stack, group))
         if rule.refine:
-            directions = rule.refine(directions, state, group, route)
+            directions = rule.refine(directions, state, group, route and route.shapes)
+        if rule.rms:
+            directions = route.rescale(directions, group[rule.rms])
+        if len(params) == len(moving):  # a collective route keeps all of them
+            weights, directions = list(compress(weights, moving)), list(compress(directions, moving))
         lr = float(group["lr"])
         if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(params, directions, alpha=-lr)
+            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(weights, directions, alpha=-lr)
+
+    def _buffer(self, param: Tensor, name: str) -> Tensor:
+        """What this process holds of a state; of a parameter without a gradient, something to throw away."""
+        buffer = local_of(self.state[param][name])
+        return buffer if param.grad is not None else torch.zeros_like(buffer)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a state dict of the same rules over the same tensors; ValueError, changing nothing, for another one.
@@ -122,7 +158,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def state_size(self) -> int:
         """Return the bytes of state that this process holds."""
-        buffers = [value for state in self.state.values() for value in state.values()]
+        buffers = [local_of(value) for state in self.state.values() for value in state.values()]
         return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
 
 
@@ -140,6 +176,20 @@ def _new_state(param: Tensor, group: dict, rule: UpdateRule) -> dict[str, Tensor
     return {name: buffer.detach() for name, buffer in {**state, **scalars}.items()}
 
 
+def _gradient(param: Tensor, group: dict) -> Tensor:
+    """What this process holds of the gradient, in the wider of its own dtype and the state's; zeros for none."""
+    grad = param.grad
+    if grad is None:
+        return torch.zeros_like(local_of(param), dtype=_state_dtype(param, group))
+    if grad.is_sparse:
+        raise ValueError(
+            f"{group['rule']} needs dense gradients, got sparse ones; build the embedding with sparse=False"
+        )
+    if isinstance(grad, DTensor) and grad.placements != param.placements:  # tensor parallelism may leave it Partial
+        grad = grad.redistribute(placements=param.placements)
+    return local_of(grad).to(torch.promote_types(grad.dtype, _state_dtype(param, group)))
+
+
 def _state_dtype(param: Tensor, group: dict) -> torch.dtype:
     return group.get("state_dtype") or param.dtype
 
@@ -148,7 +198,7 @@ def _check(group: dict, rule: UpdateRule) -> None:
     for name in ("lr", "weight_decay", "eps", "scale"):
         value = group.get(name, 0.0)
         _require(isinstance(value, int | float | Tensor) and value >= 0, name, "a number, 0 or more", value)
-    for name in ("ns_dtype", "state_dtype"):
+    for name in ("ns_dtype", "state_dtype", "wire_dtype"):
         value = group.get(name)
         real = isinstance(value, torch.dtype) and value.is_floating_point
         _require(value is None or real, name, "a floating-point torch.dtype or None", value)
@@ -159,7 +209,7 @@ def _check(group: dict, rule: UpdateRule) -> None:
     if rule.check:
         rule.check(group)
     for position, param in enumerate(group["params"]):
-        name = group["param_names"][position] if "param_names" in group else f"parameter {position} of its group"
+        name = name_of(group, position)
         if not param.is_floating_point():
             raise ValueError(f"{name}: parameters must be real floating-point tensors, got {param.dtype}; convert it")
         if rule.direct:

@@ -4,6 +4,7 @@ Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675, 
 """
 
 import torch
+import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
 from .engine import RuleOptimizer
@@ -17,6 +18,7 @@ def Lion(
     weight_decay: float = 0.0,
     scale: float = 1.0,
     state_dtype: torch.dtype | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> RuleOptimizer:
     """Build Lion, for tensors of any shape.
 

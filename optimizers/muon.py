@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from math import sqrt
 
 import torch
+import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
 from .engine import RuleOptimizer
@@ -35,6 +36,8 @@ def Muon(
     state_dtype: torch.dtype | None = None,
     qkv_split: int = 1,
     as_matrices: str | None = None,
+    wire_dtype: torch.dtype | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> RuleOptimizer:
     """Build Muon, for matrices: torch.optim.Muon's arguments, order and meaning, batched over equal shapes.
 
@@ -47,6 +50,7 @@ def Muon(
         lr: step size, before `adjust_lr_fn`.
         adjust_lr_fn: the factor: "original" (also None), sqrt(max(1, m / n)), or "match_rms_adamw",
             0.2 sqrt(max(m, n)), under which AdamW's learning rate and weight decay carry over.
+        wire_dtype: in which directions travel between ranks; None is bfloat16.
         Others: as in `OLion`.
 
     Raises ValueError, when built, for values out of range and tensors that are not matrices.
@@ -63,10 +67,10 @@ def prepare(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
     return mix(grads, averages, group["momentum"]) if group["nesterov"] else averages
 
 
-def refine(directions: Tensors, state: dict[str, Tensors], group: dict, route) -> Tensors:
+def refine(directions: Tensors, state: dict[str, Tensors], group: dict, shapes) -> Tensors:
     """Scale each matrix by the factor of its whole shape."""
     factor = SCALES[group["adjust_lr_fn"] or "original"]
-    for direction, (_, m, n) in zip(directions, route.shapes, strict=True):
+    for direction, (_, m, n) in zip(directions, shapes, strict=True):
         direction.mul_(factor(m, n))
     return directions
 

@@ -7,6 +7,7 @@ arXiv 2602.01105, algorithm 1.
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -29,6 +30,8 @@ def OLion(
     state_dtype: torch.dtype | None = None,
     qkv_split: int = 1,
     as_matrices: str | None = None,
+    wire_dtype: torch.dtype | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> RuleOptimizer:
     """Build OLion, for matrices: hidden weights of two dimensions (`build_optimizer` picks them out of a model).
 
@@ -48,6 +51,10 @@ def OLion(
         state_dtype: dtype of M; None is the parameter's.
         qkv_split: number of equal row blocks of each weight that are orthogonalized apart (3 for a fused QKV).
         as_matrices: how to see tensors of more than two dimensions: "batch", "flatten", or None to refuse them.
+        wire_dtype: in which directions travel between ranks. None packs signs exactly, at one bit an entry and a
+            second bit for matrices that hold a zero.
+        process_group: the ranks that hold the same plain tensors and gradients (DDP) and share the work; DTensors
+            say themselves how they lie.
 
     Raises ValueError, when built, for values out of range and tensors that are not matrices.
 
@@ -68,11 +75,6 @@ def direct(stack: Tensor, group: dict) -> Tensor:
     return sign([orthogonalize_group(stack, group)])[0]
 
 
-def refine(directions: Tensors, state: dict[str, Tensors], group: dict, route) -> Tensors:
-    """Scale each matrix to RMS `scale`, zeros counted."""
-    return route.rescale(directions, group["scale"])
-
-
 register(
     UpdateRule(
         name="olion",
@@ -80,7 +82,8 @@ register(
         state=("momentum",),
         prepare=prepare,
         direct=direct,
-        refine=refine,
+        signs=True,
+        rms="scale",
         check=check_options,
     )
 )

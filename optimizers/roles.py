@@ -13,7 +13,9 @@ decides nothing.
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .checks import closest
 from .engine import RuleOptimizer
@@ -90,12 +92,14 @@ def build_optimizer(
     adamw_eps: float = 1e-8,
     qkv_split: Mapping[str, int] | None = None,
     roles: Mapping[str, str] | None = None,
+    process_group: dist.ProcessGroup | None = None,
     **options,
 ) -> RuleOptimizer:
     """Build one optimizer for a whole model: rule `name` on its matrices, AdamW on the rest.
 
     Args:
-        model: its trainable parameters are divided by role (see the table above).
+        model: its trainable parameters are divided by role (see the table above). In DistributedDataParallel it
+            brings its process group along; a model of DTensors (FSDP2, tensor parallelism) says itself how it lies.
         name: olion, muon, adamuon, lion, adamw, or a rule of your own.
         lr: the matrices' learning rate.
         adamw_lr: the rest's; None is `lr`, as in the paper.
@@ -104,6 +108,7 @@ def build_optimizer(
         qkv_split: {name pattern: k}: a fused weight that is orthogonalized as k row blocks, {"*.c_attn.weight": 3};
             without effect on elementwise rules.
         roles: {name pattern: role} where the model's own say is to be overruled; see `roles_of`.
+        process_group: the ranks that hold the same plain tensors and gradients, and share the work.
         options: the rule's own, over the paper's configuration (`PAPER`), over its defaults.
 
     Raises ValueError for unknown names, options and roles, and for a model without trainable parameters.
@@ -112,6 +117,9 @@ def build_optimizer(
         >>> optimizer = build_optimizer(model, "olion", lr=6e-4)
     """
     rule = rule_named(name)
+    if isinstance(model, DistributedDataParallel):
+        process_group = process_group or model.process_group
+        model = model.module
     found = roles_of(model, roles)
     params = dict(model.named_parameters())
     matrices = [each for each, role in found.items() if role == "matrix"]
@@ -138,7 +146,7 @@ def build_optimizer(
             groups.append({"params": members, "weight_decay": weight_decay if decayed else 0.0, **rest})
     if not groups:
         raise ValueError("the model must have trainable parameters; none requires a gradient")
-    return RuleOptimizer(groups, name, lr=lr, **options)
+    return RuleOptimizer(groups, name, lr=lr, process_group=process_group, **options)
 
 
 def _blocks_of(matrices: list[str], qkv_split: Mapping[str, int]) -> dict[str, int]:

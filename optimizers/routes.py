@@ -1,7 +1,11 @@
 """Routes: how a rule's direction, which needs whole matrices, is reached from the tensors that this process holds.
 
-A route is made for the tensors of one param group and knows layouts, never rules. `Local` is for one process, and
-for whole tensors on every rank; the distributed routes will have the same three members.
+A route is made for tensors of one param group that lie alike, and knows layouts, never rules. It takes and returns
+what this process holds of them.
+
+    Local      whole matrices in this process
+    Owned      each matrix has an owner among the ranks, which computes it for all: replicated, sharded and hsdp
+    Gathered   every rank gathers every matrix: right for any DTensor, and what the others are tested against
 """
 
 from collections import defaultdict
@@ -10,7 +14,11 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
+from . import wire
+from .layout import Layout
+from .norms import rescale_whole
 from .rule import Tensors
 
 _STACK_LIMIT = 2**27  # entries stacked at once (512 MiB in fp32): past that a larger batch is no faster
@@ -52,12 +60,14 @@ def shape_in(group: dict, param: Tensor) -> tuple[int, int, int]:
 class Local:
     """Whole matrices in this process: same shapes are stacked and done in one batch."""
 
-    def __init__(self, params: Tensors, group: dict):
-        self.shapes = [shape_in(group, param) for param in params]
+    collective = False  # every process steps by itself
+
+    def __init__(self, shapes: list[tuple[int, int, int]]):
+        self.shapes = shapes
 
     def direct(self, tensors: Tensors, direction: Callable[[Tensor], Tensor]) -> Tensors:
         """Return direction(matrices) of each tensor, in the tensor's own shape and dtype."""
-        results: list[Tensor | None] = [None] * len(tensors)
+        results = list(tensors)  # one without entries, an empty shard of a batch, is its own direction
         for members in self._stacks(tensors):
             stack = torch.cat([tensors[i].reshape(self.shapes[i]) for i in members])  # (batch, m, n)
             # Contiguous: a tall matrix comes back transposed, and elementwise kernels are ten times slower on that.
@@ -68,19 +78,62 @@ class Local:
 
     def rescale(self, tensors: Tensors, rms: float) -> Tensors:
         """Scale each matrix, in place, to this root mean square entry; a zero matrix stays zero."""
-        for tensor, (batch, m, n) in zip(tensors, self.shapes, strict=True):
-            matrices = tensor.view(batch, m, n)
-            norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)  # (batch, 1, 1)
-            matrices.mul_(torch.where(norm == 0, norm, rms * (m * n) ** 0.5 / norm))
-        return tensors
+        return rescale_whole(tensors, self.shapes, rms)
 
     def _stacks(self, tensors: Tensors) -> list[list[int]]:
         """Indices that go together: equal matrices, dtype and device, up to the limit."""
         stacks = defaultdict(list)
         for i, tensor in enumerate(tensors):
+            if tensor.numel() == 0:
+                continue
             stacks[self.shapes[i][1:], tensor.dtype, tensor.device].append(i)
         chunks = []
         for members in stacks.values():
             size = max(1, _STACK_LIMIT // max(1, tensors[members[0]].numel()))
             chunks += [members[i : i + size] for i in range(0, len(members), size)]
         return chunks
+
+
+class Gathered:
+    """Every rank gathers every matrix and computes it: right for any DTensor, at the price of doing it on all.
+
+    The transport is DTensor's own, so what is counted here is worked out from the shapes.
+    """
+
+    collective = True
+
+    def __init__(self, params: list[DTensor], shapes: list[tuple[int, int, int]], layout: Layout):
+        self.shapes, self.layout = shapes, layout
+        self.whole = Local(shapes)
+        self._sizes = [(param.numel() - param.to_local().numel()) * param.element_size() for param in params]
+        self._lie = [(param.device_mesh, param.placements, param.shape, param.stride()) for param in params]
+
+    def direct(self, tensors: Tensors, direction: Callable[[Tensor], Tensor]) -> Tensors:
+        """Return this rank's shards of direction(matrices)."""
+        return self._cut(self.whole.direct(self._gather(tensors), direction))
+
+    def rescale(self, tensors: Tensors, rms: float) -> Tensors:
+        """Scale each matrix to this root mean square entry; a zero matrix stays zero."""
+        return self._cut(self.whole.rescale(self._gather(tensors), rms))
+
+    def add_traffic(self, traffic: wire.Traffic, rank: int, rescales: bool) -> None:
+        """Count what this rank, taken for any, gathers a step."""
+        gathered = sum(self._sizes) * (2 if rescales else 1)
+        traffic.add("gather", gathered, gathered)
+
+    def _gather(self, tensors: Tensors) -> Tensors:
+        wholes = []
+        for tensor, size, (mesh, placements, shape, stride) in zip(tensors, self._sizes, self._lie, strict=True):
+            lying = DTensor.from_local(tensor, mesh, placements, run_check=False, shape=shape, stride=stride)
+            wholes.append(lying.full_tensor().contiguous())
+            wire.count("gather", size, size)
+        return wholes
+
+    def _cut(self, wholes: Tensors) -> Tensors:
+        everywhere = [[Replicate()] * mesh.ndim for mesh, *_ in self._lie]
+        return [
+            DTensor.from_local(whole, mesh, replicated, run_check=False)
+            .redistribute(placements=placements)  # from a replica this is a cut, and sends nothing
+            .to_local()
+            for whole, replicated, (mesh, placements, *_) in zip(wholes, everywhere, self._lie, strict=True)
+        ]

@@ -39,9 +39,11 @@ class UpdateRule:
             may be written to, grads may not, and what is returned must be new tensors. Gradients come in the wider
             of their own dtype and the state's.
         direct: (stack (batch, m, n), group) -> (batch, m, n), on whole matrices, stateless. None: elementwise rule.
-        refine: (directions, state, group, route) -> directions. Elementwise, on my shard; may write to directions.
-            `route.shapes` are the (batch, m, n) of whole matrices, `route.rescale` needs the whole matrix's norm;
-            there is no route (None) where there is no `direct`.
+        signs: whether the entries of what `direct` returns are -1, 0 or 1; they then travel at one bit an entry.
+        refine: (directions, state, group, shapes) -> directions. Elementwise, on my shard; may write to directions.
+            shapes are the (batch, m, n) of the whole matrices; None where there is no `direct`.
+        rms: name of the option that holds the root mean square entry which each whole matrix of what `refine`
+            returns is scaled to; None leaves it.
         whole_step: (params, grads, state, group) -> None. Instead of the three, for an elementwise rule with a kernel
             that does the whole update at once, decay included.
         check: (group) -> None; raises ValueError for option values that the rule cannot take.
@@ -53,7 +55,9 @@ class UpdateRule:
     scalars: tuple[str, ...] = ()
     prepare: Callable[[Tensors, dict[str, Tensors], dict], Tensors] | None = None
     direct: Callable[[Tensor, dict], Tensor] | None = None
-    refine: Callable[[Tensors, dict[str, Tensors], dict, Any], Tensors] | None = None
+    signs: bool = False
+    refine: Callable[[Tensors, dict[str, Tensors], dict, list[tuple[int, int, int]] | None], Tensors] | None = None
+    rms: str | None = None
     whole_step: Callable[[Tensors, Tensors, dict[str, Tensors], dict], None] | None = None
     check: Callable[[dict], None] | None = None
 
@@ -69,6 +73,10 @@ def register(rule: UpdateRule) -> UpdateRule:
         raise ValueError(f"rule {rule.name!r} needs defaults for lr and weight_decay; {sorted(missing)} missing")
     if (rule.prepare is None) == (rule.whole_step is None):
         raise ValueError(f"rule {rule.name!r} needs either prepare or whole_step; give exactly one of them")
+    if rule.rms and (rule.direct is None or rule.rms not in rule.defaults):
+        raise ValueError(
+            f"rule {rule.name!r} scales matrices to {rule.rms!r}; give it a direct, and that option a default"
+        )
     RULES[rule.name] = rule
     return rule
 
@@ -83,7 +91,8 @@ def rule_named(name: str) -> UpdateRule:
 def signature_defaults(face: Callable) -> dict[str, Any]:
     """Return the keyword defaults of a public face: the one place where a rule's defaults are written."""
     parameters = inspect.signature(face).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    own = (p for p in parameters if p.default is not inspect.Parameter.empty and p.name != "process_group")
+    return {p.name: p.default for p in own}
 
 
 # The elementwise pieces that rules are made of.

@@ -467,7 +467,7 @@ def averaged(name: str = "averaged", **parts) -> UpdateRule:
             momentum.mul_(group["keep"]).add_(gradient, alpha=1 - group["keep"])
         return [momentum.clone() for momentum in state["momentum"]]
 
-    def refine(directions, state, group, route):
+    def refine(directions, state, group, shapes):
         return [direction.mul_(0.5) for direction in directions]
 
     defaults = {"lr": 0.1, "weight_decay": 0.0, "keep": 0.9}

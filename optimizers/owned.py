@@ -1,0 +1,296 @@
+"""The route on which every matrix has one owner among the ranks: replicated, sharded and hsdp, as one exchange.
+
+The ranks form a grid of R replicas by W shards (layout.py). For each bucket, matrices of one shape:
+
+    1. each rank sends its shards to the owners in its own row of the grid (all-to-all)
+    2. owners stack their whole matrices and compute the directions
+    3. owners send the ranks of their row their shards of the directions (all-to-all), signs at one bit an entry
+    4. each rank sends what it received to the ranks of its column, as it came (a broadcast a replica)
+
+Where W is 1 (DDP), 1 and 3 fall away, where R is 1 (FSDP2) 4 does. While a bucket is computed, the shards of the next
+and the directions of the two before are on their way. Every rank posts the same collectives in the same order, whatever
+it owns.
+
+Shards are padded to the longest, so that all messages about a bucket are of equal pieces; where torch.chunk cuts
+evenly there is no padding.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from . import signs, wire
+from .layout import Layout, shard_length
+from .norms import rescale_shards, rescale_whole
+from .rule import Tensors
+
+# Entries of a bucket on one owner: past one 4096 x 4096 matrix a larger batch is no faster, and smaller buckets
+# leave more to overlap.
+_BUCKET_LIMIT = 2**24
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What the route must know of a parameter: its whole shape, the (batch, m, n) it is seen as, its owner's rank."""
+
+    shape: Shape
+    view: tuple[int, int, int]
+    owner: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Matrices of one shape that travel together.
+
+    members: indices of parameters, by replica and shard of their owner. counts: (R, W), how many each rank owns.
+    piece: shape of a padded shard.
+    """
+
+    members: list[int]
+    counts: list[list[int]]
+    shape: Shape
+    view: tuple[int, int, int]
+    piece: Shape
+
+
+@dataclass
+class Return:
+    """The directions of a bucket on their way back."""
+
+    bucket: Bucket
+    directed: Tensor  # those that this rank owns (k, *shape), kept until the flags say whether zeros must follow
+    dtype: torch.dtype  # of what arrives
+    pending: wire.Pending
+
+
+class Owned:
+    """Carries what this rank holds of some parameters to the owners of their matrices, and the directions back.
+
+    Args:
+        matrices: of the parameters, the same on every rank.
+        layout: how all of them lie.
+        inward: dtype in which shards travel to the owners.
+        outward: dtype in which directions travel back; None packs them as signs, one bit an entry.
+    """
+
+    collective = True
+
+    def __init__(self, matrices: list[Matrix], layout: Layout, inward: torch.dtype, outward: torch.dtype | None):
+        self.matrices, self.layout, self.inward, self.outward = matrices, layout, inward, outward
+        self.shapes = [matrix.view for matrix in matrices]
+        self.replica, self.shard = layout.here
+        self.buckets = self._fill_buckets()
+
+    def direct(self, tensors: Tensors, direction: Callable[[Tensor], Tensor]) -> Tensors:
+        """Return what this rank holds of direction(matrices), for what it holds of each tensor."""
+        results: list[Tensor | None] = [None] * len(tensors)
+        arriving = self._to_owners(self.buckets[0], tensors)
+        in_row, in_column = None, None
+        for bucket, following in zip(self.buckets, [*self.buckets[1:], None], strict=True):
+            ahead = self._to_owners(following, tensors) if following else None
+            whole = self._whole(bucket, tensors, arriving)  # (k, *shape)
+            _, m, n = bucket.view
+            directed = direction(whole.reshape(-1, m, n)).reshape(whole.shape) if len(whole) else whole
+            back = self._along_row(self._messages(directed), self._sizes(bucket)[self.replica], "directions")
+            self._arrive(in_column, results)
+            in_column = self._pass_on(in_row)
+            in_row = Return(bucket, directed, tensors[bucket.members[0]].dtype, back)
+            arriving = ahead
+        self._arrive(in_column, results)
+        self._arrive(self._pass_on(in_row), results)
+        return results
+
+    def rescale(self, tensors: Tensors, rms: float) -> Tensors:
+        """Scale each matrix, in place, to this root mean square entry; a zero matrix stays zero."""
+        if self.layout.dim is None:
+            return rescale_whole(tensors, self.shapes, rms)
+        lengths = [matrix.shape[self.layout.dim] for matrix in self.matrices]
+        return rescale_shards(tensors, self.shapes, lengths, self.layout, rms)
+
+    def add_traffic(self, traffic: wire.Traffic, rank: int, rescales: bool) -> None:
+        """Count what a global rank sends and receives a step, when no direction has a zero."""
+        replica, shard = self.layout.place(rank)
+        beside, below = self.layout.shards - 1, len(self.layout.grid) - 1
+        for bucket in self.buckets:
+            mine, size = bucket.counts[replica], prod(bucket.piece) * self.inward.itemsize
+            traffic.add("to owners", (sum(mine) - mine[shard]) * size, mine[shard] * beside * size)
+            sizes = self._sizes(bucket)
+            row, everyone = sum(sizes[replica]), sum(map(sum, sizes))
+            if beside:
+                traffic.add("directions", sizes[replica][shard] * beside, row - sizes[replica][shard])
+            if below:
+                traffic.add("directions", row * below, everyone - row)
+        if rescales and beside:
+            norms = wire.ring_bytes(8 * sum(batch for batch, _, _ in self.shapes), beside + 1)
+            traffic.add("norms", norms, norms)
+
+    # --- the plan
+
+    def _fill_buckets(self) -> list[Bucket]:
+        """Group equal matrices; a bucket holds as many of each owner as the limit allows, at least one."""
+        alike: dict[tuple, dict[int, list[int]]] = {}
+        for i, matrix in enumerate(self.matrices):
+            alike.setdefault((matrix.shape, matrix.view), {}).setdefault(matrix.owner, []).append(i)
+        buckets = []
+        for (shape, view), owned in alike.items():
+            size = max(1, _BUCKET_LIMIT // prod(shape))
+            for start in range(0, max(map(len, owned.values())), size):
+                chosen = [[owned.get(rank, [])[start : start + size] for rank in row] for row in self.layout.grid]
+                members = [i for row in chosen for mine in row for i in mine]
+                counts = [[len(mine) for mine in row] for row in chosen]
+                buckets.append(Bucket(members, counts, shape, view, self._piece(shape)))
+        return buckets
+
+    def _piece(self, shape: Shape) -> Shape:
+        dim = self.layout.dim
+        if dim is None:
+            return shape
+        return (*shape[:dim], shard_length(shape[dim], self.layout.shards, 0), *shape[dim + 1 :])
+
+    def _sizes(self, bucket: Bucket) -> list[list[int]]:
+        """Bytes (R, W) that each owner sends to one rank: packed signs and a flag a matrix, or entries."""
+        entries = prod(bucket.piece)
+        if self.outward is None:
+            return [[-(-count * entries // 8) + count for count in row] for row in bucket.counts]
+        return [[count * entries * self.outward.itemsize for count in row] for row in bucket.counts]
+
+    # --- to the owners
+
+    def _to_owners(self, bucket: Bucket, tensors: Tensors) -> wire.Pending | None:
+        dim, row = self.layout.dim, self.layout.row
+        if row is None:
+            return None
+        owners = self.layout.grid[self.replica]
+        mine = [i for i in bucket.members if self.matrices[i].owner in owners]
+        parts = [_lengthened(tensors[i], dim, bucket.piece[dim]).reshape(-1) for i in mine]
+        send = torch.cat(parts).to(self.inward) if parts else tensors[0].new_empty(0)
+        size, counts = prod(bucket.piece) * self.inward.itemsize, bucket.counts[self.replica]
+        sizes_in = [counts[self.shard] * size] * len(owners)
+        return wire.all_to_all(wire.as_bytes(send), [count * size for count in counts], sizes_in, row, "to owners")
+
+    def _whole(self, bucket: Bucket, tensors: Tensors, arriving: wire.Pending | None) -> Tensor:
+        """Return the whole tensors that this rank owns in a bucket: (k, *shape)."""
+        count, dim = bucket.counts[self.replica][self.shard], self.layout.dim
+        received = arriving.wait() if arriving else None
+        if not count:
+            return tensors[0].new_empty(0)
+        if received is None:
+            owner = self.layout.grid[self.replica][self.shard]
+            return torch.stack([tensors[i] for i in bucket.members if self.matrices[i].owner == owner])
+        pieces = received.view(self.inward).view(-1, count, *bucket.piece)  # (W, k, *piece)
+        side_by_side = pieces.movedim(0, dim + 1).flatten(dim + 1, dim + 2)  # (k, ..., W x longest, ...)
+        return side_by_side.narrow(dim + 1, 0, bucket.shape[dim])
+
+    # --- and back
+
+    def _messages(self, directed: Tensor) -> Tensor:
+        """Write the directions (k, *shape) that this rank owns as messages, one a shard: uint8 (W, bytes)."""
+        if not len(directed):
+            return directed.new_empty(self.layout.shards, 0, dtype=torch.uint8)
+        if self.outward is None:
+            planes, flags = self._planes(directed, signs.negatives), signs.has_others(directed).to(torch.uint8)
+            return torch.cat([planes, flags.expand(len(planes), -1)], dim=1)
+        shards = self._shards(directed)
+        return wire.as_bytes(shards.to(self.outward)).view(len(shards), -1)
+
+    def _along_row(self, messages: Tensor, sizes: list[int], kind: str) -> wire.Pending:
+        """Send each rank of my row its message; sizes (W,) are those of each sender."""
+        if self.layout.row is None:
+            return wire.Pending(messages.view(-1), [])
+        sizes_out = [sizes[self.shard]] * len(sizes)
+        return wire.all_to_all(messages.view(-1), sizes_out, sizes, self.layout.row, kind)
+
+    def _along_column(self, messages: Tensor, sizes: list[list[int]], kind: str) -> wire.Pending:
+        """Send my row's messages to the ranks of my column; sizes (R, W) are those of each owner."""
+        if self.layout.column is None:
+            return wire.Pending(messages, [])
+        return wire.from_each(messages, [sum(row) for row in sizes], self.layout.column, kind)
+
+    def _pass_on(self, back: Return | None) -> Return | None:
+        if back:
+            back.pending = self._along_column(back.pending.wait(), self._sizes(back.bucket), "directions")
+        return back
+
+    def _shards(self, stack: Tensor) -> Tensor:
+        """Cut (k, *shape) into the shards of the ranks of a row: (W, entries of k padded pieces)."""
+        dim, shards = self.layout.dim, self.layout.shards
+        if dim is None:
+            return stack.reshape(1, -1)
+        longest = shard_length(stack.shape[dim + 1], shards, 0)
+        even = _lengthened(stack, dim + 1, shards * longest)
+        return even.unflatten(dim + 1, (shards, longest)).movedim(dim + 1, 0).reshape(shards, -1)
+
+    def _planes(self, stack: Tensor, packed: Callable[[Tensor], Tensor]) -> Tensor:
+        """Pack each shard of (k, *shape) into whole bytes: uint8 (W, bytes)."""
+        shards = self._shards(stack)
+        return packed(pad(shards, [0, -shards.shape[1] % 8])).view(len(shards), -1)
+
+    def _arrive(self, back: Return | None, results: list[Tensor | None]) -> None:
+        """Wait for the directions of a bucket, and put what this rank holds of them into `results`."""
+        if back is None:
+            return
+        bucket, dim, received = back.bucket, self.layout.dim, back.pending.wait()
+        if self.outward is None:
+            pieces = self._unpack(back, received)
+        else:
+            pieces = received.view(self.outward).to(back.dtype).view(-1, *bucket.piece).unbind()
+        for i, piece in zip(bucket.members, pieces, strict=True):
+            if dim is not None:
+                length = shard_length(bucket.shape[dim], self.layout.shards, self.shard)
+                piece = piece.narrow(dim, 0, length).contiguous()
+            results[i] = piece
+
+    def _unpack(self, back: Return, received: Tensor) -> list[Tensor]:
+        """Return the pieces of a bucket's members from the owners' messages of signs."""
+        bucket = back.bucket
+        entries = signs.unpack(received, 8 * len(received), back.dtype)  # eight to a byte, from the flags nonsense
+        size, pieces, flags, end = prod(bucket.piece), [], [], 0
+        for count, message in zip(_flat(bucket.counts), _flat(self._sizes(bucket)), strict=True):
+            start, end = end, end + message
+            if count:
+                pieces += entries[8 * start : 8 * start + count * size].view(count, *bucket.piece).unbind()
+                flags.append(received[end - count : end])
+        flagged = torch.cat(flags).tolist()  # the same on every rank: the owners said so to all
+        if any(flagged):
+            self._restore(back, pieces, flagged)
+        return pieces
+
+    def _restore(self, back: Return, pieces: list[Tensor], flagged: list[int]) -> None:
+        """Put zeros and NaN back: of the flagged matrices, the owners send a second bit an entry."""
+        bucket, size = back.bucket, prod(back.bucket.piece)
+        places = [self.layout.place(self.matrices[i].owner) for i in bucket.members]
+        chosen = [j for j, flag in enumerate(flagged) if flag]
+        counts = [[0] * self.layout.shards for _ in self.layout.grid]
+        for replica, shard in (places[j] for j in chosen):
+            counts[replica][shard] += 1
+        sizes = [[-(-count * size // 8) for count in row] for row in counts]
+        own = [bool(flag) for place, flag in zip(places, flagged, strict=True) if place == (self.replica, self.shard)]
+        if any(own):
+            planes = self._planes(back.directed[own], signs.others)
+        else:
+            planes = back.directed.new_empty(self.layout.shards, 0, dtype=torch.uint8)
+        in_row = self._along_row(planes, sizes[self.replica], "zeros").wait()
+        received = self._along_column(in_row, sizes, "zeros").wait()
+        for plane, count in zip(received.split(_flat(sizes)), _flat(counts), strict=True):
+            mine, chosen = chosen[:count], chosen[count:]
+            if count:
+                restored = signs.restore(torch.stack([pieces[j] for j in mine]).view(-1), plane)
+                for j, piece in zip(mine, restored.view(count, *bucket.piece).unbind(), strict=True):
+                    pieces[j] = piece
+
+
+def _flat(table: list[list[int]]) -> list[int]:
+    return list(chain.from_iterable(table))
+
+
+def _lengthened(tensor: Tensor, dim: int, length: int) -> Tensor:
+    """Return the tensor with zeros after it, up to this length of one dimension."""
+    missing = length - tensor.shape[dim]
+    return pad(tensor, [0, 0] * (tensor.ndim - 1 - dim) + [0, missing]) if missing else tensor

@@ -1,0 +1,118 @@
+"""Measures how fast signs are packed and unpacked, against copies of the same tensor.
+
+    python -m scripts.bench_signs
+    python -m scripts.bench_signs --entries 4194304 --dtypes bfloat16 --threads 1 --repeats 21
+    python -m scripts.bench_signs --json signs.json
+
+Every round runs each operation once, so that whatever else the machine does slows all of them alike. GB/s count the
+bytes read and written, of a tensor and of its packed form. `clone` allocates its result, as packing and unpacking do;
+`copy_` writes into memory that is there already. The last columns are times: below 1, the operation is done before a
+clone of the unpacked tensor is.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from common.launch import main_guard
+from common.runlog import machine
+from optimizers.signs import has_others, negatives, unpack
+
+COLUMNS = ("clone", "copy_", "pack", "unpack", "has_others")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measures how fast signs are packed and unpacked, against copies of the same tensor."""
+
+    entries: tuple[int, ...] = (2**24, 2**26)
+    """Entries of the tensors."""
+    dtypes: tuple[Literal["float32", "bfloat16", "float16", "float64"], ...] = ("float32", "bfloat16")
+    """Of the unpacked signs."""
+    repeats: int = 9
+    """Timed rounds."""
+    threads: int | None = None
+    """Of torch on a CPU. Default: torch's own choice."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    record: Annotated[Path | None, tyro.conf.arg(name="json")] = None
+    """Also writes the numbers here."""
+
+
+def operations(entries: int, dtype: torch.dtype, device: str) -> dict[str, tuple[Callable, int]]:
+    """Return what is timed, by column, and the bytes that each reads and writes."""
+    signs = torch.where(torch.rand(entries, device=device) < 0.5, -1.0, 1.0).to(dtype)
+    there, packed = torch.ones_like(signs), negatives(signs)
+    whole, bits = signs.nbytes, packed.nbytes
+    return {
+        "clone": (signs.clone, 2 * whole),
+        "copy_": (lambda: there.copy_(signs), 2 * whole),
+        "pack": (lambda: negatives(signs), whole + bits),
+        "unpack": (lambda: unpack(packed, entries, dtype), whole + bits),
+        "has_others": (lambda: has_others(signs[None]), whole),
+    }
+
+
+def measure(timed: dict[str, tuple[Callable, int]], repeats: int, device: str) -> dict[str, dict[str, float]]:
+    """Return the median milliseconds and the GB/s of each operation, over `repeats` rounds of all of them."""
+    milliseconds = {name: [] for name in timed}
+    for round_ in range(repeats + 1):
+        for name, (operation, _) in timed.items():
+            _finish(device)
+            start = time.perf_counter()
+            result = operation()
+            _finish(device)
+            taken = 1000 * (time.perf_counter() - start)
+            del result  # so that the next one finds the same memory free
+            if round_:  # the first warms up
+                milliseconds[name].append(taken)
+    return {
+        name: {"median_ms": median(milliseconds[name]), "gb_s": size / median(milliseconds[name]) / 1e6}
+        for name, (_, size) in timed.items()
+    }
+
+
+def _finish(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def table(rows: list[dict]) -> str:
+    """Return the rows as a Markdown table."""
+    heads = [f"{name} GB/s" for name in COLUMNS] + [f"{name} / clone" for name in COLUMNS[2:]]
+    lines = [f"| entries | dtype | {' | '.join(heads)} |", "|---:|---" + "|---:" * len(heads) + "|"]
+    for row in rows:
+        speeds = [f"{row[name]['gb_s']:.1f}" for name in COLUMNS]
+        times = [f"{row[name]['median_ms'] / row['clone']['median_ms']:.2f}" for name in COLUMNS[2:]]
+        lines.append(f"| {row['entries']:,} | {row['dtype']} | {' | '.join(speeds + times)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    if options.repeats < 1 or min(options.entries) < 1:
+        raise ValueError(f"repeats and entries must be 1 or more; got {options.repeats} and {options.entries}")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    here, threads = machine(), torch.get_num_threads()
+    where = here["machine"]["gpus"][0] if options.device.startswith("cuda") else here["machine"]["cpu"]
+    print(f"{where}, {threads} threads, torch {torch.__version__}, median of {options.repeats} rounds\n")
+    rows = []
+    for entries in options.entries:
+        for dtype in options.dtypes:
+            timed = operations(entries, getattr(torch, dtype), options.device)
+            rows.append({"entries": entries, "dtype": dtype, **measure(timed, options.repeats, options.device)})
+    print(table(rows))
+    if options.record:
+        record = {**here, "device": options.device, "threads": threads, "repeats": options.repeats, "rows": rows}
+        options.record.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main_guard(main)
