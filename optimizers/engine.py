@@ -149,12 +149,17 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"the state must be of param groups (rule, parameters) {required}; got {got}; "
                 "build the optimizer that the state was saved from"
             )
-        for number, (param, buffers) in enumerate(saved.items()):
-            required, got = _shapes(self.state[param]), _shapes(buffers)
-            if required != got:
-                raise ValueError(
-                    f"the state of parameter {number} must be {required}; got {got}; load it into the model it is of"
-                )
+        named = ((name_of(group, i), param) for group in self.param_groups for i, param in enumerate(group["params"]))
+        differences = [
+            f"{name} needs {required}, got {got}"
+            for name, param in named
+            if (required := _shapes(self.state[param])) != (got := _shapes(saved[param]))
+        ]
+        if differences:
+            raise ValueError(
+                f"the state must fit the parameters; of {len(differences)} that do not: {'; '.join(differences[:3])}; "
+                "load it into the model and layout that it is of, or through torch.distributed.checkpoint.state_dict"
+            )
 
     def state_size(self) -> int:
         """Return the bytes of state that this process holds."""
@@ -166,8 +171,9 @@ def _outline(groups: list[dict]) -> list[tuple[str | None, int]]:
     return [(group.get("rule"), len(group["params"])) for group in groups]
 
 
-def _shapes(buffers: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(buffer.shape) for name, buffer in buffers.items()}
+def _shapes(buffers: dict[str, Tensor]) -> dict[str, tuple]:
+    """Describe what can be copied into what: shapes and, of DTensors, placements."""
+    return {name: (*buffer.shape, *getattr(buffer, "placements", ())) for name, buffer in buffers.items()}
 
 
 def _new_state(param: Tensor, group: dict, rule: UpdateRule) -> dict[str, Tensor]:

@@ -25,39 +25,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import signs, wire
+from .buckets import Bucket, Matrix, fill_buckets, packed_size
 from .layout import Layout, shard_length
 from .norms import rescale_shards, rescale_whole
 from .rule import Tensors
-
-# Entries of a bucket on one owner: past one 4096 x 4096 matrix a larger batch is no faster, and smaller buckets
-# leave more to overlap.
-_BUCKET_LIMIT = 2**24
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """What the route must know of a parameter: its whole shape, the (batch, m, n) it is seen as, its owner's rank."""
-
-    shape: Shape
-    view: tuple[int, int, int]
-    owner: int
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Matrices of one shape that travel together.
-
-    members: indices of parameters, by replica and shard of their owner. counts: (R, W), how many each rank owns.
-    piece: shape of a padded shard.
-    """
-
-    members: list[int]
-    counts: list[list[int]]
-    shape: Shape
-    view: tuple[int, int, int]
-    piece: Shape
 
 
 @dataclass
@@ -86,7 +57,7 @@ class Owned:
         self.matrices, self.layout, self.inward, self.outward = matrices, layout, inward, outward
         self.shapes = [matrix.view for matrix in matrices]
         self.replica, self.shard = layout.here
-        self.buckets = self._fill_buckets()
+        self.buckets = fill_buckets(matrices, layout)
 
     def direct(self, tensors: Tensors, direction: Callable[[Tensor], Tensor]) -> Tensors:
         """Return what this rank holds of direction(matrices), for what it holds of each tensor."""
@@ -98,7 +69,9 @@ class Owned:
             whole = self._whole(bucket, tensors, arriving)  # (k, *shape)
             _, m, n = bucket.view
             directed = direction(whole.reshape(-1, m, n)).reshape(whole.shape) if len(whole) else whole
-            back = self._along_row(self._messages(directed), self._sizes(bucket)[self.replica], "directions")
+            back = self._along_row(
+                self._messages(directed), bucket.message_sizes(self.outward)[self.replica], "directions"
+            )
             self._arrive(in_column, results)
             in_column = self._pass_on(in_row)
             in_row = Return(bucket, directed, tensors[bucket.members[0]].dtype, back)
@@ -120,46 +93,16 @@ class Owned:
         beside, below = self.layout.shards - 1, len(self.layout.grid) - 1
         for bucket in self.buckets:
             mine, size = bucket.counts[replica], prod(bucket.piece) * self.inward.itemsize
-            traffic.add("to owners", (sum(mine) - mine[shard]) * size, mine[shard] * beside * size)
-            sizes = self._sizes(bucket)
+            sizes = bucket.message_sizes(self.outward)
             row, everyone = sum(sizes[replica]), sum(map(sum, sizes))
             if beside:
+                traffic.add("to owners", (sum(mine) - mine[shard]) * size, mine[shard] * beside * size)
                 traffic.add("directions", sizes[replica][shard] * beside, row - sizes[replica][shard])
             if below:
                 traffic.add("directions", row * below, everyone - row)
         if rescales and beside:
             norms = wire.ring_bytes(8 * sum(batch for batch, _, _ in self.shapes), beside + 1)
             traffic.add("norms", norms, norms)
-
-    # --- the plan
-
-    def _fill_buckets(self) -> list[Bucket]:
-        """Group equal matrices; a bucket holds as many of each owner as the limit allows, at least one."""
-        alike: dict[tuple, dict[int, list[int]]] = {}
-        for i, matrix in enumerate(self.matrices):
-            alike.setdefault((matrix.shape, matrix.view), {}).setdefault(matrix.owner, []).append(i)
-        buckets = []
-        for (shape, view), owned in alike.items():
-            size = max(1, _BUCKET_LIMIT // prod(shape))
-            for start in range(0, max(map(len, owned.values())), size):
-                chosen = [[owned.get(rank, [])[start : start + size] for rank in row] for row in self.layout.grid]
-                members = [i for row in chosen for mine in row for i in mine]
-                counts = [[len(mine) for mine in row] for row in chosen]
-                buckets.append(Bucket(members, counts, shape, view, self._piece(shape)))
-        return buckets
-
-    def _piece(self, shape: Shape) -> Shape:
-        dim = self.layout.dim
-        if dim is None:
-            return shape
-        return (*shape[:dim], shard_length(shape[dim], self.layout.shards, 0), *shape[dim + 1 :])
-
-    def _sizes(self, bucket: Bucket) -> list[list[int]]:
-        """Bytes (R, W) that each owner sends to one rank: packed signs and a flag a matrix, or entries."""
-        entries = prod(bucket.piece)
-        if self.outward is None:
-            return [[-(-count * entries // 8) + count for count in row] for row in bucket.counts]
-        return [[count * entries * self.outward.itemsize for count in row] for row in bucket.counts]
 
     # --- to the owners
 
@@ -215,7 +158,9 @@ class Owned:
 
     def _pass_on(self, back: Return | None) -> Return | None:
         if back:
-            back.pending = self._along_column(back.pending.wait(), self._sizes(back.bucket), "directions")
+            back.pending = self._along_column(
+                back.pending.wait(), back.bucket.message_sizes(self.outward), "directions"
+            )
         return back
 
     def _shards(self, stack: Tensor) -> Tensor:
@@ -252,7 +197,7 @@ class Owned:
         bucket = back.bucket
         entries = signs.unpack(received, 8 * len(received), back.dtype)  # eight to a byte, from the flags nonsense
         size, pieces, flags, end = prod(bucket.piece), [], [], 0
-        for count, message in zip(_flat(bucket.counts), _flat(self._sizes(bucket)), strict=True):
+        for count, message in zip(_flat(bucket.counts), _flat(bucket.message_sizes(self.outward)), strict=True):
             start, end = end, end + message
             if count:
                 pieces += entries[8 * start : 8 * start + count * size].view(count, *bucket.piece).unbind()
@@ -270,7 +215,7 @@ class Owned:
         counts = [[0] * self.layout.shards for _ in self.layout.grid]
         for replica, shard in (places[j] for j in chosen):
             counts[replica][shard] += 1
-        sizes = [[-(-count * size // 8) for count in row] for row in counts]
+        sizes = [[packed_size(count, size) for count in row] for row in counts]
         own = [bool(flag) for place, flag in zip(places, flagged, strict=True) if place == (self.replica, self.shard)]
         if any(own):
             planes = self._planes(back.directed[own], signs.others)

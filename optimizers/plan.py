@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import polar
+from .buckets import Matrix
 from .checks import name_of
 from .layout import Layout, agree, layout_of, local_of
-from .owned import Matrix, Owned
+from .owned import Owned
 from .routes import Gathered, Local, shape_in
 from .rule import UpdateRule, rule_named
 from .wire import Traffic

@@ -1,0 +1,73 @@
+"""Buckets: the matrices that travel together on the way to their owners and back."""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from .layout import Layout, shard_length
+
+# Entries of a bucket on one owner: past one 4096 x 4096 matrix a larger batch is no faster, and smaller buckets
+# leave more to overlap.
+_LIMIT = 2**24
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What a route must know of a parameter: its whole shape, the (batch, m, n) it is seen as, its owner's rank."""
+
+    shape: Shape
+    view: tuple[int, int, int]
+    owner: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Matrices of one shape.
+
+    members: indices of parameters, by replica and shard of their owner. counts: (R, W), how many each rank owns.
+    piece: shape of a padded shard.
+    """
+
+    members: list[int]
+    counts: list[list[int]]
+    shape: Shape
+    view: tuple[int, int, int]
+    piece: Shape
+
+    def message_sizes(self, dtype: torch.dtype | None) -> list[list[int]]:
+        """Bytes (R, W) that each owner sends to one rank: entries, or without a dtype packed signs and their flags."""
+        entries = prod(self.piece)
+        if dtype is None:
+            return [[packed_size(count, entries) + count for count in row] for row in self.counts]
+        return [[count * entries * dtype.itemsize for count in row] for row in self.counts]
+
+
+def packed_size(count: int, entries: int) -> int:
+    """Bytes of one bit an entry for `count` pieces."""
+    return -(-count * entries // 8)
+
+
+def fill_buckets(matrices: list[Matrix], layout: Layout) -> list[Bucket]:
+    """Group equal matrices; a bucket holds as many of each owner as the limit allows, at least one."""
+    alike: dict[tuple, dict[int, list[int]]] = {}
+    for i, matrix in enumerate(matrices):
+        alike.setdefault((matrix.shape, matrix.view), {}).setdefault(matrix.owner, []).append(i)
+    buckets = []
+    for (shape, view), owned in alike.items():
+        size = max(1, _LIMIT // prod(shape))
+        for start in range(0, max(map(len, owned.values())), size):
+            chosen = [[owned.get(rank, [])[start : start + size] for rank in row] for row in layout.grid]
+            members = [i for row in chosen for mine in row for i in mine]
+            counts = [[len(mine) for mine in row] for row in chosen]
+            buckets.append(Bucket(members, counts, shape, view, _piece(shape, layout)))
+    return buckets
+
+
+def _piece(shape: Shape, layout: Layout) -> Shape:
+    dim = layout.dim
+    if dim is None:
+        return shape
+    return (*shape[:dim], shard_length(shape[dim], layout.shards, 0), *shape[dim + 1 :])
