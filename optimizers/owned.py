@@ -69,12 +69,9 @@ class Owned:
             whole = self._whole(bucket, tensors, arriving)  # (k, *shape)
             _, m, n = bucket.view
             directed = direction(whole.reshape(-1, m, n)).reshape(whole.shape) if len(whole) else whole
-            back = self._along_row(
-                self._messages(directed), bucket.message_sizes(self.outward)[self.replica], "directions"
-            )
+            back = Return(bucket, directed, tensors[bucket.members[0]].dtype, self._send_back(bucket, directed))
             self._arrive(in_column, results)
-            in_column = self._pass_on(in_row)
-            in_row = Return(bucket, directed, tensors[bucket.members[0]].dtype, back)
+            in_column, in_row = self._pass_on(in_row), back
             arriving = ahead
         self._arrive(in_column, results)
         self._arrive(self._pass_on(in_row), results)
@@ -156,11 +153,17 @@ class Owned:
             return wire.Pending(messages, [])
         return wire.from_each(messages, [sum(row) for row in sizes], self.layout.column, kind)
 
+    def _send_back(self, bucket: Bucket, directed: Tensor) -> wire.Pending:
+        messages, sizes = self._messages(directed), bucket.message_sizes(self.outward)
+        if self.layout.row is None:
+            return self._along_column(messages.view(-1), sizes, "directions")
+        return self._along_row(messages, sizes[self.replica], "directions")
+
     def _pass_on(self, back: Return | None) -> Return | None:
-        if back:
-            back.pending = self._along_column(
-                back.pending.wait(), back.bucket.message_sizes(self.outward), "directions"
-            )
+        """Send what came along the row down the column, where there are both."""
+        if back and self.layout.row and self.layout.column:
+            sizes = back.bucket.message_sizes(self.outward)
+            back.pending = self._along_column(back.pending.wait(), sizes, "directions")
         return back
 
     def _shards(self, stack: Tensor) -> Tensor:
