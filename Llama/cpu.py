@@ -5,35 +5,32 @@ import os
 import platform
 import sys
 import types
+from unittest import mock
 
 import torch
-import torch._utils
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from common.launch import peak_memory_mb
+
 
 def adapt_torchtitan() -> None:
-    """Make torchtitan importable without triton, and choose the CPU where there is no GPU that it can use."""
-    if importlib.util.find_spec("triton") is None:  # comes with torch's CUDA builds, and on other systems is not needed
+    """Make torchtitan importable without triton, and have it choose the CPU where there is no GPU that it can use."""
+    if importlib.util.find_spec("triton") is None:  # torch's CUDA builds bring it along; others would not use it
         # The one module that imports triton, for mixtures of experts, which no Llama here has.
         kernels = types.ModuleType("torchtitan.models.moe.kernels")
         kernels.generate_permute_indices = None
         sys.modules.setdefault(kernels.__name__, kernels)
-    if not on_cpu():
-        return
-    probe = torch._utils._get_available_device_type
-    torch._utils._get_available_device_type = lambda: "cpu"
-    try:
-        import torchtitan.tools.utils  # noqa: F401  (keeps the answer)
-    finally:
-        torch._utils._get_available_device_type = probe
-    for name, stand_in in STAND_INS.items():
-        if not hasattr(torch.cpu, name):
-            setattr(torch.cpu, name, stand_in)
+    if on_cpu():
+        with (
+            mock.patch("torch._utils._get_available_device_type", lambda: "cpu"),
+            mock.patch("torch._utils._get_device_module", lambda device_type: CPU),
+        ):
+            import torchtitan.tools.utils  # noqa: F401  (asks once, and keeps the answers)
 
 
 def on_cpu() -> bool:
-    """Whether there is no GPU with collectives here (Apple's has none)."""
+    """Whether there is no GPU here, or one without collectives (Apple's)."""
     return not torch.accelerator.is_available() or torch.accelerator.current_accelerator().type == "mps"
 
 
@@ -45,15 +42,35 @@ def adapt_model(model: nn.Module) -> None:
                 module.set_force_sum_reduction_for_comms(True)
 
 
-# What torchtitan's memory monitor asks of torch.cuda, and torch.cpu does not have.
-STAND_INS = {
-    "get_device_name": lambda device=None: platform.processor() or platform.machine(),
-    "get_device_properties": lambda device=None: types.SimpleNamespace(total_memory=_memory_bytes()),
-    "memory_stats": lambda device=None: {},
-    "reset_peak_memory_stats": lambda device=None: None,
-    "empty_cache": lambda: None,
-}
+class CPU:
+    """What torchtitan asks of a device's module: torch.cpu has half of it, and calls its current device "cpu"."""
 
+    set_device = torch.cpu.set_device
+    synchronize = torch.cpu.synchronize
 
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    @staticmethod
+    def current_device() -> int:
+        return 0
+
+    @staticmethod
+    def get_device_name(device=None) -> str:
+        return platform.processor() or platform.machine()
+
+    @staticmethod
+    def get_device_properties(device=None) -> types.SimpleNamespace:
+        pages, page_bytes = map(os.sysconf, ("SC_PHYS_PAGES", "SC_PAGE_SIZE"))
+        return types.SimpleNamespace(total_memory=pages * page_bytes)
+
+    @staticmethod
+    def memory_stats(device=None) -> dict[str, int]:
+        """The most memory that the process has used since it started."""
+        peak = int(peak_memory_mb(torch.device("cpu")) * 2**20)
+        return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak, "num_alloc_retries": 0, "num_ooms": 0}
+
+    @staticmethod
+    def reset_peak_memory_stats(device=None) -> None:
+        pass
+
+    @staticmethod
+    def empty_cache() -> None:
+        pass

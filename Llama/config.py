@@ -1,0 +1,235 @@
+"""Every knob of a run: torchtitan's own sections, with those replaced that this repository reads differently.
+
+    settings = parse_config(["Llama/train_configs/stdlib.toml", "--optimizer.name", "muon"])
+
+An [optimizer] key is one that some rule here has; one that the chosen rule does not have is an error at once.
+"""
+
+import os
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+import torchtitan.config.job_config as titan
+from torch import nn
+
+from common.config import ConfigError, at_least
+from common.config import parse_config as parse
+from optimizers import RuleOptimizer, build_optimizer
+from optimizers.rule import rule_named
+
+
+@dataclass
+class Job(titan.Job):
+    dump_folder: str = "runs/llama"
+    """Folder of all runs; a run's own is GROUP/NAME in it."""
+    group: str = "default"
+    """Folder of the run below dump_folder, and its group in Weights & Biases."""
+    resume: bool = False
+    """Continue from the newest checkpoint of this run; without it, an earlier run's folder is moved aside."""
+
+
+@dataclass
+class Model(titan.Model):
+    name: str = "llama2"
+    """The TrainSpec of Llama/spec.py."""
+    flavor: str = "7B"
+    """7B, 13B, 70B, or debug (2 million parameters)."""
+    hf_assets_path: str = "data/llama2"
+    """Folder with tokenizer.json and tokenizer_config.json, as on the Hugging Face Hub."""
+
+
+@dataclass
+class Optimizer:
+    """In place of torchtitan's section, of which a rule would leave most unread."""
+
+    name: str = "olion"
+    """Rule of the hidden matrices: olion, muon, adamuon, lion, adamw or a registered rule of your own."""
+    lr: float | None = None
+    """Peak rate of the matrices; None takes this optimizer's from `tuned_lr`."""
+    tuned_lr: dict[str, float] = field(default_factory=dict)
+    """Rate of each optimizer where `lr` is not given: the best of a sweep."""
+    adamw_lr: float | None = None
+    """Peak rate of embeddings, head and norms, which AdamW trains for every rule; None is the matrices' rate."""
+    weight_decay: float = 0.1
+    """Decoupled, on every tensor of two or more dimensions."""
+    betas: tuple[float, float] | None = None
+    """Of olion, lion or adamw; None is the paper's."""
+    momentum: float | None = None
+    """Of muon or adamuon; None is the paper's 0.95."""
+    ns_steps: int | None = None
+    """Newton-Schulz steps; None is 5."""
+    ns_coefficients: str | None = None
+    """jordan, convergent or polar_express; None is jordan."""
+    ns_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of the orthogonalization; None is bfloat16 on GPUs and float32 on CPUs."""
+    state_dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of the momentum; None is the parameters'."""
+    wire_dtype: Literal["float32", "bfloat16"] | None = None
+    """How directions travel between ranks; None is one bit an entry for olion, bfloat16 for muon and adamuon."""
+
+
+@dataclass
+class Training(titan.Training):
+    dataset: str = "c4"
+    """c4 (streamed from the Hugging Face Hub), or text: files of dataset_path."""
+    dataset_path: str | None = None
+    """A folder or file: .jsonl or .parquet with a column "text", or plain text; of c4, a copy of allenai/c4."""
+    lanes: int = 64
+    """Parts that the documents are dealt into; ranks share them evenly, so that any divisor of it resumes a run."""
+    local_batch_size: int = 1
+    """Sequences that one rank takes through the model at once; the result does not depend on it."""
+    global_batch_size: int = 8
+    """Sequences a step, over all ranks and micro-batches."""
+
+    def __post_init__(self):
+        at_least(1, self, "lanes", "local_batch_size", "global_batch_size", "seq_len", "steps")
+
+
+@dataclass
+class Validation(titan.Validation):
+    enable: bool = True
+    """Validate at step 0, every `freq` steps and at the end."""
+    freq: int = 500
+    """Steps between validations."""
+    windows: int = 512
+    """Sequences, over all ranks: the first of the set, and the same at every validation."""
+    local_batch_size: int = 0
+    """Sequences on one rank at once, at most; 0 is training's."""
+    seq_len: int = 0
+    """0 is training's."""
+
+    def __post_init__(self):
+        at_least(1, self, "freq", "windows")
+
+
+@dataclass
+class Metrics(titan.Metrics):
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Weights & Biases: auto is online with a login, else offline (`wandb sync` uploads it later)."""
+
+
+@dataclass
+class Checkpoint(titan.Checkpoint):
+    enable: bool = True
+    """Save every `interval` steps and at the end."""
+    last_save_model_only: bool = False
+    """The last one can be resumed, too, with more steps."""
+    keep_latest_k: int = 2
+    """Newest checkpoints that are kept; 0 keeps all."""
+
+
+@dataclass
+class Debug(titan.Debug):
+    seed: int = 1337
+    """Seeds the weights and the order of local documents."""
+
+
+@dataclass
+class JobConfig(titan.JobConfig):
+    job: Job = field(default_factory=Job)
+    model: Model = field(default_factory=Model)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    training: Training = field(default_factory=Training)
+    validation: Validation = field(default_factory=Validation)
+    metrics: Metrics = field(default_factory=Metrics)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    debug: Debug = field(default_factory=Debug)
+
+
+# What torchtitan reads and this repository does not, with what stands in its place.
+NOT_READ = {
+    "job.custom_config_module": "Llama/config.py is the config",
+    "experimental.custom_args_module": "Llama/config.py is the config",
+    "metrics.enable_wandb": "set metrics.wandb",
+    "model.tokenizer_path": "set model.hf_assets_path",
+    "training.dataloader": "batches are made in the training process",
+    "validation.dataloader": "windows are read once, before training",
+    "validation.steps": "set validation.windows",
+    "fault_tolerance.enable": "checkpoints resume on another number of ranks",
+}
+
+
+def parse_config(argv: list[str] | None = None) -> JobConfig:
+    """Read `[CONFIG.toml ...] [--section.key value ...]`, checked in itself; see common.config.
+
+    Raises ConfigError, one line, for what is unknown, unread, of a wrong type, or impossible with this many ranks.
+    """
+    settings = parse(JobConfig, argv)
+    defaults = JobConfig()
+    for name, instead in NOT_READ.items():
+        section, key = name.split(".")
+        if getattr(getattr(settings, section), key) != getattr(getattr(defaults, section), key):
+            raise ConfigError(f"{name} must be left out, since nothing here reads it; {instead}")
+    validation = replace(
+        settings.validation,
+        seq_len=settings.validation.seq_len or settings.training.seq_len,
+        local_batch_size=settings.validation.local_batch_size or settings.training.local_batch_size,
+    )
+    settings = replace(settings, validation=validation)
+    check_batches(settings, int(os.environ.get("WORLD_SIZE", 1)))
+    build(settings.optimizer, nn.Linear(2, 2))  # refuses on a stand-in what it would refuse on the model
+    return settings
+
+
+def data_ranks(settings: JobConfig, world_size: int) -> int:
+    """Return the number of ranks that see different sequences; ConfigError where the parallelism does not fit."""
+    parallelism = settings.parallelism
+    model_ranks = (
+        parallelism.tensor_parallel_degree * parallelism.context_parallel_degree * parallelism.pipeline_parallel_degree
+    )
+    replicas, shards = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
+    if world_size % model_ranks:
+        raise ConfigError(f"tensor, context and pipeline degrees make {model_ranks}, which must divide {world_size}")
+    ranks = world_size // model_ranks
+    wanted = replicas * shards if shards > 0 else ranks // replicas * replicas
+    if wanted != ranks:
+        raise ConfigError(
+            f"[parallelism] must use the {world_size} ranks there are; data_parallel_replicate_degree {replicas} and "
+            f"data_parallel_shard_degree {shards} make {wanted} of {ranks}; set NGPU or the degrees (-1: what is left)"
+        )
+    return ranks
+
+
+def check_batches(settings: JobConfig, world_size: int) -> None:
+    """Refuse batches, lanes and validation windows that the ranks cannot share evenly."""
+    ranks = data_ranks(settings, world_size)
+    training = settings.training
+    for name, value, unit in [
+        ("training.global_batch_size", training.global_batch_size, ranks * training.local_batch_size),
+        ("training.lanes", training.lanes, ranks),
+        ("validation.windows", settings.validation.windows, ranks),
+    ]:
+        if value % unit:
+            micro = f" x local_batch_size {training.local_batch_size}" if unit != ranks else ""
+            raise ConfigError(f"{name} must be a multiple of {unit} ({ranks} data-parallel ranks{micro}); got {value}")
+
+
+def peak_lr(settings: Optimizer) -> float:
+    """Return the peak rate of the matrices: the one asked for, or the optimizer's tuned one."""
+    rule_named(settings.name)
+    lr = settings.tuned_lr.get(settings.name) if settings.lr is None else settings.lr
+    if lr is None:
+        raise ConfigError(f"{settings.name} needs a learning rate and optimizer.tuned_lr has none; set optimizer.lr")
+    return lr
+
+
+def build(settings: Optimizer, model: nn.Module, **options) -> RuleOptimizer:
+    """Build the optimizer of a model; every option that is set reaches the rule, which refuses what it does not have.
+
+    options: others of optimizers.build_optimizer.
+    """
+    names = ("betas", "momentum", "ns_steps", "ns_coefficients", "ns_dtype", "state_dtype", "wire_dtype")
+    asked = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+    for name in ("ns_dtype", "state_dtype", "wire_dtype"):
+        if name in asked:
+            asked[name] = getattr(torch, asked[name])
+    return build_optimizer(
+        model,
+        settings.name,
+        lr=peak_lr(settings),
+        adamw_lr=settings.adamw_lr,
+        weight_decay=settings.weight_decay,
+        **asked,
+        **options,
+    )
