@@ -1,7 +1,7 @@
 """Llama-2: torchtitan's transformer with the published shapes, and weights that do not depend on the layout."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.overrides import TorchFunctionMode
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
@@ -42,14 +42,15 @@ class _DrawWhole(TorchFunctionMode):
     On CPUs every rank would otherwise draw its shard from the same seed, that is, the same values for each.
     """
 
-    DRAWS = (Tensor.normal_, Tensor.uniform_)
-
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function not in self.DRAWS or not isinstance(args[0], DTensor):
-            return function(*args, **(kwargs or {}))
-        sharded, *rest = args
+        kwargs = kwargs or {}
+        if function is nn.init.normal_:  # it would call Tensor.normal_ where this mode does not see it
+            function, args, kwargs = Tensor.normal_, (kwargs["tensor"], kwargs["mean"], kwargs["std"]), {}
+        if function not in (Tensor.normal_, Tensor.uniform_) or not isinstance(args[0], DTensor):
+            return function(*args, **kwargs)
+        sharded, *options = args
         whole = torch.empty(sharded.shape, dtype=sharded.dtype, device=sharded.device)
-        function(whole, *rest, **(kwargs or {}))
+        function(whole, *options, **kwargs)
         mesh = sharded.device_mesh
         replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
         return sharded.copy_(replicated.redistribute(placements=sharded.placements))
