@@ -41,6 +41,12 @@ class Trainer(titan.Trainer):
             self.validator.validate(self.model_parts, 0)
         return super().batch_generator(data_iterable)
 
+    def forward_backward_step(self, *, global_valid_tokens: torch.Tensor, **batch) -> torch.Tensor:
+        """Make DDP's mean over ranks a sum, as FSDP's is here: torchtitan's losses are shares of the global mean."""
+        dims = self.parallel_dims
+        ranks = dims.dp_replicate if dims.dp_replicate_enabled and not dims.fsdp_enabled else 1
+        return super().forward_backward_step(global_valid_tokens=global_valid_tokens / ranks, **batch) / ranks
+
     def train_step(self, data_iterator) -> None:
         self.timer.start()
         super().train_step(data_iterator)
