@@ -15,6 +15,8 @@ from torch import nn
 
 from common.config import ConfigError, at_least
 from common.config import parse_config as parse
+from Llama.cpu import CPU, on_cpu
+from Llama.model import FLAVORS, Llama
 from optimizers import RuleOptimizer, build_optimizer
 from optimizers.rule import rule_named
 
@@ -137,6 +139,8 @@ class JobConfig(titan.JobConfig):
     debug: Debug = field(default_factory=Debug)
 
 
+BYTES_A_PARAMETER = 12  # of a run on CPUs: weight, gradient and one momentum in float32; AdamW has another
+
 # What torchtitan reads and this repository does not, with what stands in its place.
 NOT_READ = {
     "job.custom_config_module": "Llama/config.py is the config",
@@ -167,9 +171,29 @@ def parse_config(argv: list[str] | None = None) -> JobConfig:
         local_batch_size=settings.validation.local_batch_size or settings.training.local_batch_size,
     )
     settings = replace(settings, validation=validation)
-    check_batches(settings, int(os.environ.get("WORLD_SIZE", 1)))
+    fake = settings.comm.mode != "default"  # torchtitan's dry runs: one process, as if there were NGPU
+    ranks = int(os.environ.get("NGPU" if fake else "WORLD_SIZE", 1))
+    check_flavor(settings, ranks)
+    check_batches(settings, ranks)
     build(settings.optimizer, nn.Linear(2, 2))  # refuses on a stand-in what it would refuse on the model
     return settings
+
+
+def check_flavor(settings: JobConfig, ranks: int) -> None:
+    """Refuse a model that does not exist, or that is too large for a machine without GPUs."""
+    flavor = settings.model.flavor
+    if flavor not in FLAVORS:
+        raise ConfigError(f"model.flavor must be one of {', '.join(FLAVORS)}; got {flavor!r}")
+    if not on_cpu() or settings.comm.mode != "default":
+        return
+    with torch.device("meta"):
+        count = sum(param.numel() for param in Llama(FLAVORS[flavor]).parameters())
+    needed, there = count * BYTES_A_PARAMETER / 1e9, CPU.get_device_properties().total_memory / 1e9
+    if needed > there:
+        raise ConfigError(
+            f"Llama-2 {flavor} needs about {needed:,.0f} GB for weights, gradients and momentum; this machine has no "
+            f"GPU and {there:,.0f} GB of memory: use GPUs, or run the small one, bash Llama/run.sh"
+        )
 
 
 def data_ranks(settings: JobConfig, world_size: int) -> int:

@@ -8,8 +8,10 @@ The run's folder, runs/llama/GROUP/NAME, holds metrics.jsonl, config.json, check
 flag of torchtitan 0.2.2 is there, but for those that Llama/config.py replaces; --help lists them.
 """
 
+import json
 import logging
 import os
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +21,11 @@ from torchtitan import train as titan
 from torchtitan.tools.logging import init_logger
 
 import Llama.spec  # noqa: F401  (registers the TrainSpec)
-from common import launch
+from common import UserError, launch
 from common.runlog import move_aside
 from Llama.config import JobConfig, parse_config
-from Llama.metrics import name_of
+from Llama.cpu import on_cpu
+from Llama.metrics import name_of, record_of
 
 
 class Trainer(titan.Trainer):
@@ -55,21 +58,32 @@ class Trainer(titan.Trainer):
 def main() -> None:
     """Read the configuration and train."""
     settings = parse_config()
-    for name, alone in [("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")]:
+    for name, alone in [("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_PORT", "0")]:
         os.environ.setdefault(name, alone)  # torchrun's; without it this is the only process
     os.environ.setdefault("MASTER_ADDR", "localhost")
-    os.environ.setdefault("MASTER_PORT", "0")
-    is_main = os.environ["RANK"] == "0"
-    init_logger()
-    logging.getLogger().setLevel(logging.INFO if is_main else logging.WARNING)
-    warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype is not supported")
-
     folder = Path(settings.job.dump_folder, settings.job.group, name_of(settings))
-    settings = replace(settings, job=replace(settings.job, dump_folder=str(folder)))
-    if is_main and not settings.job.resume:
-        move_aside(folder)  # before this rank joins the others, who look for checkpoints after that
+    plain = settings.metrics.disable_color_printing or not sys.stdout.isatty()
+    settings = replace(
+        settings,
+        job=replace(settings.job, dump_folder=str(folder)),
+        metrics=replace(settings.metrics, disable_color_printing=plain),
+    )
+    if settings.job.resume:
+        same_experiment(folder, settings)
+    start_logging()
     train(settings)
     launch.stop()
+
+
+def start_logging() -> None:
+    """Have rank 0 tell what it does, and the others only what goes wrong."""
+    init_logger()
+    logger = logging.getLogger()
+    logger.setLevel(logging.INFO if os.environ["RANK"] == "0" else logging.WARNING)
+    if on_cpu():  # where there is no peak to look up
+        noise = ("Error running lspci", "Peak flops undefined", "Peak FLOPS used")
+        logger.handlers[0].addFilter(lambda entry: not entry.getMessage().startswith(noise))
+    warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype is not supported")
 
 
 def train(settings: JobConfig) -> None:
@@ -78,10 +92,30 @@ def train(settings: JobConfig) -> None:
     trainer = None
     try:
         trainer = Trainer(settings)
+        if not settings.job.resume:
+            launch.on_main(lambda: move_aside(Path(settings.job.dump_folder)))
         trainer.train()
     finally:
         if trainer:
             trainer.close()
+
+
+def same_experiment(folder: Path, settings: JobConfig) -> None:
+    """Refuse to resume with another model, corpus or optimizer than the run's; length and logs may change."""
+    if not (folder / "config.json").exists():
+        return
+    was, now = json.loads((folder / "config.json").read_text())["config"], record_of(settings)
+    names = [f"{section}.{key}" for section in ("optimizer", "lr_scheduler") for key in now[section]]
+    names += ["model.name", "model.flavor", "training.max_norm"]
+    names += [f"training.{key}" for key in ("dataset", "dataset_path", "lanes", "seq_len", "global_batch_size")]
+    for name in sorted(set(names) - {"optimizer.lr", "optimizer.tuned_lr", "lr_scheduler.total_steps"}):
+        section, key = name.split(".")
+        old, new = was.get(section, {}).get(key), now[section][key]
+        if old != new:
+            raise UserError(
+                f"--job.resume needs the {name} of the checkpoint, {old}; got {new}; set it back, or start anew "
+                "without --job.resume"
+            )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ class FixedWindows(Validator):
         self.validation_dataloader = [to_batch(mine[start : start + size]) for start in range(0, len(mine), size)]
         self.tokenizer = tokenizer
         vars(self).update(parts)
-        self.metrics_processor.bits_per_nat = 1 / math.log(2) / bytes_per_token
+        self.metrics_processor.bits_per_byte_per_nat = 1 / math.log(2) / bytes_per_token
 
     def should_validate(self, step: int) -> bool:
         return step % self.job_config.validation.freq == 0 or step == self.job_config.training.steps
