@@ -199,12 +199,19 @@ def check_flavor(settings: JobConfig, ranks: int) -> None:
 def data_ranks(settings: JobConfig, world_size: int) -> int:
     """Return the number of ranks that see different sequences; ConfigError where the parallelism does not fit."""
     parallelism = settings.parallelism
+    if parallelism.pipeline_parallel_degree > 1:
+        raise ConfigError(
+            f"pipeline_parallel_degree must be 1, got {parallelism.pipeline_parallel_degree}: torchtitan 0.2.2's "
+            "pipelines leave gradients as sums over tokens, which clipping then cuts down; use FSDP and tensor degrees"
+        )
+    if parallelism.context_parallel_degree > 1 and on_cpu():
+        raise ConfigError("context_parallel_degree must be 1 without GPUs: torch cannot shard their attention")
     model_ranks = (
         parallelism.tensor_parallel_degree * parallelism.context_parallel_degree * parallelism.pipeline_parallel_degree
     )
     replicas, shards = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
     if world_size % model_ranks:
-        raise ConfigError(f"tensor, context and pipeline degrees make {model_ranks}, which must divide {world_size}")
+        raise ConfigError(f"tensor and context degrees make {model_ranks}, which must divide {world_size}")
     ranks = world_size // model_ranks
     wanted = replicas * shards if shards > 0 else ranks // replicas * replicas
     if wanted != ranks:

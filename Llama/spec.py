@@ -6,7 +6,6 @@ from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.components.tokenizer import build_hf_tokenizer
 from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.models.llama3 import parallelize_llama
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
@@ -20,7 +19,7 @@ from Llama.validate import FixedWindows
 
 
 class Optimizers(OptimizersContainer):
-    """One of this repository's optimizers for each part of the model: one part, or a pipeline's stages."""
+    """This repository's optimizer, for a model in one part (config.py refuses pipelines)."""
 
     def __init__(self, model_parts: list[nn.Module], settings: config.Optimizer, parallel_dims: ParallelDims):
         # Under FSDP and tensor parallelism parameters say themselves how they lie; plain ones are DDP's.
@@ -28,16 +27,9 @@ class Optimizers(OptimizersContainer):
         if parallel_dims.dp_replicate_enabled and not parallel_dims.fsdp_enabled:
             group = parallel_dims.get_mesh("dp_replicate").get_group()
         self.model_parts = model_parts
-        self.optimizers = [
-            config.build(settings, part, roles=_roles(part), process_group=group) for part in model_parts
-        ]
+        self.optimizers = [config.build(settings, part, process_group=group) for part in model_parts]
         params = [param for part in model_parts for param in part.parameters() if param.requires_grad]
         self._post_init(params, {"lr": config.peak_lr(settings)})  # torch.optim's, for the hooks
-
-
-def _roles(part: nn.Module) -> dict[str, str]:
-    """Name the head, which a pipeline's last stage cannot tell by the embedding's shape: that is on the first."""
-    return {"output.weight": "head"} if getattr(part, "output", None) is not None else {}
 
 
 def parallelize(model: nn.Module, parallel_dims: ParallelDims, settings: config.JobConfig) -> nn.Module:
@@ -51,7 +43,7 @@ SPEC = TrainSpec(
     model_cls=Llama,
     model_args=FLAVORS,
     parallelize_fn=parallelize,
-    pipelining_fn=pipeline_llm,
+    pipelining_fn=None,
     build_optimizers_fn=Optimizers,
     build_lr_schedulers_fn=build_lr_schedulers,
     build_dataloader_fn=build_loader,
