@@ -30,6 +30,7 @@ FLAVORS = {
 class Llama(Transformer):
     """torchtitan's transformer, whose weights at the start are the same on any number of ranks."""
 
+    @torch.no_grad()
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Draw the weights with the default generator, which must be seeded alike on all ranks."""
         with _DrawWhole():
