@@ -43,6 +43,11 @@ fi
 PYTHON=$(bash scripts/setup.sh)
 NGPU=${NGPU:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)')}
 
+if [[ -z "${OMP_NUM_THREADS:-}" ]]; then # torchrun would take one thread a process, and say so
+  cores=$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+  export OMP_NUM_THREADS=$((cores > NGPU ? cores / NGPU : 1))
+fi
+
 flags=("$@" --job.group "$GROUP")
 [[ -z "$LR" ]] || flags+=(--optimizer.lr "$LR")
 [[ -z "$SEED" ]] || flags+=(--debug.seed "$SEED")

@@ -111,7 +111,7 @@ def test_losses_of_four_ranks_match_those_of_one(folder, layout, optimizer):
 
 
 def launch(folder: Path, ranks: int, *more: str, **settings) -> subprocess.CompletedProcess:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    torchrun = ["-m", "common.torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *torchrun, "-m", "Llama.train", *flags(folder, **settings), *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -135,6 +135,13 @@ def test_resume_refuses_another_experiment_in_one_line(folder):
             UserError, match=f"--job.resume needs the {name} of the checkpoint, .*; got .*; set it back"
         ):
             same_experiment(run, parse_config(flags(folder, optimizer__name="adamw", **settings)))
+
+
+def test_diverged_run_ends_with_its_own_status_and_one_line(folder):
+    done = launch(folder, 2, job__group="diverged", optimizer__name="lion", optimizer__lr=1e30, validation__windows=2)
+    assert done.returncode == 3
+    assert "error: training needs finite losses and gradients, and step 2 had" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_figures_match_the_keys_of_a_run(folder):
