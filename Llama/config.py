@@ -173,13 +173,13 @@ def parse_config(argv: list[str] | None = None) -> JobConfig:
     settings = replace(settings, validation=validation)
     fake = settings.comm.mode != "default"  # torchtitan's dry runs: one process, as if there were NGPU
     ranks = int(os.environ.get("NGPU" if fake else "WORLD_SIZE", 1))
-    check_flavor(settings, ranks)
+    check_flavor(settings)
     check_batches(settings, ranks)
     build(settings.optimizer, nn.Linear(2, 2))  # refuses on a stand-in what it would refuse on the model
     return settings
 
 
-def check_flavor(settings: JobConfig, ranks: int) -> None:
+def check_flavor(settings: JobConfig) -> None:
     """Refuse a model that does not exist, or that is too large for a machine without GPUs."""
     flavor = settings.model.flavor
     if flavor not in FLAVORS:
@@ -206,9 +206,7 @@ def data_ranks(settings: JobConfig, world_size: int) -> int:
         )
     if parallelism.context_parallel_degree > 1 and on_cpu():
         raise ConfigError("context_parallel_degree must be 1 without GPUs: torch cannot shard their attention")
-    model_ranks = (
-        parallelism.tensor_parallel_degree * parallelism.context_parallel_degree * parallelism.pipeline_parallel_degree
-    )
+    model_ranks = parallelism.tensor_parallel_degree * parallelism.context_parallel_degree
     replicas, shards = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
     if world_size % model_ranks:
         raise ConfigError(f"tensor and context degrees make {model_ranks}, which must divide {world_size}")
