@@ -79,6 +79,11 @@ def layout_of(param: Tensor, process_group: dist.ProcessGroup | None, as_matrice
         return None
     if as_matrices == "batch" and cut and all(placements[axis].dim < param.ndim - 2 for axis in cut):
         return None  # the batch is cut, each matrix is whole
+    if local_of(param).device.type not in (mesh.device_type, "meta"):
+        raise ValueError(
+            f"a matrix must be where its {mesh.device_type} mesh sends from, got it on {local_of(param).device}; "
+            "train without CPU offload"
+        )
     groups = _groups_of(mesh, axes)
     ranks = tuple(sorted(mesh.mesh.flatten().tolist()))
     # FSDP over TP interleaves: neighbouring rows of a _StridedShard are on ranks that are not neighbours.
