@@ -212,7 +212,7 @@ class Owned:
         chosen = [j for j, flag in enumerate(flagged) if flag]
         places = [self.layout.place(self.matrices[i].owner) for i in bucket.members]
         own = [bool(flag) for place, flag in zip(places, flagged, strict=True) if place == (self.replica, self.shard)]
-        shards = self._shards(back.directed[own] if any(own) else back.directed[:0])
+        shards = self._shards(back.directed[own]) if any(own) else back.directed.new_empty(0)
         shards = shards.view(self.layout.shards, sum(own), entries)
 
         def to_all(messages: Tensor, lengths: list[int]) -> Tensor:
@@ -227,8 +227,8 @@ class Owned:
         mine = holes.most(shards)  # (own flagged,)
         counts = to_all(wire.as_bytes(mine).expand(self.layout.shards, -1).contiguous(), [4] * len(chosen))
         counts = counts.view(torch.int32).tolist()
-        written = [holes.write(shards[:, k], count) for k, count in enumerate(mine.tolist())]
-        messages = torch.cat(written, 1) if written else shards.new_empty(self.layout.shards, 0, dtype=torch.uint8)
+        nothing = shards.new_empty(self.layout.shards, 0, dtype=torch.uint8)
+        messages = torch.cat([nothing, *(holes.write(shards[:, k], int(count)) for k, count in enumerate(mine))], dim=1)
         lengths = [holes.size(count, entries) for count in counts]
         received = to_all(messages, lengths)
         for j, count, part in zip(chosen, counts, received.split(lengths), strict=True):
