@@ -43,8 +43,8 @@ def distribute(
 ) -> nn.Module:
     """Put the model on the ranks' devices; returns the network to train: itself, compiled, or under DDP.
 
-    A single process holds all, whatever the mode. In shards the parameters are DTensors in fp32; a block's are gathered
-    in `dtype` while it computes, and gradients are averaged in fp32.
+    A single process holds all, whatever the mode. In shards the parameters are DTensors; a block's are gathered in
+    `dtype` while it computes, and gradients are averaged in fp32 or more.
 
     Raises UserError when the shards of hsdp do not divide the ranks.
     """
@@ -68,7 +68,7 @@ def _mesh(settings: ParallelConfig, ranks: launch.Launch) -> DeviceMesh:
 
 
 def _shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype, compile: bool) -> GPT:
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
     for block in model.blocks:
         if compile:
             block.compile()  # inside the gathering, which torch.compile cannot trace
@@ -93,7 +93,7 @@ def synchronizing(network: nn.Module, synchronize: bool) -> AbstractContextManag
 
 def autocast(network: nn.Module, dtype: torch.dtype, ranks: launch.Launch) -> AbstractContextManager:
     """Return the autocast to `dtype`; a sharded network computes in its policy's precision without."""
-    enabled = dtype != torch.float32 and not isinstance(network, FSDPModule)
+    enabled = dtype.itemsize < 4 and not isinstance(network, FSDPModule)
     return torch.autocast(ranks.device.type, dtype, enabled=enabled)
 
 

@@ -154,8 +154,9 @@ class Config:
     """Seeds the weights and, with the step, the batches."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What the model computes in, its weights staying float32; auto is bfloat16 on GPUs and float32 elsewhere."""
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    """What the model computes in, its weights staying float32; auto is bfloat16 on GPUs and float32 elsewhere. float64
+    is for comparing layouts: weights and all are in it, and what then differs between two runs is no rounding."""
     compile: bool = False
     """Run the model through torch.compile: a minute of compiling, then faster steps on a GPU."""
     log_every: int = 10
@@ -323,7 +324,10 @@ def build_model(settings: Config, ranks: launch.Launch) -> tuple[GPT, nn.Module]
         model = GPT(settings.model)
     if settings.init_from and model.config != settings.model:
         raise UserError(f"[model] must describe {settings.init_from}: {model.config}; got {settings.model}")
-    return model, distribute(model, settings.parallel, ranks, precision(settings, ranks), settings.compile)
+    dtype = precision(settings, ranks)
+    if dtype == torch.float64:
+        model = model.double()
+    return model, distribute(model, settings.parallel, ranks, dtype, settings.compile)
 
 
 def build(settings: OptimizerConfig, model: GPT, lr: float, group: dist.ProcessGroup | None = None) -> RuleOptimizer:

@@ -44,7 +44,8 @@ def whole_step(params: Tensors, grads: Tensors, state: dict[str, Tensors], group
         state_steps=state["step"],
         fused=all(
             # The fused kernel walks memory: a gradient laid out otherwise than its parameter would be misread.
-            param.device.type in _FUSED_DEVICES and param.stride() == grad.stride()
+            param.device.type in _FUSED_DEVICES
+            and (param.stride() == grad.stride() or (param.is_contiguous() and grad.is_contiguous()))
             for param, grad in zip(params, grads, strict=True)
         ),
         amsgrad=False,

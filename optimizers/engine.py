@@ -116,6 +116,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             directions = route.rescale(directions, group[rule.rms])
         if len(params) == len(moving):  # a collective route keeps all of them
             weights, directions = list(compress(weights, moving)), list(compress(directions, moving))
+        if not weights:
+            return
         lr = float(group["lr"])
         if group["weight_decay"]:
             torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
@@ -173,7 +175,10 @@ def _outline(groups: list[dict]) -> list[tuple[str | None, int]]:
 
 def _shapes(buffers: dict[str, Tensor]) -> dict[str, tuple]:
     """Describe what can be copied into what: shapes and, of DTensors, placements."""
-    return {name: (*buffer.shape, *getattr(buffer, "placements", ())) for name, buffer in buffers.items()}
+    return {
+        name: (*getattr(buffer, "shape", [type(buffer).__name__]), *getattr(buffer, "placements", ()))
+        for name, buffer in buffers.items()
+    }
 
 
 def _new_state(param: Tensor, group: dict, rule: UpdateRule) -> dict[str, Tensor]:

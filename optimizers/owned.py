@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 from . import holes, signs, wire
 from .buckets import Bucket, Matrix, fill_buckets
 from .layout import Layout, shard_length
-from .norms import rescale_shards, rescale_whole
+from .norms import parts_of, rescale_parts, rescale_whole
 from .rule import Tensors
 
 
@@ -82,7 +82,8 @@ class Owned:
         if self.layout.dim is None:
             return rescale_whole(tensors, self.shapes, rms)
         lengths = [matrix.shape[self.layout.dim] for matrix in self.matrices]
-        return rescale_shards(tensors, self.shapes, lengths, self.layout, rms)
+        parts = [parts_of(*each[:2], self.layout, each[2]) for each in zip(tensors, self.shapes, lengths, strict=True)]
+        return rescale_parts(tensors, parts, self.shapes, [self.layout.row], rms)
 
     def add_traffic(self, traffic: wire.Traffic, rank: int, rescales: bool) -> None:
         """Count what a global rank sends and receives a step, when no direction has a zero."""

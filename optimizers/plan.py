@@ -187,7 +187,7 @@ def _parts(group: dict, rule: UpdateRule, entries: list[Entry]) -> list[Part]:
         if layout is None:
             route = Local(shapes)
         elif not layout.grid:
-            route = Gathered(params, shapes, layout)
+            route = Gathered(params, shapes, layout, inward)
         else:
             matrices = [
                 Matrix(entries[i].shape, shape, entries[i].owner) for i, shape in zip(indices, shapes, strict=True)
