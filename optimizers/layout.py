@@ -24,7 +24,7 @@ class Layout:
 
     Attributes:
         route: replicated, sharded, hsdp or gathered.
-        ranks: the global ranks that hold the parameter.
+        ranks: the global ranks that hold the parameter, in the order of the group or mesh.
         grid: (R, W) global ranks, a replica a row, a shard a column. Empty for gathered.
         dim: the dimension that is cut into W shards; None where each replica is one rank.
         placements: of gathered, the DTensor's.
@@ -59,42 +59,28 @@ class Layout:
         return next((replica, row.index(rank)) for replica, row in enumerate(self.grid) if rank in row)
 
 
-def layout_of(param: Tensor, process_group: dist.ProcessGroup | None, as_matrices: str | None) -> Layout | None:
+def layout_of(param: Tensor, shared: Layout | None, as_matrices: str | None) -> Layout | None:
     """Return the layout of a matrix parameter, None where this process needs no other for it.
 
-    Raises ValueError for a layout that cannot be done, saying what to do.
+    shared: the layout of plain tensors. Raises ValueError for a layout that cannot be done, saying what to do.
     """
     if not isinstance(param, DTensor):
-        return _replicated(process_group) if process_group is not None else None
+        return shared
+    _refuse_unusable(param)
     mesh, placements = param.device_mesh, param.placements
-    if mesh.get_coordinate() is None:
-        raise ValueError(
-            f"every rank that builds the optimizer must be in the parameter's {mesh}; rank {dist.get_rank()} is not: "
-            "build it on the mesh's ranks only"
-        )
-    if any(placement.is_partial() for placement in placements):
-        raise ValueError(
-            f"a parameter must be sharded or replicated, got placements {placements}; redistribute it to Shard or "
-            "Replicate before building the optimizer"
-        )
     axes = [axis for axis in range(mesh.ndim) if mesh.size(axis) > 1]
     cut = [axis for axis in axes if not placements[axis].is_replicate()]
     if not axes:
         return None
     if as_matrices == "batch" and cut and all(placements[axis].dim < param.ndim - 2 for axis in cut):
         return None  # the batch is cut, each matrix is whole
-    if local_of(param).device.type not in (mesh.device_type, "meta"):
-        raise ValueError(
-            f"a matrix must be where its {mesh.device_type} mesh sends from, got it on {local_of(param).device}; "
-            "train without CPU offload"
-        )
     groups = _groups_of(mesh, axes)
-    ranks = tuple(sorted(mesh.mesh.flatten().tolist()))
+    replicas = [axis for axis in axes if axis not in cut]
     # FSDP over TP interleaves: neighbouring rows of a _StridedShard are on ranks that are not neighbours.
     strided = any(getattr(placements[axis], "split_factor", 1) > 1 for axis in cut)
     table = mesh.mesh.movedim(cut[0], -1).reshape(-1, mesh.size(cut[0])) if cut else mesh.mesh.reshape(-1, 1)  # (R, W)
     ordered = all(line == sorted(line) for line in table.tolist() + table.mT.tolist())  # as groups number their ranks
-    replicas = [axis for axis in axes if axis not in cut]
+    ranks = tuple(mesh.mesh.flatten().tolist())
     if len(cut) > 1 or len(replicas) > 1 or strided or not ordered:
         return Layout("gathered", ranks, placements=placements, axes=groups, cut=tuple(map(mesh.get_group, cut)))
     return Layout(
@@ -108,7 +94,32 @@ def layout_of(param: Tensor, process_group: dist.ProcessGroup | None, as_matrice
     )
 
 
-def _replicated(group: dist.ProcessGroup) -> Layout | None:
+def _refuse_unusable(param: DTensor) -> None:
+    mesh, where = param.device_mesh, local_of(param).device
+    if mesh.get_coordinate() is None:
+        raise ValueError(
+            f"every rank that builds the optimizer must be in the parameter's {mesh}; rank {dist.get_rank()} is not: "
+            "build it on the mesh's ranks only"
+        )
+    if any(placement.is_partial() for placement in param.placements):
+        raise ValueError(
+            f"a parameter must be sharded or replicated, got placements {param.placements}; redistribute it to Shard "
+            "or Replicate before building the optimizer"
+        )
+    if where.type not in (mesh.device_type, "meta"):
+        raise ValueError(
+            f"a matrix must be where its {mesh.device_type} mesh sends from, got it on {where}; train without CPU "
+            "offload"
+        )
+
+
+def replicated(group: dist.ProcessGroup | None) -> Layout | None:
+    """Return the layout of plain tensors that the ranks of a group hold alike; None without other ranks.
+
+    Raises ValueError for what is no process group of this rank.
+    """
+    if group is None:
+        return None
     if not dist.is_initialized():
         raise ValueError("process_group needs torch.distributed; call init_process_group first, or leave it out")
     # What torch gives to ranks outside a group is no ProcessGroup but a marker.

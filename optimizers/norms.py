@@ -35,7 +35,7 @@ def rescale_parts(
     squares = tensors[0].new_zeros(sum(counts), dtype=torch.float64)
     for mine, sums in zip(parts, squares.split(counts), strict=True):
         for which, entries in mine:
-            sums[which] += torch.linalg.vecdot(entries, entries)
+            sums[which] += torch.linalg.vector_norm(entries, dim=1, dtype=torch.float64).square()
     for group in groups:
         wire.all_reduce(squares, group, "norms")
     for mine, sums, (_, m, n) in zip(parts, squares.split(counts), views, strict=True):

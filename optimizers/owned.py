@@ -32,7 +32,7 @@ from .rule import Tensors
 
 
 @dataclass
-class Return:
+class Returning:
     """The directions of a bucket on their way back."""
 
     bucket: Bucket
@@ -69,7 +69,7 @@ class Owned:
             whole = self._whole(bucket, tensors, arriving)  # (k, *shape)
             _, m, n = bucket.view
             directed = direction(whole.reshape(-1, m, n)).reshape(whole.shape) if len(whole) else whole
-            back = Return(bucket, directed, tensors[bucket.members[0]].dtype, self._send_back(bucket, directed))
+            back = Returning(bucket, directed, tensors[bucket.members[0]].dtype, self._send_back(bucket, directed))
             self._arrive(in_column, results)
             in_column, in_row = self._pass_on(in_row), back
             arriving = ahead
@@ -161,7 +161,7 @@ class Owned:
             return self._along_column(messages.view(-1), sizes, "directions")
         return self._along_row(messages, sizes[self.replica], "directions")
 
-    def _pass_on(self, back: Return | None) -> Return | None:
+    def _pass_on(self, back: Returning | None) -> Returning | None:
         """Send what came along the row down the column, where there are both."""
         if back and self.layout.row and self.layout.column:
             sizes = back.bucket.message_sizes(self.outward)
@@ -177,7 +177,7 @@ class Owned:
         even = _lengthened(stack, dim + 1, shards * longest, 1.0)
         return even.unflatten(dim + 1, (shards, longest)).movedim(dim + 1, 0).reshape(shards, -1)
 
-    def _arrive(self, back: Return | None, results: list[Tensor | None]) -> None:
+    def _arrive(self, back: Returning | None, results: list[Tensor | None]) -> None:
         """Wait for the directions of a bucket, and put what this rank holds of them into `results`."""
         if back is None:
             return
@@ -192,7 +192,7 @@ class Owned:
                 piece = piece.narrow(dim, 0, length).contiguous()
             results[i] = piece
 
-    def _unpack(self, back: Return, received: Tensor) -> list[Tensor]:
+    def _unpack(self, back: Returning, received: Tensor) -> list[Tensor]:
         """Return the pieces of a bucket's members from the owners' messages of signs."""
         bucket = back.bucket
         entries = signs.unpack(received, 8 * len(received), back.dtype)  # eight to a byte, from the flags nonsense
@@ -207,7 +207,7 @@ class Owned:
             self._restore(back, pieces, flagged)
         return pieces
 
-    def _restore(self, back: Return, pieces: list[Tensor], flagged: list[int]) -> None:
+    def _restore(self, back: Returning, pieces: list[Tensor], flagged: list[int]) -> None:
         """Put zeros and NaN back into the flagged matrices: their owners send how many there are, then where."""
         bucket, entries = back.bucket, prod(back.bucket.piece)
         chosen = [j for j, flag in enumerate(flagged) if flag]

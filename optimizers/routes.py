@@ -108,6 +108,7 @@ class Gathered:
         self._whole = Local(shapes)
         self._mesh, self._placements = params[0].device_mesh, params[0].placements
         self._lie = [(param.shape, param.stride()) for param in params]
+        self._itemsize = params[0].element_size()
         self._missing = sum(param.numel() - param.to_local().numel() for param in params)  # entries of other ranks
 
     def direct(self, tensors: Tensors, direction: Callable[[Tensor], Tensor]) -> Tensors:
@@ -123,8 +124,8 @@ class Gathered:
         return rescale_parts(tensors, parts, self.shapes, self.layout.cut, rms)
 
     def add_traffic(self, traffic: wire.Traffic, rank: int, rescales: bool) -> None:
-        """Count what this rank, taken for any, gathers a step; a second time in float32 to rescale several in one."""
-        gathered = self._missing * (self.inward.itemsize + (4 if rescales and self._several() else 0))
+        """Count what this rank, taken for any, gathers a step; twice, where several in one are rescaled."""
+        gathered = self._missing * (self.inward.itemsize + (self._itemsize if rescales and self._several() else 0))
         traffic.add("gather", gathered, gathered)
         for group in self.layout.cut if rescales and not self._several() else ():
             norms = wire.ring_bytes(8 * len(self.shapes), dist.get_world_size(group))
