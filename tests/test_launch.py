@@ -117,6 +117,7 @@ def on_each_rank(rank, port, folder):
     results = {"launch": [launch.rank, launch.local_rank, launch.world_size, launch.is_main, launch.local_world_size]}
     meshes = [device_mesh(launch, replicate=1, shard=2), device_mesh(launch, replicate=2, shard=1)]
     results["meshes"] = [[list(mesh.mesh_dim_names), list(mesh.shape), mesh.mesh.flatten().tolist()] for mesh in meshes]
+    del meshes  # with them go the threads of their groups, which might abort the end of this process
     # 1 is lost beside 1e9 in float32, not in float64.
     results["sum"] = all_reduce_sum([1e9 if rank else 1.0, 2.0], launch)
     results["on_main"] = on_main(lambda: f"from {rank}")

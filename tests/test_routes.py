@@ -293,6 +293,39 @@ def test_directions_in_bfloat16_match_one_process_to_their_rounding(ranks4, rule
     assert differing(params, STEPS * LR * 3e-5) > entries(params) / 10  # or it was not bfloat16 that travelled
 
 
+def stepped_in_half_precision(layout: str) -> list[Tensor]:
+    """One step of more signs than float16 can count; what this rank then holds, and should hold."""
+    whole = torch.randn(300, 1001, generator=torch.Generator().manual_seed(1)).half()
+    mesh, placements = mesh_of(layout), LAYOUTS[layout].placements[0]
+    cut, alone = nn.Parameter(distribute_tensor(whole, mesh, placements)), nn.Parameter(whole)
+    for param in (cut, alone):
+        param.grad = param.detach().clone()
+        OLion([param], lr=1.0, weight_decay=0.0).step()
+    return [local_of(cut), local_of(distribute_tensor(alone.detach(), mesh, placements))]
+
+
+@pytest.mark.parametrize("layout", ["rows", "rows and columns"])
+def test_a_step_in_half_precision_matches_one_process(ranks4, layout):
+    for got, want in ranks4(stepped_in_half_precision, layout):
+        assert torch.equal(got, want)
+
+
+def stepped_with_a_narrow_state(process_group: bool) -> list[Tensor]:
+    """Two equal matrices, the first without a gradient, under a state narrower than they are."""
+    params = [nn.Parameter(draw("square", number)) for number in (0, 1)]
+    group = dist.group.WORLD if process_group else None
+    optimizer = OLion(params, lr=1.0, state_dtype=torch.bfloat16, process_group=group)
+    params[1].grad = draw("square", 2)
+    optimizer.step()
+    return [param.detach() for param in params]
+
+
+def test_a_missing_gradient_leaves_the_precision_of_other_matrices(ranks4):
+    for held in ranks4(stepped_with_a_narrow_state, True):
+        for got, want in zip(held, stepped_with_a_narrow_state(False), strict=True):
+            assert torch.equal(got, want)
+
+
 # --- What travels
 
 
@@ -623,6 +656,21 @@ REFUSED = {
     ),
     "another rule": (
         lambda: RuleOptimizer([zeros(4, 6)], on(1, "muon", "olion"), process_group=dist.group.WORLD),
+        EVERYONE,
+        DISAGREE,
+    ),
+    "another split": (
+        lambda: OLion([zeros(12, 6)], qkv_split=on(1, 3, 1), process_group=dist.group.WORLD),
+        EVERYONE,
+        DISAGREE,
+    ),
+    "another precision on the way": (
+        lambda: OLion([zeros(4, 6)], wire_dtype=on(1, torch.float32, None), process_group=dist.group.WORLD),
+        EVERYONE,
+        DISAGREE,
+    ),
+    "no matrices on one rank": (
+        lambda: RuleOptimizer([zeros(4, 6)], on(1, "lion", "olion"), process_group=dist.group.WORLD),
         EVERYONE,
         DISAGREE,
     ),
