@@ -4,8 +4,8 @@
     state = load(run / "checkpoints", model, optimizer)    # {"step": ..., "config": ...}, or None
 
 The tensors are written by torch.distributed.checkpoint under the model's own names, each rank its shards, so a run may
-go on with another number of ranks. Under a process group every rank must call `save` and `load`, and all must see one
-file system. What keeps a folder whole is in checkpoint_folder.py.
+go on with another number of ranks and another layout (one process, DDP, FSDP2, HSDP). Under a process group every rank
+must call `save` and `load`, and all must see one file system. What keeps a folder whole is in checkpoint_folder.py.
 """
 
 import contextlib
@@ -80,8 +80,8 @@ def save(
 def load(folder: str | Path, model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Any] | None:
     """Restore the newest whole checkpoint and the random states; returns {"step": step, **extra}, or None without one.
 
-    A damaged checkpoint is passed over with a warning. Everything is checked, and read into host memory, before the
-    first tensor is changed. The optimizer's hyperparameters become those of the checkpoint, as in torch; its state
+    A damaged checkpoint is passed over with a warning. Everything is checked, and read into copies, before the first
+    tensor is changed. The optimizer's hyperparameters become those of the checkpoint, as in torch; its state
     keeps the dtype it was built with. A rank that the saving run did not have keeps its own random state.
 
     Raises CheckpointError, and changes nothing, when the checkpoint is of another model or optimizer (naming the
@@ -220,7 +220,7 @@ def _refuse_difference(path: Path, part: str, saved: dict[str, Any], here: dict[
 def _read(path: Path, live: dict[str, Tensor], groups: Groups) -> dict[str, Any]:
     """Read a checkpoint into copies of the live tensors, of the groups and of this rank's random states."""
     reader = dcp.FileSystemReader(path)
-    staged = {key: tensor.detach().to("cpu", copy=True) for key, tensor in live.items()}
+    staged = {key: _copy(tensor.detach()) for key, tensor in live.items()}
     # Read once for all: a failure on one rank alone would leave the others waiting for it.
     saved_keys = on_main(lambda: set(reader.read_metadata().state_dict_metadata))
     staged |= {key: state for key, state in _random_states().items() if key in saved_keys}
@@ -236,6 +236,11 @@ def _refuse_missing(partial: Path) -> None:
     for item in dcp.FileSystemReader(partial).read_metadata().storage_data.values():
         if not (partial / item.relative_path).is_file():
             raise OSError(f"another rank's {item.relative_path} is not there: all ranks must share one file system")
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Copy into host memory, which is larger; a shard, which is small, stays on the device that its mesh is of."""
+    return tensor.clone() if isinstance(tensor, DTensor) else tensor.to("cpu", copy=True)
 
 
 def _local(tensor: Tensor) -> Tensor:

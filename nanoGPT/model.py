@@ -129,7 +129,9 @@ class GPT(nn.Module):
         logits = self.lm_head(self.ln_f(x))  # (B, T, V)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        # At least in fp32, as under autocast: without it (FSDP) a loss in bf16 has two to three digits.
+        precise = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))  # (B T, V)
+        return logits, F.cross_entropy(precise, targets.flatten(), ignore_index=-1)
 
     def num_parameters(self) -> int:
         """Count the parameters, the tied head once."""

@@ -4,7 +4,8 @@
 #   bash nanoGPT/run.sh nanoGPT/configs/gpt2_small.toml        GPT-2 on OpenWebText, on all GPUs of this machine
 #   OPTIMIZERS="olion muon" LR=1e-3 bash nanoGPT/run.sh        some optimizers, one rate
 #   bash nanoGPT/run.sh --model.n_layer 6 --steps 1000         any knob of nanoGPT/train.py, passed on
-#   bash nanoGPT/run.sh --resume                               what an interruption left undone
+#   bash nanoGPT/run.sh --resume                               what an interruption left undone, on any number of GPUs
+#   PARALLEL=fsdp SCALE=gpt2_xl bash nanoGPT/run.sh            weights, gradients and state divided among the GPUs
 # On several nodes that share a file system: once, on one of them, `bash scripts/setup.sh` and
 # `.venv/bin/python -m nanoGPT.prepare openwebtext`; then on each, NODE_RANK being 1 on the second:
 #   NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=host0:29500 bash nanoGPT/run.sh nanoGPT/configs/gpt2_xl.toml
@@ -18,6 +19,7 @@ LR=${LR:-}                   # peak learning rate of the matrices, for every opt
 BATCH=${BATCH:-}             # sequences a step, over all GPUs
 MICRO_BATCH=${MICRO_BATCH:-} # most sequences on one GPU at once
 SEED=${SEED:-}
+PARALLEL=${PARALLEL:-}       # ddp: all on every GPU; fsdp: divided among all; hsdp: among those of one machine
 GROUP=${GROUP:-}             # runs/nanogpt/GROUP holds the runs, and the picture shows all of them; the config's name
 
 # The machines.
@@ -49,6 +51,7 @@ flags=("$@" --group "$GROUP")
 [[ -z "$BATCH" ]] || flags+=(--data.batch_size "$BATCH")
 [[ -z "$MICRO_BATCH" ]] || flags+=(--data.micro_batch "$MICRO_BATCH")
 [[ -z "$SEED" ]] || flags+=(--seed "$SEED")
+[[ -z "$PARALLEL" ]] || flags+=(--parallel.mode "$PARALLEL")
 
 case " $* " in *" --help "* | *" -h "*) exec "$PYTHON" -m nanoGPT.train "$CONFIG" --help ;; esac
 [[ "$NODE_RANK" -gt 0 ]] || "$PYTHON" -m nanoGPT.prepare "$CONFIG" "${flags[@]}"
@@ -77,7 +80,12 @@ for optimizer in $OPTIMIZERS; do
   case $status in
     0) ;;
     3) diverged+=" $optimizer" ;; # nanoGPT.train's word for it: a result, and no reason to skip the others
-    *) exit "$status" ;;
+    *)
+      # The launcher's report is long, and a process that was killed says nothing: end on what to do.
+      [[ ${#launcher[@]} -eq 1 && $status -eq 1 ]] || echo "error: $optimizer ended with status $status: see the first" \
+        "error above; the same command with --resume goes on from the last checkpoint, on any number of GPUs" >&2
+      exit "$status"
+      ;;
   esac
 done
 [[ "$NODE_RANK" -gt 0 ]] || "$PYTHON" -m scripts.figures "runs/nanogpt/$GROUP" --out "images/nanogpt_$GROUP.png"

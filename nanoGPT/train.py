@@ -1,14 +1,14 @@
-"""Train a GPT-2 with one of the optimizers, on one device or under torchrun with DDP.
+"""Train a GPT-2 with one of the optimizers, on one device or, under torchrun, on many with DDP, FSDP or HSDP.
 
     python -m nanoGPT.train nanoGPT/configs/stdlib.toml --optimizer.name muon --optimizer.lr 8e-3
     torchrun --standalone --nproc-per-node 8 -m nanoGPT.train nanoGPT/configs/gpt2_small.toml
+    torchrun ... -m nanoGPT.train nanoGPT/configs/gpt2_xl.toml --parallel.mode fsdp    (or hsdp, --parallel.shard 4)
     python -m nanoGPT.train nanoGPT/configs/stdlib.toml --resume
 
 The run's folder, runs/nanogpt/GROUP/NAME, holds metrics.jsonl, config.json, checkpoints/ and wandb/. On a CPU a resumed
 run repeats, bit for bit, what it would have done uninterrupted.
 """
 
-import contextlib
 import itertools
 import json
 import math
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import UserError, checkpoint, config, launch
@@ -30,7 +30,8 @@ from common.schedule import multiplier
 from common.timer import Timer
 from nanoGPT import data
 from nanoGPT.model import GPT, GPTConfig
-from optimizers import RuleOptimizer, build_optimizer
+from nanoGPT.parallel import ParallelConfig, autocast, clip_gradient, distribute, replicas, synchronizing
+from optimizers import RuleOptimizer, build_optimizer, count_bytes
 from optimizers.rule import rule_named
 
 # Dense bf16 peaks of NVIDIA's data sheets, for MFU.
@@ -142,6 +143,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     steps: int = 20_000
     """Optimizer steps."""
     clip: float = 1.0
@@ -152,8 +154,9 @@ class Config:
     """Seeds the weights and, with the step, the batches."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Autocast precision; auto is bfloat16 on GPUs and float32 elsewhere."""
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    """What the model computes in, its weights staying float32; auto is bfloat16 on GPUs and float32 elsewhere. float64
+    is for comparing layouts: weights and all are in it, and what then differs between two runs is no rounding."""
     compile: bool = False
     """Run the model through torch.compile: a minute of compiling, then faster steps on a GPU."""
     log_every: int = 10
@@ -190,7 +193,7 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
     launch.seed_all(settings.seed)
     corpus = open_corpus(settings, ranks)
     model, network = build_model(settings, ranks)
-    optimizer = build(settings.optimizer, model, lr)
+    optimizer = build(settings.optimizer, model, lr, replicas(network))
     peaks = [group["lr"] for group in optimizer.param_groups]
     launch.seed_all(settings.seed + ranks.rank)  # the weights are drawn; dropout differs from rank to rank
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision(settings, ranks) == torch.float16)
@@ -232,14 +235,15 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
                 group["lr"] = peak * rate
             loss = accumulate_gradient(network, scaler, corpus["train"], step, settings, ranks)
             scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf).item()
+            norm = clip_gradient(model, settings.clip or math.inf)
 
             timer.optimizer()
-            if math.isfinite(norm) and math.isfinite(loss):
-                scaler.step(optimizer)
-                in_a_row = 0
-            else:
-                skipped, in_a_row = skipped + 1, in_a_row + 1
+            with count_bytes() as traffic:
+                if math.isfinite(norm) and math.isfinite(loss):
+                    scaler.step(optimizer)
+                    in_a_row = 0
+                else:
+                    skipped, in_a_row = skipped + 1, in_a_row + 1
             scaler.update()
             optimizer.zero_grad()
             step += 1
@@ -256,6 +260,8 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
             if step % settings.log_every == 0 or last:
                 metrics = {"train/loss": loss, "lr": lr * rate, "grad_norm": norm, "skipped": skipped}
                 metrics |= speed(timer.medians(), model, settings, ranks)
+                if ranks.world_size > 1:
+                    metrics["optimizer_mb_received"] = traffic.total_received / 1e6
             if step % settings.eval.every == 0 or last:
                 metrics |= evaluate(network, corpus["val"], settings, ranks)
             if metrics:
@@ -309,7 +315,7 @@ def open_corpus(settings: Config, ranks: launch.Launch) -> dict[str, data.TokenF
 
 
 def build_model(settings: Config, ranks: launch.Launch) -> tuple[GPT, nn.Module]:
-    """Return the model, and the network that trains it: the model compiled or under DDP, as asked."""
+    """Return the model, and the network that trains it: the model compiled and distributed, as asked."""
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, for what autocast leaves in fp32
     torch.set_flush_denormal(True)  # saturated attention is subnormal: at too high a rate CPU steps took twice as long
     if settings.init_from:  # the weights may be stored in half precision
@@ -318,15 +324,13 @@ def build_model(settings: Config, ranks: launch.Launch) -> tuple[GPT, nn.Module]
         model = GPT(settings.model)
     if settings.init_from and model.config != settings.model:
         raise UserError(f"[model] must describe {settings.init_from}: {model.config}; got {settings.model}")
-    network = model.to(ranks.device)
-    if settings.compile:
-        network = torch.compile(network)
-    if ranks.world_size > 1:
-        network = DistributedDataParallel(network, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
-    return model, network
+    dtype = precision(settings, ranks)
+    if dtype == torch.float64:
+        model = model.double()
+    return model, distribute(model, settings.parallel, ranks, dtype, settings.compile)
 
 
-def build(settings: OptimizerConfig, model: GPT, lr: float) -> RuleOptimizer:
+def build(settings: OptimizerConfig, model: GPT, lr: float, group: dist.ProcessGroup | None = None) -> RuleOptimizer:
     """Build the optimizer; every option that is set reaches the rule, which refuses what it does not have."""
     names = ("betas", "momentum", "ns_steps", "ns_coefficients", "ns_dtype", "state_dtype")
     options = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
@@ -340,6 +344,7 @@ def build(settings: OptimizerConfig, model: GPT, lr: float) -> RuleOptimizer:
         adamw_lr=settings.adamw_lr,
         weight_decay=settings.weight_decay,
         qkv_split={"*.c_attn.weight": 3} if settings.split_qkv else None,
+        process_group=group,
         **options,
     )
 
@@ -349,12 +354,6 @@ def precision(settings: Config, ranks: launch.Launch) -> torch.dtype:
     if settings.dtype == "auto":
         return torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     return getattr(torch, settings.dtype)
-
-
-def autocast(settings: Config, ranks: launch.Launch) -> contextlib.AbstractContextManager:
-    """Return the autocast of the run's precision."""
-    dtype = precision(settings, ranks)
-    return torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def accumulate_gradient(
@@ -367,29 +366,28 @@ def accumulate_gradient(
 ) -> float:
     """Leave the gradient of the global batch's mean loss in the parameters, and return that loss."""
     network.train()
-    batch_size = settings.data.batch_size
-    first, end = (batch_size * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
-    pieces = -(-(end - first) // settings.data.micro_batch)
-    bounds = [first + (end - first) * piece // pieces for piece in range(pieces + 1)]  # equal, for torch.compile
+    batch_size, shares = settings.data.batch_size, ranks.world_size
+    pieces = -(-batch_size // (shares * settings.data.micro_batch))  # a rank's: the same number on all, for FSDP
+    first = ranks.rank * pieces
+    bounds = [batch_size * piece // (shares * pieces) for piece in range(first, first + pieces + 1)]
     total = torch.zeros((), device=ranks.device)
-    for start, stop in itertools.pairwise(bounds):
+    for number, (start, stop) in enumerate(itertools.pairwise(bounds), start=1):
         inputs, targets = data.batch(  # (b, T) each
             tokens,
             seed=settings.seed,
             step=step,
-            sequences=slice(start, stop),
+            sequences=slice(start, max(stop, start + 1)),  # an empty piece takes part too, with a weight of 0
             global_batch=batch_size,
             context=settings.model.context,
             device=ranks.device,
         )
-        synchronize = stop == end or ranks.world_size == 1  # the ranks' gradients meet once a step
-        with contextlib.nullcontext() if synchronize else network.no_sync():
-            with autocast(settings, ranks):
+        with synchronizing(network, number == pieces):  # the ranks' gradients meet once a step
+            with autocast(network, precision(settings, ranks), ranks):
                 _, loss = network(inputs, targets)
-            loss = loss * ((stop - start) * ranks.world_size / batch_size)  # DDP takes the ranks' mean
+            loss = loss * ((stop - start) * shares / batch_size)  # the gradients' mean over the ranks is taken
             scaler.scale(loss).backward()
         total += loss.detach()
-    return launch.all_reduce_sum([total.item() / ranks.world_size], ranks)[0]
+    return launch.all_reduce_sum([total.item() / shares], ranks)[0]
 
 
 @torch.no_grad()
@@ -398,13 +396,15 @@ def evaluate(network: nn.Module, tokens: data.TokenFile, settings: Config, ranks
     network.eval()
     context = settings.model.context
     offsets = data.validation_windows(tokens, count=settings.eval.windows, context=context)
-    mine = offsets[ranks.rank :: ranks.world_size]
+    together = settings.data.micro_batch * ranks.world_size
     total = 0.0
-    for start in range(0, len(mine), settings.data.micro_batch):
-        inputs, targets = data.windows(tokens, mine[start : start + settings.data.micro_batch], context, ranks.device)
-        with autocast(settings, ranks):
+    for start in range(0, len(offsets), together):
+        mine = offsets[start : start + together][ranks.rank :: ranks.world_size]
+        taken = mine if len(mine) else offsets[:1]  # FSDP needs every rank in every pass
+        inputs, targets = data.windows(tokens, taken, context, ranks.device)
+        with autocast(network, precision(settings, ranks), ranks):
             _, loss = network(inputs, targets)
-        total += loss.item() * len(inputs)
+        total += loss.item() * len(mine)
     loss = launch.all_reduce_sum([total], ranks)[0] / len(offsets)
     return {"val/loss": loss, "val/bits_per_byte": loss / math.log(2) / tokens.bytes_per_token}
 

@@ -6,11 +6,10 @@ Si, Zhang and Shen, "AdaMuon: Adaptive Muon Optimizer", arXiv 2507.11005.
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .engine import RuleOptimizer
+from .engine import ProcessGroup, RuleOptimizer
 from .polar import check_options, orthogonalize
 from .rule import Tensors, UpdateRule, ema, register, sign, signature_defaults
 
@@ -30,7 +29,7 @@ def AdaMuon(
     qkv_split: int = 1,
     as_matrices: str | None = None,
     wire_dtype: torch.dtype | None = None,
-    process_group: dist.ProcessGroup | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> RuleOptimizer:
     """Build AdaMuon, for matrices.
 

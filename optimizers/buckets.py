@@ -41,13 +41,8 @@ class Bucket:
         """Bytes (R, W) that each owner sends to one rank: entries, or without a dtype packed signs and their flags."""
         entries = prod(self.piece)
         if dtype is None:
-            return [[packed_size(count, entries) + count for count in row] for row in self.counts]
+            return [[-(-count * entries // 8) + count for count in row] for row in self.counts]
         return [[count * entries * dtype.itemsize for count in row] for row in self.counts]
-
-
-def packed_size(count: int, entries: int) -> int:
-    """Bytes of one bit an entry for `count` pieces."""
-    return -(-count * entries // 8)
 
 
 def fill_buckets(matrices: list[Matrix], layout: Layout) -> list[Bucket]:
@@ -57,7 +52,7 @@ def fill_buckets(matrices: list[Matrix], layout: Layout) -> list[Bucket]:
         alike.setdefault((matrix.shape, matrix.view), {}).setdefault(matrix.owner, []).append(i)
     buckets = []
     for (shape, view), owned in alike.items():
-        size = max(1, _LIMIT // prod(shape))
+        size = max(1, _LIMIT // max(1, prod(shape)))
         for start in range(0, max(map(len, owned.values())), size):
             chosen = [[owned.get(rank, [])[start : start + size] for rank in row] for row in layout.grid]
             members = [i for row in chosen for mine in row for i in mine]

@@ -4,15 +4,15 @@ from collections.abc import Callable
 from itertools import compress
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
 from .checks import closest, name_of
 from .layout import local_of
 from .owned import Owned
-from .plan import make_plan
+from .plan import make_plan, state_dtype, working_dtype
 from .routes import Gathered, Local, shape_in
 from .rule import UpdateRule, rule_named
 
@@ -44,7 +44,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         >>> optimizer = RuleOptimizer(groups, "olion", lr=1e-3)
     """
 
-    def __init__(self, params: ParamsT, rule: str, *, process_group: dist.ProcessGroup | None = None, **options):
+    def __init__(self, params: ParamsT, rule: str, *, process_group: ProcessGroup | None = None, **options):
         known = rule_named(rule).defaults
         _refuse_unknown(options, known, rule)
         super().__init__(params, {**known, **options, "rule": rule})
@@ -73,11 +73,14 @@ class RuleOptimizer(torch.optim.Optimizer):
             self.state[param] = _new_state(param, group, rule)
 
     def __setstate__(self, state: dict) -> None:
-        """Restore a copy or a pickle, which is of no process group; torch calls this after loading a state, too."""
+        """Restore a copy or a pickle; of plain tensors it steps by itself, in no process group.
+
+        torch calls this after loading a state, too.
+        """
         super().__setstate__(state)
         if not hasattr(self, "plan"):
             self._process_group = None
-            self.plan = make_plan(self.param_groups, None)
+            self.plan = make_plan(self.param_groups, None, ask=False)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -114,8 +117,10 @@ class RuleOptimizer(torch.optim.Optimizer):
             directions = rule.refine(directions, state, group, route and route.shapes)
         if rule.rms:
             directions = route.rescale(directions, group[rule.rms])
-        if len(params) == len(moving):  # a collective route keeps all of them
+        if route and route.collective:
             weights, directions = list(compress(weights, moving)), list(compress(directions, moving))
+        if not weights:
+            return
         lr = float(group["lr"])
         if group["weight_decay"]:
             torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
@@ -138,6 +143,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         state = self.state
         super().load_state_dict({**state_dict, "state": {}})  # the groups; torch would cast state to the weights' dtype
         self.state = state
+        self.plan = make_plan(self.param_groups, self._process_group, ask=False)  # for the loaded options
         for param, buffers in saved.items():
             for name, buffer in buffers.items():
                 self.state[param][name].copy_(buffer)
@@ -149,11 +155,14 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"the state must be of param groups (rule, parameters) {required}; got {got}; "
                 "build the optimizer that the state was saved from"
             )
+        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
+            _check({**group, **saved_group, "params": group["params"]}, rule_named(group["rule"]))
         named = ((name_of(group, i), param) for group in self.param_groups for i, param in enumerate(group["params"]))
         differences = [
             f"{name} needs {required}, got {got}"
             for name, param in named
             if (required := _shapes(self.state[param])) != (got := _shapes(saved[param]))
+            and (got or param.requires_grad)  # torch saves the state of frozen parameters, and does not hand it back
         ]
         if differences:
             raise ValueError(
@@ -173,11 +182,14 @@ def _outline(groups: list[dict]) -> list[tuple[str | None, int]]:
 
 def _shapes(buffers: dict[str, Tensor]) -> dict[str, tuple]:
     """Describe what can be copied into what: shapes and, of DTensors, placements."""
-    return {name: (*buffer.shape, *getattr(buffer, "placements", ())) for name, buffer in buffers.items()}
+    return {
+        name: (*getattr(buffer, "shape", [type(buffer).__name__]), *getattr(buffer, "placements", ()))
+        for name, buffer in buffers.items()
+    }
 
 
 def _new_state(param: Tensor, group: dict, rule: UpdateRule) -> dict[str, Tensor]:
-    state = {name: torch.zeros_like(param, dtype=_state_dtype(param, group)) for name in rule.state}
+    state = {name: torch.zeros_like(param, dtype=state_dtype(param, group)) for name in rule.state}
     scalars = {name: torch.zeros((), dtype=torch.float32, device=param.device) for name in rule.scalars}
     return {name: buffer.detach() for name, buffer in {**state, **scalars}.items()}
 
@@ -186,18 +198,14 @@ def _gradient(param: Tensor, group: dict) -> Tensor:
     """What this process holds of the gradient, in the wider of its own dtype and the state's; zeros for none."""
     grad = param.grad
     if grad is None:
-        return torch.zeros_like(local_of(param), dtype=_state_dtype(param, group))
+        return torch.zeros_like(local_of(param), dtype=working_dtype(param, group))
     if grad.is_sparse:
         raise ValueError(
             f"{group['rule']} needs dense gradients, got sparse ones; build the embedding with sparse=False"
         )
     if isinstance(grad, DTensor) and grad.placements != param.placements:  # tensor parallelism may leave it Partial
         grad = grad.redistribute(placements=param.placements)
-    return local_of(grad).to(torch.promote_types(grad.dtype, _state_dtype(param, group)))
-
-
-def _state_dtype(param: Tensor, group: dict) -> torch.dtype:
-    return group.get("state_dtype") or param.dtype
+    return local_of(grad).to(torch.promote_types(grad.dtype, state_dtype(param, group)))
 
 
 def _check(group: dict, rule: UpdateRule) -> None:

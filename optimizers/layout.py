@@ -5,8 +5,8 @@ A layout is a grid of ranks (R, W): R replicas, each cut into W shards along one
     plain tensor, process_group     (ranks, 1)      replicated
     DTensor, one Shard              (1, ranks)      sharded: FSDP2, tensor parallelism
     DTensor, Replicate and Shard    (R, W)          hsdp
-    DTensor, several Shards         no grid         gathered: FSDP x TP
-    everything else                 no layout       local: this process has all it needs
+    DTensor, anything else          no grid         gathered: several Shards (FSDP x TP), several replicated axes
+    no other process needed         no layout       local
 """
 
 import hashlib
@@ -24,21 +24,25 @@ class Layout:
 
     Attributes:
         route: replicated, sharded, hsdp or gathered.
-        ranks: the global ranks that hold the parameter.
+        ranks: the global ranks that hold the parameter, in the order of the group or mesh.
         grid: (R, W) global ranks, a replica a row, a shard a column. Empty for gathered.
         dim: the dimension that is cut into W shards; None where each replica is one rank.
+        placements: of gathered, the DTensor's.
         row: the group of this rank's replica, shard s being its rank s; None where W is 1.
         column: the group of the ranks that hold the same shard, replica r being its rank r; None where R is 1.
         axes: groups that lead from every rank to every other.
+        cut: those of them along which the tensor is cut.
     """
 
     route: str
     ranks: tuple[int, ...]
     grid: tuple[tuple[int, ...], ...] = ()
     dim: int | None = None
+    placements: tuple = ()
     row: dist.ProcessGroup | None = field(default=None, compare=False)
     column: dist.ProcessGroup | None = field(default=None, compare=False)
     axes: tuple[dist.ProcessGroup, ...] = field(default=(), compare=False)
+    cut: tuple[dist.ProcessGroup, ...] = field(default=(), compare=False)
 
     @property
     def shards(self) -> int:
@@ -55,24 +59,15 @@ class Layout:
         return next((replica, row.index(rank)) for replica, row in enumerate(self.grid) if rank in row)
 
 
-def layout_of(param: Tensor, process_group: dist.ProcessGroup | None, as_matrices: str | None) -> Layout | None:
+def layout_of(param: Tensor, shared: Layout | None, as_matrices: str | None) -> Layout | None:
     """Return the layout of a matrix parameter, None where this process needs no other for it.
 
-    Raises ValueError for a layout that cannot be done, saying what to do.
+    shared: the layout of plain tensors. Raises ValueError for a layout that cannot be done, saying what to do.
     """
     if not isinstance(param, DTensor):
-        return _replicated(process_group) if process_group is not None else None
+        return shared
+    _refuse_unusable(param)
     mesh, placements = param.device_mesh, param.placements
-    if mesh.get_coordinate() is None:
-        raise ValueError(
-            f"every rank that builds the optimizer must be in the parameter's {mesh}; rank {dist.get_rank()} is not: "
-            "build it on the mesh's ranks only"
-        )
-    if any(placement.is_partial() for placement in placements):
-        raise ValueError(
-            f"a parameter must be sharded or replicated, got placements {placements}; redistribute it to Shard or "
-            "Replicate before building the optimizer"
-        )
     axes = [axis for axis in range(mesh.ndim) if mesh.size(axis) > 1]
     cut = [axis for axis in axes if not placements[axis].is_replicate()]
     if not axes:
@@ -80,26 +75,51 @@ def layout_of(param: Tensor, process_group: dist.ProcessGroup | None, as_matrice
     if as_matrices == "batch" and cut and all(placements[axis].dim < param.ndim - 2 for axis in cut):
         return None  # the batch is cut, each matrix is whole
     groups = _groups_of(mesh, axes)
-    ranks = tuple(sorted(mesh.mesh.flatten().tolist()))
+    replicas = [axis for axis in axes if axis not in cut]
     # FSDP over TP interleaves: neighbouring rows of a _StridedShard are on ranks that are not neighbours.
     strided = any(getattr(placements[axis], "split_factor", 1) > 1 for axis in cut)
     table = mesh.mesh.movedim(cut[0], -1).reshape(-1, mesh.size(cut[0])) if cut else mesh.mesh.reshape(-1, 1)  # (R, W)
     ordered = all(line == sorted(line) for line in table.tolist() + table.mT.tolist())  # as groups number their ranks
-    if len(cut) > 1 or strided or not ordered:
-        return Layout("gathered", ranks, axes=groups)
-    replicas = [axis for axis in axes if axis not in cut]
+    ranks = tuple(mesh.mesh.flatten().tolist())
+    if len(cut) > 1 or len(replicas) > 1 or strided or not ordered:
+        return Layout("gathered", ranks, placements=placements, axes=groups, cut=tuple(map(mesh.get_group, cut)))
     return Layout(
         route="replicated" if not cut else "hsdp" if replicas else "sharded",
         ranks=ranks,
         grid=tuple(map(tuple, table.tolist())),
         dim=placements[cut[0]].dim if cut else None,
         row=mesh.get_group(cut[0]) if cut else None,
-        column=_column(mesh, replicas, table),
+        column=mesh.get_group(replicas[0]) if replicas else None,
         axes=groups,
     )
 
 
-def _replicated(group: dist.ProcessGroup) -> Layout | None:
+def _refuse_unusable(param: DTensor) -> None:
+    mesh, where = param.device_mesh, local_of(param).device
+    if mesh.get_coordinate() is None:
+        raise ValueError(
+            f"every rank that builds the optimizer must be in the parameter's {mesh}; rank {dist.get_rank()} is not: "
+            "build it on the mesh's ranks only"
+        )
+    if any(placement.is_partial() for placement in param.placements):
+        raise ValueError(
+            f"a parameter must be sharded or replicated, got placements {param.placements}; redistribute it to Shard "
+            "or Replicate before building the optimizer"
+        )
+    if where.type not in (mesh.device_type, "meta"):
+        raise ValueError(
+            f"a matrix must be where its {mesh.device_type} mesh sends from, got it on {where}; train without CPU "
+            "offload"
+        )
+
+
+def replicated(group: dist.ProcessGroup | None) -> Layout | None:
+    """Return the layout of plain tensors that the ranks of a group hold alike; None without other ranks.
+
+    Raises ValueError for what is no process group of this rank.
+    """
+    if group is None:
+        return None
     if not dist.is_initialized():
         raise ValueError("process_group needs torch.distributed; call init_process_group first, or leave it out")
     # What torch gives to ranks outside a group is no ProcessGroup but a marker.
@@ -122,20 +142,6 @@ def _groups_of(mesh: DeviceMesh, axes: list[int]) -> tuple[dist.ProcessGroup, ..
             f"the parameter's {mesh} must have process groups, but it has not been initialized; make it with "
             "torch.distributed.init_device_mesh"
         ) from error
-
-
-_columns: dict[tuple[int, ...], dist.ProcessGroup] = {}  # made for several replicated axes, once each
-
-
-def _column(mesh: DeviceMesh, replicas: list[int], table: Tensor) -> dist.ProcessGroup | None:
-    """Return the group of the ranks that hold the same shard as this one."""
-    if len(replicas) < 2:
-        return mesh.get_group(replicas[0]) if replicas else None
-    mine = (table == dist.get_rank()).any(dim=0)
-    ranks = tuple(table[:, mine].flatten().tolist())
-    if ranks not in _columns or _columns[ranks] not in dist.distributed_c10d._world.pg_map:
-        _columns[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
-    return _columns[ranks]
 
 
 def local_of(tensor: Tensor) -> Tensor:

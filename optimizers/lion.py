@@ -4,10 +4,9 @@ Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675, 
 """
 
 import torch
-import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
-from .engine import RuleOptimizer
+from .engine import ProcessGroup, RuleOptimizer
 from .rule import Tensors, UpdateRule, ema, mix, register, sign, signature_defaults
 
 
@@ -18,7 +17,7 @@ def Lion(
     weight_decay: float = 0.0,
     scale: float = 1.0,
     state_dtype: torch.dtype | None = None,
-    process_group: dist.ProcessGroup | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> RuleOptimizer:
     """Build Lion, for tensors of any shape.
 

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from math import sqrt
 
 import torch
-import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
-from .engine import RuleOptimizer
+from .engine import ProcessGroup, RuleOptimizer
 from .polar import JORDAN, check_options, orthogonalize_group
 from .rule import Tensors, UpdateRule, ema, mix, register, signature_defaults
 
@@ -37,7 +36,7 @@ def Muon(
     qkv_split: int = 1,
     as_matrices: str | None = None,
     wire_dtype: torch.dtype | None = None,
-    process_group: dist.ProcessGroup | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> RuleOptimizer:
     """Build Muon, for matrices: torch.optim.Muon's arguments, order and meaning, batched over equal shapes.
 

@@ -1,6 +1,9 @@
 """Scaling matrices to a root mean square entry, whole or in shards."""
 
+from collections.abc import Sequence
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import wire
@@ -8,6 +11,7 @@ from .layout import Layout, shard_length
 from .rule import Tensors
 
 View = tuple[int, int, int]  # (batch, m, n) that a parameter is seen as
+Part = tuple[slice, Tensor]  # which matrices of a batch, and their entries here (b, entries)
 
 
 def rescale_whole(tensors: Tensors, views: list[View], rms: float) -> Tensors:
@@ -19,36 +23,38 @@ def rescale_whole(tensors: Tensors, views: list[View], rms: float) -> Tensors:
     return tensors
 
 
-def rescale_shards(tensors: Tensors, views: list[View], lengths: list[int], layout: Layout, rms: float) -> Tensors:
-    """Do the same to shards of matrices; lengths are those of the whole tensors' cut dimension.
+def rescale_parts(
+    tensors: Tensors, parts: list[list[Part]], views: list[View], groups: Sequence[dist.ProcessGroup], rms: float
+) -> Tensors:
+    """Do the same to shards, given as parts of their matrices; the ranks that the groups connect have the rest.
 
-    One all-reduce of a float64 a matrix along a replica's row. Sums of signs are whole numbers, so their norm is, bit
-    for bit, that of the whole matrix.
+    One all-reduce a group, of a float64 a matrix. Sums of signs are whole numbers, so their norm is, bit for bit, that
+    of the whole matrix.
     """
     counts = [batch for batch, _, _ in views]
-    parts = [_parts(*each, layout) for each in zip(tensors, views, lengths, strict=True)]
-    squares = [tensors[0].new_zeros(count, dtype=torch.float64) for count in counts]
-    for mine, sums in zip(parts, squares, strict=True):
+    squares = tensors[0].new_zeros(sum(counts), dtype=torch.float64)
+    for mine, sums in zip(parts, squares.split(counts), strict=True):
         for which, entries in mine:
-            sums[which] += torch.linalg.vecdot(entries, entries)
-    total = wire.all_reduce(torch.cat(squares), layout.row, "norms")
-    for mine, sums, (_, m, n) in zip(parts, total.split(counts), views, strict=True):
+            sums[which] += torch.linalg.vector_norm(entries, dim=1, dtype=torch.float64).square()
+    for group in groups:
+        wire.all_reduce(squares, group, "norms")
+    for mine, sums, (_, m, n) in zip(parts, squares.split(counts), views, strict=True):
         for which, entries in mine:
             norm = sums[which].sqrt().to(entries.dtype).unsqueeze(1)  # (b, 1)
             _scale(entries, norm, rms * (m * n) ** 0.5)
     return tensors
 
 
-def _parts(tensor: Tensor, view: View, length: int, layout: Layout) -> list[tuple[slice, Tensor]]:
-    """Return (which of the batch, their entries here (b, entries)) for this rank's shard of a tensor."""
+def parts_of(shard: Tensor, view: View, layout: Layout, length: int) -> list[Part]:
+    """Return what a shard holds of its tensor's matrices; length is that of the whole tensor's cut dimension."""
     batch, m, _ = view
-    if tensor.ndim > 2 or layout.dim != 0:
-        return [(slice(0, batch), tensor.view(batch, tensor.numel() // batch))]
+    if shard.ndim > 2 or layout.dim != 0:
+        return [(slice(0, batch), shard.view(batch, shard.numel() // batch))]
     # Rows of one or more blocks below each other: which block a row is of depends on where the shard starts.
     start = min(layout.here[1] * shard_length(length, layout.shards, 0), length)
-    end = start + len(tensor)
+    end = start + len(shard)
     return [
-        (slice(j, j + 1), tensor[max(start, j * m) - start : min(end, (j + 1) * m) - start].view(1, -1))
+        (slice(j, j + 1), shard[max(start, j * m) - start : min(end, (j + 1) * m) - start].view(1, -1))
         for j in range(start // m, -(-end // m))
     ]
 

@@ -7,11 +7,10 @@ arXiv 2602.01105, algorithm 1.
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .engine import RuleOptimizer
+from .engine import ProcessGroup, RuleOptimizer
 from .polar import check_options, orthogonalize_group
 from .rule import Tensors, UpdateRule, ema, mix, register, sign, signature_defaults
 
@@ -31,7 +30,7 @@ def OLion(
     qkv_split: int = 1,
     as_matrices: str | None = None,
     wire_dtype: torch.dtype | None = None,
-    process_group: dist.ProcessGroup | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> RuleOptimizer:
     """Build OLion, for matrices: hidden weights of two dimensions (`build_optimizer` picks them out of a model).
 
@@ -51,8 +50,8 @@ def OLion(
         state_dtype: dtype of M; None is the parameter's.
         qkv_split: number of equal row blocks of each weight that are orthogonalized apart (3 for a fused QKV).
         as_matrices: how to see tensors of more than two dimensions: "batch", "flatten", or None to refuse them.
-        wire_dtype: in which directions travel between ranks. None packs signs exactly, at one bit an entry and a
-            second bit for matrices that hold a zero.
+        wire_dtype: in which directions travel between ranks. None packs signs exactly, at one bit an entry, and sends
+            after them where zeros are, if there are any.
         process_group: the ranks that hold the same plain tensors and gradients (DDP) and share the work; DTensors
             say themselves how they lie.
 

@@ -24,15 +24,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import signs, wire
-from .buckets import Bucket, Matrix, fill_buckets, packed_size
+from . import holes, signs, wire
+from .buckets import Bucket, Matrix, fill_buckets
 from .layout import Layout, shard_length
-from .norms import rescale_shards, rescale_whole
+from .norms import parts_of, rescale_parts, rescale_whole
 from .rule import Tensors
 
 
 @dataclass
-class Return:
+class Returning:
     """The directions of a bucket on their way back."""
 
     bucket: Bucket
@@ -69,7 +69,7 @@ class Owned:
             whole = self._whole(bucket, tensors, arriving)  # (k, *shape)
             _, m, n = bucket.view
             directed = direction(whole.reshape(-1, m, n)).reshape(whole.shape) if len(whole) else whole
-            back = Return(bucket, directed, tensors[bucket.members[0]].dtype, self._send_back(bucket, directed))
+            back = Returning(bucket, directed, tensors[bucket.members[0]].dtype, self._send_back(bucket, directed))
             self._arrive(in_column, results)
             in_column, in_row = self._pass_on(in_row), back
             arriving = ahead
@@ -82,7 +82,8 @@ class Owned:
         if self.layout.dim is None:
             return rescale_whole(tensors, self.shapes, rms)
         lengths = [matrix.shape[self.layout.dim] for matrix in self.matrices]
-        return rescale_shards(tensors, self.shapes, lengths, self.layout, rms)
+        parts = [parts_of(*each[:2], self.layout, each[2]) for each in zip(tensors, self.shapes, lengths, strict=True)]
+        return rescale_parts(tensors, parts, self.shapes, [self.layout.row], rms)
 
     def add_traffic(self, traffic: wire.Traffic, rank: int, rescales: bool) -> None:
         """Count what a global rank sends and receives a step, when no direction has a zero."""
@@ -134,10 +135,11 @@ class Owned:
         """Write the directions (k, *shape) that this rank owns as messages, one a shard: uint8 (W, bytes)."""
         if not len(directed):
             return directed.new_empty(self.layout.shards, 0, dtype=torch.uint8)
-        if self.outward is None:
-            planes, flags = self._planes(directed, signs.negatives), signs.has_others(directed).to(torch.uint8)
-            return torch.cat([planes, flags.expand(len(planes), -1)], dim=1)
         shards = self._shards(directed)
+        if self.outward is None:
+            planes = signs.negatives(pad(shards, [0, -shards.shape[1] % 8])).view(len(shards), -1)
+            flags = signs.has_others(directed).to(torch.uint8)  # (k,)
+            return torch.cat([planes, flags.expand(len(planes), -1)], dim=1)
         return wire.as_bytes(shards.to(self.outward)).view(len(shards), -1)
 
     def _along_row(self, messages: Tensor, sizes: list[int], kind: str) -> wire.Pending:
@@ -159,7 +161,7 @@ class Owned:
             return self._along_column(messages.view(-1), sizes, "directions")
         return self._along_row(messages, sizes[self.replica], "directions")
 
-    def _pass_on(self, back: Return | None) -> Return | None:
+    def _pass_on(self, back: Returning | None) -> Returning | None:
         """Send what came along the row down the column, where there are both."""
         if back and self.layout.row and self.layout.column:
             sizes = back.bucket.message_sizes(self.outward)
@@ -167,20 +169,15 @@ class Owned:
         return back
 
     def _shards(self, stack: Tensor) -> Tensor:
-        """Cut (k, *shape) into the shards of the ranks of a row: (W, entries of k padded pieces)."""
+        """Cut (k, *shape) into the shards of the ranks of a row: (W, entries of k pieces), padded with 1, a sign."""
         dim, shards = self.layout.dim, self.layout.shards
         if dim is None:
             return stack.reshape(1, -1)
         longest = shard_length(stack.shape[dim + 1], shards, 0)
-        even = _lengthened(stack, dim + 1, shards * longest)
+        even = _lengthened(stack, dim + 1, shards * longest, 1.0)
         return even.unflatten(dim + 1, (shards, longest)).movedim(dim + 1, 0).reshape(shards, -1)
 
-    def _planes(self, stack: Tensor, packed: Callable[[Tensor], Tensor]) -> Tensor:
-        """Pack each shard of (k, *shape) into whole bytes: uint8 (W, bytes)."""
-        shards = self._shards(stack)
-        return packed(pad(shards, [0, -shards.shape[1] % 8])).view(len(shards), -1)
-
-    def _arrive(self, back: Return | None, results: list[Tensor | None]) -> None:
+    def _arrive(self, back: Returning | None, results: list[Tensor | None]) -> None:
         """Wait for the directions of a bucket, and put what this rank holds of them into `results`."""
         if back is None:
             return
@@ -195,7 +192,7 @@ class Owned:
                 piece = piece.narrow(dim, 0, length).contiguous()
             results[i] = piece
 
-    def _unpack(self, back: Return, received: Tensor) -> list[Tensor]:
+    def _unpack(self, back: Returning, received: Tensor) -> list[Tensor]:
         """Return the pieces of a bucket's members from the owners' messages of signs."""
         bucket = back.bucket
         entries = signs.unpack(received, 8 * len(received), back.dtype)  # eight to a byte, from the flags nonsense
@@ -210,35 +207,40 @@ class Owned:
             self._restore(back, pieces, flagged)
         return pieces
 
-    def _restore(self, back: Return, pieces: list[Tensor], flagged: list[int]) -> None:
-        """Put zeros and NaN back: of the flagged matrices, the owners send a second bit an entry."""
-        bucket, size = back.bucket, prod(back.bucket.piece)
-        places = [self.layout.place(self.matrices[i].owner) for i in bucket.members]
+    def _restore(self, back: Returning, pieces: list[Tensor], flagged: list[int]) -> None:
+        """Put zeros and NaN back into the flagged matrices: their owners send how many there are, then where."""
+        bucket, entries = back.bucket, prod(back.bucket.piece)
         chosen = [j for j, flag in enumerate(flagged) if flag]
-        counts = [[0] * self.layout.shards for _ in self.layout.grid]
-        for replica, shard in (places[j] for j in chosen):
-            counts[replica][shard] += 1
-        sizes = [[packed_size(count, size) for count in row] for row in counts]
+        places = [self.layout.place(self.matrices[i].owner) for i in bucket.members]
         own = [bool(flag) for place, flag in zip(places, flagged, strict=True) if place == (self.replica, self.shard)]
-        if any(own):
-            planes = self._planes(back.directed[own], signs.others)
-        else:
-            planes = back.directed.new_empty(self.layout.shards, 0, dtype=torch.uint8)
-        in_row = self._along_row(planes, sizes[self.replica], "zeros").wait()
-        received = self._along_column(in_row, sizes, "zeros").wait()
-        for plane, count in zip(received.split(_flat(sizes)), _flat(counts), strict=True):
-            mine, chosen = chosen[:count], chosen[count:]
-            if count:
-                restored = signs.restore(torch.stack([pieces[j] for j in mine]).view(-1), plane)
-                for j, piece in zip(mine, restored.view(count, *bucket.piece).unbind(), strict=True):
-                    pieces[j] = piece
+        shards = self._shards(back.directed[own]) if any(own) else back.directed.new_empty(0)
+        shards = shards.view(self.layout.shards, sum(own), entries)
+
+        def to_all(messages: Tensor, lengths: list[int]) -> Tensor:
+            """Send my messages (W, bytes) of lengths by chosen matrix to all; return those of all of them."""
+            sizes = [[0] * self.layout.shards for _ in self.layout.grid]
+            for j, length in zip(chosen, lengths, strict=True):
+                replica, shard = places[j]
+                sizes[replica][shard] += length
+            in_row = self._along_row(messages, sizes[self.replica], "zeros").wait()
+            return self._along_column(in_row, sizes, "zeros").wait()
+
+        mine = holes.most(shards)  # (own flagged,)
+        counts = to_all(wire.as_bytes(mine).expand(self.layout.shards, -1).contiguous(), [4] * len(chosen))
+        counts = counts.view(torch.int32).tolist()
+        nothing = shards.new_empty(self.layout.shards, 0, dtype=torch.uint8)
+        messages = torch.cat([nothing, *(holes.write(shards[:, k], int(count)) for k, count in enumerate(mine))], dim=1)
+        lengths = [holes.size(count, entries) for count in counts]
+        received = to_all(messages, lengths)
+        for j, count, part in zip(chosen, counts, received.split(lengths), strict=True):
+            holes.put_back(pieces[j], part, count)
 
 
 def _flat(table: list[list[int]]) -> list[int]:
     return list(chain.from_iterable(table))
 
 
-def _lengthened(tensor: Tensor, dim: int, length: int) -> Tensor:
-    """Return the tensor with zeros after it, up to this length of one dimension."""
+def _lengthened(tensor: Tensor, dim: int, length: int, filler: float = 0.0) -> Tensor:
+    """Return the tensor with a filler after it, up to this length of one dimension."""
     missing = length - tensor.shape[dim]
-    return pad(tensor, [0, 0] * (tensor.ndim - 1 - dim) + [0, missing]) if missing else tensor
+    return pad(tensor, [0, 0] * (tensor.ndim - 1 - dim) + [0, missing], value=filler) if missing else tensor

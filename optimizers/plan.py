@@ -10,6 +10,7 @@ import heapq
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from itertools import chain
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from torch import Tensor
 from . import polar
 from .buckets import Matrix
 from .checks import name_of
-from .layout import Layout, agree, layout_of, local_of
+from .layout import Layout, agree, layout_of, local_of, replicated
 from .owned import Owned
 from .routes import Gathered, Local, shape_in
 from .rule import UpdateRule, rule_named
@@ -27,24 +28,39 @@ from .wire import Traffic
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter of the plan; layout and owner (a global rank) are None where no other process is needed."""
+    """One parameter of the plan; the fields after `rule` are of matrices, and layout and owner of shared ones.
+
+    view: the (batch, m, n) that it is seen as. owner: a global rank. flops: of its direction. inward, outward: dtypes
+    in which it travels to its owner and back; outward None is signs, one bit an entry.
+    """
 
     name: str
     shape: tuple[int, ...]
     rule: str
+    view: tuple[int, int, int] | None = None
     layout: Layout | None = None
     owner: int | None = None
     flops: float = 0.0
+    working: torch.dtype | None = None
+    inward: torch.dtype | None = None
+    outward: torch.dtype | None = None
 
     @property
     def route(self) -> str:
         """local, replicated, sharded, hsdp or gathered."""
         return self.layout.route if self.layout else "local"
 
+    @property
+    def direction_bytes(self) -> int:
+        """What the whole direction takes on the wire, when it has no zero; 0 where nothing is sent."""
+        if not (self.layout and self.layout.grid):
+            return 0
+        return -(-prod(self.shape) // 8) + 1 if self.outward is None else prod(self.shape) * self.outward.itemsize
+
 
 @dataclass(frozen=True)
 class Part:
-    """Parameters of one group that take one route; None is the elementwise rules', which need none."""
+    """Parameters of one group that take one route; elementwise rules, which need no whole matrix, have none."""
 
     indices: list[int]
     route: Local | Owned | Gathered | None
@@ -85,11 +101,12 @@ class Plan:
         return max((max(load) * len(load) / sum(load) for load in self.loads().values() if sum(load)), default=1.0)
 
     def __str__(self) -> str:
-        rows = [("parameter", "shape", "rule", "route", "owner", "GFLOP")]
+        rows = [("parameter", "shape", "rule", "route", "owner", "GFLOP", "direction bytes")]
         for entry in self.entries:
             shape, owner = "x".join(map(str, entry.shape)), "" if entry.owner is None else str(entry.owner)
             flops = f"{entry.flops / 1e9:.3g}" if entry.flops else ""
-            rows.append((entry.name, shape, entry.rule, entry.route, owner, flops))
+            size = f"{entry.direction_bytes:,}" if entry.direction_bytes else ""
+            rows.append((entry.name, shape, entry.rule, entry.route, owner, flops, size))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         traffic = self.traffic()
@@ -101,40 +118,68 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(groups: list[dict], process_group: dist.ProcessGroup | None) -> Plan:
-    """Plan a step over param groups; every rank of the layouts' groups must call it.
+def make_plan(groups: list[dict], process_group: dist.ProcessGroup | None, ask: bool = True) -> Plan:
+    """Plan a step over param groups.
 
-    Raises ValueError, naming the parameter, for a layout that cannot be done, and on every rank where the ranks
-    disagree about the parameters.
+    Every rank of the layouts' groups must call it, unless it does not `ask` whether they agree. Raises ValueError,
+    naming the parameter, for a layout that cannot be done, and on every rank where the ranks disagree.
     """
+    shared = replicated(process_group)
     rules = [rule_named(group["rule"]) for group in groups]
     entries = [
-        _entry(group, position, rule, process_group)
+        _entry(group, position, rule, shared)
         for group, rule in zip(groups, rules, strict=True)
         for position in range(len(group["params"]))
     ]
     params = [param for group in groups for param in group["params"]]
-    _refuse_disagreement(entries, params)
+    if ask and params:
+        _refuse_disagreement(entries, params, shared)
     entries = _with_owners(entries)
     parts, start = [], 0
     for group, rule in zip(groups, rules, strict=True):
         mine = entries[start : start + len(group["params"])]
-        parts.append(_parts(group, rule, mine) if rule.direct else [Part(list(range(len(mine))), None)])
+        parts.append(_parts(group["params"], mine) if rule.direct else [Part(list(range(len(mine))), None)])
         start += len(mine)
     return Plan(entries, parts, rules)
 
 
-def _entry(group: dict, position: int, rule: UpdateRule, process_group: dist.ProcessGroup | None) -> Entry:
+def _entry(group: dict, position: int, rule: UpdateRule, shared: Layout | None) -> Entry:
     param, name = group["params"][position], name_of(group, position)
     entry = Entry(name, tuple(param.shape), rule.name)
     if not rule.direct:
         return entry
     try:
-        layout = layout_of(param, process_group, group.get("as_matrices"))
+        layout = layout_of(param, shared, group.get("as_matrices"))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     batch, m, n = shape_in(group, param if layout else local_of(param))
-    return replace(entry, layout=layout, flops=batch * _flops(m, n, group, param))
+    return replace(
+        entry,
+        view=(batch, m, n),
+        layout=layout,
+        flops=batch * _flops(m, n, group, param),
+        working=working_dtype(param, group),
+        inward=_inward(param, group),
+        outward=group.get("wire_dtype") or (None if rule.signs else torch.bfloat16),
+    )
+
+
+def state_dtype(param: Tensor, group: dict) -> torch.dtype:
+    """Return the dtype of a parameter's state."""
+    return group.get("state_dtype") or param.dtype
+
+
+def working_dtype(param: Tensor, group: dict) -> torch.dtype:
+    """Return the dtype in which `prepare` gets a gradient of the parameter's own dtype."""
+    return torch.promote_types(param.dtype, state_dtype(param, group))
+
+
+def _inward(param: Tensor, group: dict) -> torch.dtype:
+    """Return the precision in which shards travel to the owners: bfloat16 where these compute in it anyway."""
+    computes = group.get("ns_dtype") or polar.default_dtype(param)
+    if "ns_dtype" in group and group.get("ns_form") != "svd" and computes == torch.bfloat16:
+        return torch.bfloat16
+    return working_dtype(param, group)
 
 
 def _flops(m: int, n: int, group: dict, param: Tensor) -> float:
@@ -146,14 +191,18 @@ def _flops(m: int, n: int, group: dict, param: Tensor) -> float:
     return polar.flops(m, n, form=form, dtype=dtype, device=param.device, **options)
 
 
-def _refuse_disagreement(entries: list[Entry], params: list[Tensor]) -> None:
-    outlines: dict[tuple[int, ...], tuple[Layout, Tensor, list[str]]] = {}
-    for entry, param in zip(entries, params, strict=True):
+def _refuse_disagreement(entries: list[Entry], params: list[Tensor], shared: Layout | None) -> None:
+    """Compare, among the ranks of each layout, all that decides what they send to one another."""
+    outlines: dict[tuple[int, ...], tuple[Layout, list[str]]] = {}
+    if shared:
+        outlines[shared.ranks] = shared, []  # asked even where this rank has no matrix: others may
+    for entry in entries:
         if entry.layout:
-            _, _, outline = outlines.setdefault(entry.layout.ranks, (entry.layout, param, []))
-            outline.append(f"{entry.name} {entry.shape} {param.dtype} {entry.rule} {entry.route} of {entry.layout.dim}")
-    for layout, param, outline in outlines.values():
-        agree(layout.axes, outline, param.device)
+            _, outline = outlines.setdefault(entry.layout.ranks, (entry.layout, []))
+            sent = f"{entry.inward} in, {entry.outward or 'signs'} out"
+            outline.append(f"{entry.name} {entry.shape} as {entry.view}, {entry.rule}, {entry.route}, {sent}")
+    for layout, outline in outlines.values():
+        agree(layout.axes, outline, params[0].device)
 
 
 def _with_owners(entries: list[Entry]) -> list[Entry]:
@@ -175,31 +224,20 @@ def _with_owners(entries: list[Entry]) -> list[Entry]:
     return owned
 
 
-def _parts(group: dict, rule: UpdateRule, entries: list[Entry]) -> list[Part]:
+def _parts(params: list[Tensor], entries: list[Entry]) -> list[Part]:
     """Divide a group's parameters by route; those of one route lie alike and travel in the same precision."""
     alike = defaultdict(list)
-    for i, (param, entry) in enumerate(zip(group["params"], entries, strict=True)):
-        alike[entry.layout, _inward(group, param)].append(i)
+    for i, entry in enumerate(entries):
+        alike[entry.layout, entry.working, entry.inward, entry.outward].append(i)
     parts = []
-    for (layout, inward), indices in alike.items():
-        params = [group["params"][i] for i in indices]
-        shapes = [shape_in(group, param if layout else local_of(param)) for param in params]
+    for (layout, _, inward, outward), indices in alike.items():
+        views = [entries[i].view for i in indices]
         if layout is None:
-            route = Local(shapes)
+            route = Local(views)
         elif not layout.grid:
-            route = Gathered(params, shapes, layout)
+            route = Gathered([params[i] for i in indices], views, layout, inward)
         else:
-            matrices = [
-                Matrix(entries[i].shape, shape, entries[i].owner) for i, shape in zip(indices, shapes, strict=True)
-            ]
-            outward = group.get("wire_dtype") or (None if rule.signs else torch.bfloat16)
+            matrices = [Matrix(entries[i].shape, entries[i].view, entries[i].owner) for i in indices]
             route = Owned(matrices, layout, inward, outward)
         parts.append(Part(indices, route))
     return parts
-
-
-def _inward(group: dict, param: Tensor) -> torch.dtype:
-    """The precision in which shards travel to the owners: where these compute in bfloat16, that loses nothing more."""
-    if "ns_dtype" in group and (group["ns_dtype"] or polar.default_dtype(param)) == torch.bfloat16:
-        return torch.bfloat16
-    return torch.promote_types(param.dtype, group.get("state_dtype") or param.dtype)

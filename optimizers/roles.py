@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from .checks import closest
@@ -117,9 +118,14 @@ def build_optimizer(
         >>> optimizer = build_optimizer(model, "olion", lr=6e-4)
     """
     rule = rule_named(name)
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if isinstance(model, DistributedDataParallel):
         process_group = process_group or model.process_group
-        model = model.module
+        model = getattr(model.module, "_orig_mod", model.module)
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "FSDP must be FSDP2, whose parameters are DTensors, got FullyShardedDataParallel; use fully_shard"
+        )
     found = roles_of(model, roles)
     params = dict(model.named_parameters())
     matrices = [each for each, role in found.items() if role == "matrix"]

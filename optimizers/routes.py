@@ -13,12 +13,13 @@ from collections.abc import Callable
 from math import prod
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from . import wire
 from .layout import Layout
-from .norms import rescale_whole
+from .norms import rescale_parts, rescale_whole
 from .rule import Tensors
 
 _STACK_LIMIT = 2**27  # entries stacked at once (512 MiB in fp32): past that a larger batch is no faster
@@ -97,43 +98,58 @@ class Local:
 class Gathered:
     """Every rank gathers every matrix and computes it: right for any DTensor, at the price of doing it on all.
 
-    The transport is DTensor's own, so what is counted here is worked out from the shapes.
+    The transport is DTensor's own, so what is counted here is worked out from the shapes. Matrices travel in `inward`.
     """
 
     collective = True
 
-    def __init__(self, params: list[DTensor], shapes: list[tuple[int, int, int]], layout: Layout):
-        self.shapes, self.layout = shapes, layout
-        self.whole = Local(shapes)
-        self._sizes = [(param.numel() - param.to_local().numel()) * param.element_size() for param in params]
-        self._lie = [(param.device_mesh, param.placements, param.shape, param.stride()) for param in params]
+    def __init__(self, params: list[DTensor], shapes: list[tuple[int, int, int]], layout: Layout, inward: torch.dtype):
+        self.shapes, self.layout, self.inward = shapes, layout, inward
+        self._whole = Local(shapes)
+        self._mesh, self._placements = params[0].device_mesh, params[0].placements
+        self._lie = [(param.shape, param.stride()) for param in params]
+        self._itemsize = params[0].element_size()
+        self._missing = sum(param.numel() - param.to_local().numel() for param in params)  # entries of other ranks
 
     def direct(self, tensors: Tensors, direction: Callable[[Tensor], Tensor]) -> Tensors:
         """Return this rank's shards of direction(matrices)."""
-        return self._cut(self.whole.direct(self._gather(tensors), direction))
+        directed = self._whole.direct(self._gather([tensor.to(self.inward) for tensor in tensors]), direction)
+        return [shard.to(tensor.dtype) for shard, tensor in zip(self._cut(directed), tensors, strict=True)]
 
     def rescale(self, tensors: Tensors, rms: float) -> Tensors:
         """Scale each matrix to this root mean square entry; a zero matrix stays zero."""
-        return self._cut(self.whole.rescale(self._gather(tensors), rms))
+        if self._several():  # which rows a rank has of each is DTensor's secret
+            return self._cut(self._whole.rescale(self._gather(tensors), rms))
+        parts = [[(slice(0, 1), tensor.view(1, -1))] for tensor in tensors]
+        return rescale_parts(tensors, parts, self.shapes, self.layout.cut, rms)
 
     def add_traffic(self, traffic: wire.Traffic, rank: int, rescales: bool) -> None:
-        """Count what this rank, taken for any, gathers a step."""
-        gathered = sum(self._sizes) * (2 if rescales else 1)
+        """Count what this rank, taken for any, gathers a step; twice, where several in one are rescaled."""
+        gathered = self._missing * (self.inward.itemsize + (self._itemsize if rescales and self._several() else 0))
         traffic.add("gather", gathered, gathered)
+        for group in self.layout.cut if rescales and not self._several() else ():
+            norms = wire.ring_bytes(8 * len(self.shapes), dist.get_world_size(group))
+            traffic.add("norms", norms, norms)
+
+    def _several(self) -> bool:
+        """Whether a tensor here is seen as more than one matrix."""
+        return any(batch > 1 for batch, _, _ in self.shapes)
 
     def _gather(self, tensors: Tensors) -> Tensors:
-        wholes = []
-        for tensor, size, (mesh, placements, shape, stride) in zip(tensors, self._sizes, self._lie, strict=True):
-            lying = DTensor.from_local(tensor, mesh, placements, run_check=False, shape=shape, stride=stride)
-            wholes.append(lying.full_tensor().contiguous())
-            wire.count("gather", size, size)
-        return wholes
+        size = self._missing * tensors[0].element_size()
+        wire.count("gather", size, size)
+        return [
+            DTensor.from_local(tensor, self._mesh, self._placements, run_check=False, shape=shape, stride=stride)
+            .full_tensor()
+            .contiguous()
+            for tensor, (shape, stride) in zip(tensors, self._lie, strict=True)
+        ]
 
     def _cut(self, wholes: Tensors) -> Tensors:
-        everywhere = [[Replicate()] * mesh.ndim for mesh, *_ in self._lie]
+        everywhere = [Replicate()] * self._mesh.ndim
         return [
-            DTensor.from_local(whole, mesh, replicated, run_check=False)
-            .redistribute(placements=placements)  # from a replica this is a cut, and sends nothing
+            DTensor.from_local(whole, self._mesh, everywhere, run_check=False)
+            .redistribute(placements=self._placements)  # from a replica this is a cut, and sends nothing
             .to_local()
-            for whole, replicated, (mesh, placements, *_) in zip(wholes, everywhere, self._lie, strict=True)
+            for whole in wholes
         ]

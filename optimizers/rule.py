@@ -39,7 +39,7 @@ class UpdateRule:
             may be written to, grads may not, and what is returned must be new tensors. Gradients come in the wider
             of their own dtype and the state's.
         direct: (stack (batch, m, n), group) -> (batch, m, n), on whole matrices, stateless. None: elementwise rule.
-        signs: whether the entries of what `direct` returns are -1, 0 or 1; they then travel at one bit an entry.
+        signs: whether `direct` returns nothing but -1, 0, 1 and NaN; these then travel at one bit an entry.
         refine: (directions, state, group, shapes) -> directions. Elementwise, on my shard; may write to directions.
             shapes are the (batch, m, n) of the whole matrices; None where there is no `direct`.
         rms: name of the option that holds the root mean square entry which each whole matrix of what `refine`

@@ -12,6 +12,7 @@ as long as a clone of the tensor (`python -m scripts.bench_signs`); torch.compil
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -52,8 +53,9 @@ def unpack(negatives: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """
     if count > 8 * len(negatives):
         raise ValueError(f"a plane of {count} signs takes {-(-count // 8)} bytes; got {len(negatives)}; pass all of it")
-    table = _EIGHT_SIGNS.to(negatives.device, dtype)
-    return table.index_select(0, negatives.int()).view(-1)[:count]  # (bytes, 8), then (count,)
+    return (
+        _eight_signs(negatives.device, dtype).index_select(0, negatives.int()).view(-1)[:count]
+    )  # (bytes, 8), then (count,)
 
 
 def restore(signs: Tensor, others: Tensor) -> Tensor:
@@ -78,13 +80,11 @@ def _pack(signs: Tensor, mark: Callable[[Tensor], Tensor]) -> Tensor:
     return plane
 
 
-def _eight_signs() -> Tensor:
+@cache
+def _eight_signs(device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return the eight signs of every byte, (256, 8); made by packing, it inverts it in either byte order."""
     bits = torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu") & 1
     signs = (1 - 2 * bits).to(torch.int8)
     table = torch.empty_like(signs)
     table[negatives(signs).long()] = signs
-    return table
-
-
-_EIGHT_SIGNS = _eight_signs()
+    return table.to(device, dtype)

@@ -57,7 +57,7 @@ def count_bytes() -> Iterator[Traffic]:
     try:
         yield traffic
     finally:
-        _counting.remove(traffic)
+        _counting[:] = [each for each in _counting if each is not traffic]  # equal ones may be nested
 
 
 def count(kind: str, sent: int, received: int) -> None:
@@ -93,7 +93,8 @@ def all_to_all(send: Tensor, sizes_out: list[int], sizes_in: list[int], group: d
 def from_each(mine: Tensor, sizes: list[int], group: dist.ProcessGroup, kind: str) -> Pending:
     """Give my bytes to every rank of the group, and receive sizes[q] from each group rank q, side by side.
 
-    One broadcast a sender: an all-gather would need equal sizes, and ranks without anything send nothing.
+    One broadcast a sender: an all-gather would need equal sizes, and ranks without anything send nothing, so there are
+    never more broadcasts than matrices.
     """
     me = dist.get_rank(group)
     count(kind, sizes[me] * (len(sizes) - 1), sum(sizes) - sizes[me])

@@ -6,9 +6,22 @@ import itertools
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from optimizers import RULES as REGISTERED
-from optimizers import AdaMuon, AdamW, Lion, Muon, OLion, RuleOptimizer, UpdateRule, build_optimizer, register
+from optimizers import (
+    AdaMuon,
+    AdamW,
+    Lion,
+    Muon,
+    OLion,
+    RuleOptimizer,
+    UpdateRule,
+    build_optimizer,
+    count_bytes,
+    register,
+)
+from optimizers.wire import count
 
 RULES = {"olion": OLion, "muon": Muon, "adamuon": AdaMuon, "lion": Lion, "adamw": AdamW}
 MATRIX_RULES = {name: RULES[name] for name in ("olion", "muon", "adamuon")}
@@ -693,3 +706,50 @@ def test_steps_on_cuda_match_the_cpu(name):
         # A sign that turns moves an entry by 2e-4 or more: float32's rounding may turn hardly any.
         near = (parameter - twin.cpu()).abs() < 1e-5
         assert near.double().mean() > 0.99
+
+
+def test_nested_byte_counts_end_with_their_own_block():
+    with count_bytes() as outer:
+        with count_bytes() as inner:
+            count("norms", 1, 2)
+        count("norms", 3, 4)
+    assert (inner.total_sent, inner.total_received) == (1, 2)
+    assert (outer.total_sent, outer.total_received) == (4, 6)
+
+
+def test_state_of_a_frozen_parameter_matches_after_torch_sets_it():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    optimizer = OLion(model.parameters())
+    model[1].weight.requires_grad_(False)
+    train(optimizer, [model[0].weight], 2)
+    saved = get_optimizer_state_dict(model, optimizer)
+    other = OLion(model.parameters())
+    set_optimizer_state_dict(model, other, saved)
+    assert torch.equal(other.state[model[0].weight]["momentum"], optimizer.state[model[0].weight]["momentum"])
+    assert not other.state[model[1].weight]["momentum"].any()
+
+
+def test_options_of_a_loaded_state_match_those_it_was_saved_with():
+    (weight,) = matrices((6, 4))
+    (twin,) = clones([weight])
+    split, whole = OLion([weight], qkv_split=3), OLion([twin])
+    split.load_state_dict(whole.state_dict())
+    for optimizer, param in ((split, weight), (whole, twin)):
+        train(optimizer, [param], 2)
+    assert torch.equal(weight, twin)
+
+
+def test_a_loaded_option_out_of_range_refuses_and_changes_nothing():
+    (weight,) = matrices((6, 4))
+    optimizer = OLion([weight])
+    state = optimizer.state_dict()
+    state["param_groups"][0]["ns_steps"] = 0
+    with pytest.raises(ValueError, match="ns_steps"):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["ns_steps"] == 5
+
+
+@pytest.mark.parametrize("face", [OLion, AdamW])
+def test_what_is_no_process_group_refuses(face):
+    with pytest.raises(ValueError, match="process_group"):
+        face(matrices((6, 4)), process_group="nonsense")

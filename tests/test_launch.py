@@ -15,7 +15,17 @@ import torch
 import torch.distributed as dist
 
 from common import launch
-from common.launch import Launch, StopRequest, all_reduce_sum, on_main, peak_memory_mb, seed_all, start, stop
+from common.launch import (
+    Launch,
+    StopRequest,
+    all_reduce_sum,
+    device_mesh,
+    on_main,
+    peak_memory_mb,
+    seed_all,
+    start,
+    stop,
+)
 
 ROOT = Path(__file__).parents[1]
 SINGLE = Launch(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
@@ -46,6 +56,11 @@ def test_start_refuses_cuda_without_a_gpu_and_more_processes_than_gpus(monkeypat
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="local rank 2 needs a GPU of its own, but torch sees 2"):
         start("auto")
+
+
+def test_device_mesh_refuses_sizes_that_do_not_make_up_the_ranks():
+    with pytest.raises(ValueError, match="a mesh of 2 copies on 3 ranks each needs 6 ranks; got 4"):
+        device_mesh(Launch(0, 0, 4, torch.device("cpu")), replicate=2, shard=3)
 
 
 def test_seed_all_repeats_every_generator():
@@ -96,10 +111,13 @@ def fail(*_):
 
 
 def on_each_rank(rank, port, folder):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     launch = start("cpu", timeout_s=60)
-    results = {"launch": [launch.rank, launch.local_rank, launch.world_size, launch.is_main]}
+    results = {"launch": [launch.rank, launch.local_rank, launch.world_size, launch.is_main, launch.local_world_size]}
+    meshes = [device_mesh(launch, replicate=1, shard=2), device_mesh(launch, replicate=2, shard=1)]
+    results["meshes"] = [[list(mesh.mesh_dim_names), list(mesh.shape), mesh.mesh.flatten().tolist()] for mesh in meshes]
+    del meshes  # with them go the threads of their groups, which might abort the end of this process
     # 1 is lost beside 1e9 in float32, not in float64.
     results["sum"] = all_reduce_sum([1e9 if rank else 1.0, 2.0], launch)
     results["on_main"] = on_main(lambda: f"from {rank}")
@@ -122,7 +140,8 @@ def test_two_ranks_agree_on_sums_results_failures_and_stopping(tmp_path):
     torch.multiprocessing.spawn(on_each_rank, (port, tmp_path), nprocs=2)
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
-            "launch": [rank, rank, 2, rank == 0],
+            "launch": [rank, rank, 2, rank == 0, 1],
+            "meshes": [[["shard"], [2], [0, 1]], [["replicate", "shard"], [2, 1], [0, 1]]],
             "sum": [1e9 + 1, 4.0],
             "on_main": "from 0",
             "agreed": [False, True],
@@ -144,11 +163,31 @@ def test_main_guard_turns_errors_for_the_user_into_one_line(capsys):
         assert line.startswith("error: ") and line.count("\n") == 1 and message in line
 
 
+def test_main_guard_turns_a_lost_rank_into_one_line(capsys):
+    def gloo():  # as torch 2.13 words it
+        raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+    def nccl():
+        raise dist.DistBackendError("NCCL error:\nncclRemoteError: connection closed by a remote peer")
+
+    for main in (gloo, nccl):
+        with pytest.raises(SystemExit) as exit_request:
+            launch.main_guard(main)
+        line = capsys.readouterr().err
+        assert exit_request.value.code == 1
+        assert line.startswith("error: rank 0 lost another rank") and "--resume" in line and line.count("\n") == 1
+        assert "onnection closed" in line
+
+
 def test_main_guard_leaves_bugs_their_traceback():
     def library_error():
         np.zeros(3).reshape(2)  # a ValueError, but not one of ours
 
-    for main, kind in [(lambda: {}["key"], KeyError), (lambda: json.loads("{"), ValueError)]:
+    for main, kind in [
+        (lambda: {}["key"], KeyError),
+        (lambda: json.loads("{"), ValueError),
+        (lambda: torch.ones(2) @ torch.ones(3), RuntimeError),
+    ]:
         with pytest.raises(kind):
             launch.main_guard(main)
 

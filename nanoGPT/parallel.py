@@ -1,0 +1,103 @@
+"""How a GPT lies on the ranks: whole on each (DDP), in shards (FSDP), or in shards within groups of ranks (HSDP).
+
+    network = distribute(model, settings, ranks, torch.bfloat16)
+    with synchronizing(network, last_micro_batch), autocast(network, torch.bfloat16, ranks): ...
+
+Optimizer and checkpoints need not be told: parameters in shards are DTensors, which know their layout.
+"""
+
+import contextlib
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed import DeviceMesh, ProcessGroup
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from common import UserError, launch
+from common.config import ConfigError, at_least
+from nanoGPT.model import GPT
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The layout over the ranks; the result does not depend on it, nor does a checkpoint."""
+
+    mode: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """ddp: each rank holds all, fastest where it fits; fsdp: each holds its part; hsdp: fsdp in groups, ddp between."""
+    shard: int = 0
+    """Ranks of a group of hsdp, neighbours, which share one copy; 0 is one machine's, as its own links are fastest."""
+
+    def __post_init__(self):
+        at_least(0, self, "shard")
+        if self.shard and self.mode != "hsdp":
+            raise ConfigError(f"parallel.shard is of mode hsdp; got {self.shard} with {self.mode}: leave it 0")
+
+
+def distribute(
+    model: GPT, settings: ParallelConfig, ranks: launch.Launch, dtype: torch.dtype, compile: bool = False
+) -> nn.Module:
+    """Put the model on the ranks' devices; returns the network to train: itself, compiled, or under DDP.
+
+    A single process holds all, whatever the mode. In shards the parameters are DTensors; a block's are gathered in
+    `dtype` while it computes, and gradients are averaged in fp32 or more.
+
+    Raises UserError when the shards of hsdp do not divide the ranks.
+    """
+    if settings.mode != "ddp" and ranks.world_size > 1:
+        return _shard(model, _mesh(settings, ranks), dtype, compile)
+    network = model.to(ranks.device)
+    if compile:
+        network = torch.compile(network)
+    if ranks.world_size > 1:
+        network = DistributedDataParallel(network, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
+    return network
+
+
+def _mesh(settings: ParallelConfig, ranks: launch.Launch) -> DeviceMesh:
+    shard = ranks.world_size if settings.mode == "fsdp" else settings.shard or ranks.local_world_size
+    if ranks.world_size % shard:
+        raise UserError(
+            f"parallel.shard must divide the number of ranks, {ranks.world_size}; got {shard}: take a divisor, or fsdp"
+        )
+    return launch.device_mesh(ranks, replicate=ranks.world_size // shard, shard=shard)
+
+
+def _shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype, compile: bool) -> GPT:
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
+    for block in model.blocks:
+        if compile:
+            block.compile()  # inside the gathering, which torch.compile cannot trace
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    # The rest is one group, so that the embedding and the head stay one tensor.
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def replicas(network: nn.Module) -> ProcessGroup | None:
+    """Return the ranks that hold the same tensors, whose optimizer may divide its work; None for a sharded network."""
+    return network.process_group if isinstance(network, DistributedDataParallel) else None
+
+
+def synchronizing(network: nn.Module, synchronize: bool) -> AbstractContextManager:
+    """Return the context of a forward and backward pass: with or without the ranks' gradients meeting at its end."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(synchronize)
+    elif isinstance(network, DistributedDataParallel) and not synchronize:
+        return network.no_sync()
+    return contextlib.nullcontext()
+
+
+def autocast(network: nn.Module, dtype: torch.dtype, ranks: launch.Launch) -> AbstractContextManager:
+    """Return the autocast to `dtype`; a sharded network computes in its policy's precision without."""
+    enabled = dtype.itemsize < 4 and not isinstance(network, FSDPModule)
+    return torch.autocast(ranks.device.type, dtype, enabled=enabled)
+
+
+def clip_gradient(model: GPT, limit: float) -> float:
+    """Scale the gradient down to this norm, where it is larger; returns the norm before, the same on every rank."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

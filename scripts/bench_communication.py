@@ -1,0 +1,178 @@
+"""Counts the bytes that a step of each optimizer moves on ranks of this machine, and times it, over gloo.
+
+    python -m scripts.bench_communication
+    python -m scripts.bench_communication --ranks 4 --layers 12 --repeats 3
+    python -m scripts.bench_communication --dtype bfloat16 --record communication.json
+
+The parameters are GPT-2 small's hidden matrices. Under ddp every rank holds all of them, and each matrix has an owner
+that computes its direction for all; under fsdp every rank holds the rows that FSDP2 would leave it. Bytes are those of
+the busiest rank, counted where they are sent (`optimizers.count_bytes`), beyond those of averaging the gradient, which
+stand beside them. `bits` are of one entry of the directions that come back; a matrix of OLion's that has a zero, which
+rounding makes of one entry in tens of millions, takes more. What goes to the owners travels in the precision of the
+orthogonalization: --dtype bfloat16 moves the bytes that GPUs would, and takes longer on most CPUs.
+
+A round steps every optimizer on every layout once, its ranks starting together; its time is the slowest rank's. In
+`local ms` rank 0 steps whole matrices by itself while the others wait. All processes have as many threads and share
+the cores of this machine: on 2 cores, ranks of one thread can at best halve the local time. Their links are the
+machine's memory; for real ones see scripts.plan.
+"""
+
+import json
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from common import UserError
+from common.launch import main_guard
+from common.runlog import machine
+from optimizers import AdamW, Muon, OLion, RuleOptimizer, count_bytes
+from optimizers.layout import local_of
+from scripts.bench_optimizers import matrix_shapes
+from scripts.plan import Mesh, gradient_traffic
+
+FACES = {"AdamW": AdamW, "Muon": Muon, "OLion": OLion}
+AXES = {"ddp": "replicate", "fsdp": "shard"}  # what the ranks of a layout are to each other
+
+
+@dataclass(frozen=True)
+class Options:
+    """Counts the bytes that a step of each optimizer moves on ranks of this machine, and times it, over gloo."""
+
+    ranks: tuple[int, ...] = (2, 4)
+    """Numbers of ranks, one after the other."""
+    layers: int = 2
+    """Blocks of GPT-2 small, which has 12: 4 matrices and 7.1 million entries each."""
+    repeats: int = 5
+    """Timed rounds."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the orthogonalizations, and of what travels to them."""
+    threads: int = 1
+    """Of each process."""
+    record: Path | None = None
+    """Also writes the numbers here, as JSON."""
+
+
+class Contestant:
+    """An optimizer with parameters of its own, laid out in one way; `local` ones step on rank 0 only."""
+
+    def __init__(self, layout: str, name: str, gradients: list[Tensor], dtype: torch.dtype):
+        place = _cut if layout == "fsdp" else torch.clone
+        self.layout, self.name = layout, name
+        self.params = [nn.Parameter(place(torch.zeros_like(gradient))) for gradient in gradients]
+        for param, gradient in zip(self.params, gradients, strict=True):
+            param.grad = place(gradient)
+        group = dist.group.WORLD if layout == "ddp" else None
+        options = {} if name == "AdamW" else {"ns_dtype": dtype}
+        self.optimizer: RuleOptimizer = FACES[name](self.params, process_group=group, **options)
+
+    def step(self) -> float:
+        """Step once, together with the other ranks; returns the milliseconds it took."""
+        dist.barrier()
+        start = time.perf_counter()
+        if self.layout != "local" or dist.get_rank() == 0:
+            self.optimizer.step()
+        return 1000 * (time.perf_counter() - start)
+
+    def warm_up(self) -> dict:
+        """Step once; returns its bytes, and the bits that an entry of the directions took to come."""
+        with count_bytes() as counted:
+            self.step()
+        pairs = zip(self.optimizer.plan.entries, self.params, strict=True)
+        came = sum(local_of(param).numel() for entry, param in pairs if entry.owner not in (None, dist.get_rank()))
+        zeros = counted.received["zeros"]
+        return {
+            "sent": counted.total_sent,
+            "received": counted.total_received,
+            "kinds": {"sent": dict(counted.sent), "received": dict(counted.received)},
+            "zeros": zeros,
+            "bits": 8 * (counted.received["directions"] + zeros) / came if came else 0.0,
+            "held": sum(local_of(param).nbytes for param in self.params),
+        }
+
+
+def _cut(whole: Tensor) -> Tensor:
+    """Return this rank's rows, as FSDP2 cuts them."""
+    return distribute_tensor(whole, init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(0)], src_data_rank=None)
+
+
+def measure(rank: int, ranks: int, options: Options, folder: str) -> None:
+    """Be one rank: step every optimizer on every layout in turn, and leave the numbers in the folder."""
+    torch.set_num_threads(options.threads)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    torch.manual_seed(0)  # the same gradients on all ranks, as after averaging
+    gradients = [torch.randn(shape) for shape in matrix_shapes("gpt2_small", options.layers)]
+    dtype = getattr(torch, options.dtype)
+    contestants = [Contestant(layout, name, gradients, dtype) for name in FACES for layout in (*AXES, "local")]
+    rows = [{"layout": each.layout, "optimizer": each.name, **each.warm_up()} for each in contestants]
+    rounds = [[each.step() for each in contestants] for _ in range(options.repeats)]
+    for row, milliseconds in zip(rows, zip(*rounds, strict=True), strict=True):
+        row["milliseconds"] = milliseconds
+    Path(folder, f"{rank}.json").write_text(json.dumps(rows), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def summary(of_ranks: list[list[dict]]) -> list[dict]:
+    """Return a row a layout and optimizer: the busiest rank's bytes, the slowest one's time."""
+    rows, local_ms, muon = [], {}, {}
+    for same in zip(*of_ranks, strict=True):
+        layout, name = (same[0][key] for key in ("layout", "optimizer"))
+        taken = median(map(max, zip(*(each["milliseconds"] for each in same), strict=True)))
+        if layout == "local":
+            local_ms[name] = taken
+            continue
+        row = {"layout": layout, "optimizer": name}
+        row |= {key: max(each[key] for each in same) for key in ("sent", "received", "zeros", "bits")}
+        if name == "Muon":
+            muon[layout] = row["received"]
+        mesh = Mesh(layout, **{AXES[layout]: len(of_ranks)})
+        row["gradient"] = gradient_traffic(max(each["held"] for each in same), mesh)
+        row |= {"median_ms": taken, "kinds": [each["kinds"] for each in same]}
+        rows.append(row)
+    for row in rows:
+        row |= {"to_muon": row["received"] / muon[row["layout"]], "local_ms": local_ms[row["optimizer"]]}
+    return sorted(rows, key=lambda row: row["layout"])
+
+
+def table(rows: list[dict]) -> str:
+    """Return the rows as a Markdown table."""
+    heads = "sent MB | received MB | of it zeros MB | bits | received / Muon's | the gradient's own MB | ms | local ms"
+    lines = [f"| layout | optimizer | {heads} |", "|---|---" + "|---:" * 8 + "|"]
+    for row in rows:
+        sizes = " | ".join(f"{row[key] / 1e6:.3f}" for key in ("sent", "received", "zeros"))
+        sizes += f" | {row['bits']:.3f} | {row['to_muon']:.4f}"
+        rest = f"{row['gradient'] / 1e6:.3f} | {row['median_ms']:.0f} | {row['local_ms']:.0f}"
+        lines.append(f"| {row['layout']} | {row['optimizer']} | {sizes} | {rest} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    if min(options.ranks) < 2 or min(options.layers, options.repeats, options.threads) < 1:
+        got = ", ".join(f"{name} {getattr(options, name)}" for name in ("ranks", "layers", "repeats", "threads"))
+        raise UserError(f"ranks must be 2 or more, layers, repeats and threads 1 or more; got {got}")
+    here = machine()
+    print(f"{here['machine']['cpu']}, {here['machine']['cores']} cores, torch {torch.__version__}")
+    print(f"{options.layers} of GPT-2 small's 12 blocks, orthogonalized in {options.dtype}, {options.repeats} rounds")
+    record = {**here, "options": asdict(options), "ranks": {}}
+    for ranks in options.ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(measure, (ranks, options, folder), nprocs=ranks)
+            found = [json.loads(Path(folder, f"{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
+        record["ranks"][ranks] = summary(found)
+        print(f"\n{ranks} ranks\n{table(record['ranks'][ranks])}", flush=True)
+    if options.record:
+        options.record.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,302 @@
+"""Plans the optimizer of a large model on many GPUs: memory, work and bytes of every rank, on one CPU.
+
+    python -m scripts.plan --model gpt2_xl --mesh ddp=8
+    python -m scripts.plan --model llama2_7b --mesh fsdp=64 --state-dtype bfloat16 --gpu-tflops 989 --link-gbs 50
+    python -m scripts.plan --model llama2_70b --mesh hsdp=16x64 --record plan.json
+
+    ddp=W         W replicas
+    fsdp=W        W shards (FSDP2)
+    hsdp=RxS      R replicas of S shards
+    tp=T          tensor parallelism: Linears cut by rows or columns, embedding and head by rows
+    fsdp_tp=SxT   S shards of each of T parts
+
+The model is built on the meta device, without memory, and laid out by torch's own fully_shard over a group of ranks
+that do not exist; the plan is the one that training would make, for GPUs: orthogonalizations in bfloat16. A process
+can only be one of the ranks, so memory is that of --rank: the longer shards are cut first, and rank 0 holds the most.
+Work and bytes are of all ranks; under fsdp_tp, where each gathers everything, one stands for all.
+"""
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
+
+from common import UserError
+from common.launch import main_guard
+from common.runlog import machine
+from nanoGPT.model import GPT, GPTConfig
+from optimizers import RULES, RuleOptimizer, build_optimizer
+from optimizers.layout import local_of
+from optimizers.wire import KINDS, ring_bytes
+
+MAX_RANKS = 1024  # as many have been tried: Llama-2-70B on 16x64 takes seconds
+WAYS = ("received", "sent")
+GPT2 = {  # layers, heads, width: Radford et al. 2019, table 2
+    "gpt2_small": (12, 12, 768),
+    "gpt2_medium": (24, 16, 1024),
+    "gpt2_large": (36, 20, 1280),
+    "gpt2_xl": (48, 25, 1600),
+}
+LLAMA2 = {  # layers, heads, of which keys and values, width, FFN: Touvron et al. 2023, and Meta's released params.json
+    "llama2_7b": (32, 32, 32, 4096, 11008),
+    "llama2_13b": (40, 40, 40, 5120, 13824),
+    "llama2_70b": (80, 64, 8, 8192, 28672),
+}
+AXES = {  # words of --mesh, and what the numbers after them count
+    "ddp": ("replicate",),
+    "fsdp": ("shard",),
+    "hsdp": ("replicate", "shard"),
+    "tp": ("tensor",),
+    "fsdp_tp": ("shard", "tensor"),
+}
+EXAMPLES = "ddp=8, fsdp=64, hsdp=16x8 (replicas x shards), tp=8 or fsdp_tp=8x4 (shards x parts)"
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Plans the optimizer of a large model on many GPUs: memory, work and bytes of every rank, on one CPU."""
+
+    model: Literal[(*GPT2, *LLAMA2)]
+    """Whose parameters: GPT-2's without biases and with a tied head, Llama 2's as published."""
+    mesh: str
+    """The layout, like ddp=8, fsdp=64, hsdp=16x8, tp=8 or fsdp_tp=8x4; 1,024 ranks at most."""
+    optimizers: tuple[Literal[tuple(RULES)], ...] = ("adamw", "muon", "olion")
+    """The columns: rules of the matrices; the rest is AdamW's."""
+    rank: int = 0
+    """The rank whose memory is shown."""
+    param_dtype: Dtype = "float32"
+    """Of the weights that the optimizer updates."""
+    grad_dtype: Dtype = "float32"
+    """Of the gradients, kept and averaged."""
+    state_dtype: Dtype | None = None
+    """Of the matrices' optimizer state, where a rule can choose. Default: the weights'."""
+    gpu_tflops: float = 989
+    """Dense bf16 TFLOP/s of one GPU: an H100 SXM's, by its data sheet."""
+    efficiency: float = 0.5
+    """Part of them that orthogonalizations reach."""
+    link_gbs: float = 50
+    """GB/s into one rank, and as many out of it: 400 Gb/s InfiniBand, one port a GPU."""
+    print_plan: bool = False
+    """Also prints each optimizer's whole plan: route and owner of every parameter."""
+    record: Path | None = None
+    """Also writes the numbers here, as JSON."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Ranks along each axis of a layout; 1 where it has no such axis."""
+
+    word: str
+    replicate: int = 1
+    shard: int = 1
+    tensor: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """All of them."""
+        return self.replicate * self.shard * self.tensor
+
+
+def parse_mesh(text: str) -> Mesh:
+    """Read "hsdp=16x8"; UserError for a word, a number or a count of ranks that cannot be planned."""
+    word, _, numbers = text.partition("=")
+    axes = AXES.get(word, ())
+    sizes = [int(number) if number.isdecimal() else 0 for number in numbers.split("x")]
+    if len(sizes) != len(axes) or min(sizes) < 1:
+        raise UserError(f"--mesh must be like {EXAMPLES}, in numbers of ranks; got {text!r}")
+    mesh = Mesh(word, **dict(zip(axes, sizes, strict=True)))
+    if mesh.ranks > MAX_RANKS:
+        raise UserError(f"--mesh may have {MAX_RANKS:,} ranks; got {mesh.ranks:,} with {text!r}: plan a smaller one")
+    return mesh
+
+
+@contextlib.contextmanager
+def pretended(ranks: int, rank: int) -> Iterator[None]:
+    """Be one rank of a group of which there is no other; its collectives do nothing.
+
+    One rank a process: torch caches device meshes by their shape, and with them the groups that a rank is in.
+    """
+    if not 0 <= rank < ranks:
+        raise UserError(f"--rank must be from 0 to {ranks - 1}, a rank of the mesh; got {rank}")
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def build_model(name: str, mesh: Mesh) -> nn.Module:
+    """Return the model on the meta device; UserError where tensor parallelism cannot divide its heads."""
+    heads = LLAMA2[name][2] if name in LLAMA2 else GPT2[name][1]
+    if heads % mesh.tensor:
+        raise UserError(
+            f"tensor parallelism must divide the {heads} heads of {name}; got {mesh.tensor}: take a divisor"
+        )
+    with torch.device("meta"):
+        if name in GPT2:
+            layers, heads, width = GPT2[name]
+            return GPT(GPTConfig(n_layer=layers, n_head=heads, n_embd=width))
+        from transformers import LlamaConfig, LlamaForCausalLM  # seconds to import
+
+        layers, heads, shared, width, ffn = LLAMA2[name]
+        config = {"num_attention_heads": heads, "num_key_value_heads": shared, "intermediate_size": ffn}
+        return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, hidden_size=width, vocab_size=32000, **config))
+
+
+def distribute(model: nn.Module, mesh: Mesh) -> dist.ProcessGroup | None:
+    """Lay the model out over the mesh; returns the group of the ranks that hold the same plain tensors (DDP), if any.
+
+    Every rank of the default group, which the mesh must make up, has to call it.
+    """
+    if mesh.word == "ddp":
+        return dist.group.WORLD
+    axes = AXES[mesh.word]
+    devices = init_device_mesh("cpu", tuple(getattr(mesh, axis) for axis in axes), mesh_dim_names=axes)
+    if "tensor" in axes:
+        _cut_tensors(model, devices["tensor"])
+    if "shard" in axes:
+        data = devices if mesh.word == "hsdp" else devices["shard"]
+        for block in model.blocks if isinstance(model, GPT) else model.model.layers:
+            fully_shard(block, mesh=data)
+        fully_shard(model, mesh=data)
+    return None
+
+
+def _cut_tensors(model: nn.Module, devices: DeviceMesh) -> None:
+    """Cut as Megatron does: what a block's last products read by columns, all else by rows, the vocabulary too.
+
+    Norms and positions stay whole.
+    """
+    cut: dict[Tensor, nn.Parameter] = {}  # a tied head stays tied
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding) and name != "wpe":
+            dim = 1 if name.endswith(("c_proj", "o_proj", "down_proj")) else 0
+            if module.weight not in cut:
+                cut[module.weight] = nn.Parameter(distribute_tensor(module.weight, devices, [Shard(dim)]))
+            module.weight = cut[module.weight]
+
+
+def planned(optimizer: RuleOptimizer, mesh: Mesh, grad_dtype: torch.dtype) -> dict:
+    """Return the numbers of one column: bytes, and floating-point operations a step."""
+    plan = optimizer.plan
+    shards = [local_of(param) for group in optimizer.param_groups for param in group["params"]]
+    gradients = sum(shard.numel() for shard in shards) * grad_dtype.itemsize
+    on_each = sum(entry.flops for entry in plan.entries if entry.owner is None)
+    loads = [load for of_ranks in plan.loads().values() for load in of_ranks]
+    everyone = [plan.traffic(rank) for rank in range(mesh.ranks)]
+    return {
+        "weights": sum(shard.nbytes for shard in shards),
+        "gradients": gradients,
+        "state": optimizer.state_size(),
+        "busiest_flops": on_each + max(loads, default=0.0),
+        "balance": plan.balance() if loads else None,
+        "received": _by_kind([each.received for each in everyone]),
+        "sent": _by_kind([each.sent for each in everyone]),
+        "gradient_traffic": gradient_traffic(gradients, mesh),
+    }
+
+
+def _by_kind(everyone: list[Counter]) -> dict[str, dict[str, float]]:
+    """Return the most and the mean over ranks, of each kind of bytes and of all."""
+    ranks = {kind: [each[kind] for each in everyone] for kind in KINDS}
+    ranks = {kind: each for kind, each in ranks.items() if any(each)} | {"all": [each.total() for each in everyone]}
+    return {kind: {"busiest": max(each), "mean": mean(each)} for kind, each in ranks.items()}
+
+
+def gradient_traffic(held: int, mesh: Mesh) -> int:
+    """Return the bytes in, and out, by which one rank's gradients (`held` bytes) become the mean over the ranks.
+
+    A reduce-scatter over the S shards, (S - 1) held, and a ring's all-reduce over the R replicas, 2 (R - 1) / R held.
+    """
+    return (mesh.shard - 1) * held + ring_bytes(held, mesh.replicate)
+
+
+def seconds(column: dict, options: Options) -> dict[str, float]:
+    """Return how long the busiest rank orthogonalizes, and how long the busiest link takes, in and out at once."""
+    moved = max(column[way]["all"]["busiest"] for way in WAYS)
+    return {
+        "orthogonalization": column["busiest_flops"] / (1e12 * options.gpu_tflops * options.efficiency),
+        "exchange": moved / (1e9 * options.link_gbs),
+    }
+
+
+def cells(column: dict, kinds: list[str]) -> dict[str, str]:
+    """Return what the table says of one optimizer, by row."""
+    rows = {f"{name}, GB": f"{column[name] / 1e9:.3f}" for name in ("weights", "gradients", "state")}
+    rows["orthogonalization, busiest rank, TFLOP"] = f"{column['busiest_flops'] / 1e12:.3f}"
+    rows["owners' work, largest / mean"] = f"{column['balance']:.2f}" if column["balance"] else ""
+    for way in WAYS:
+        for kind in kinds:
+            found = column[way].get(kind, {"busiest": 0, "mean": 0})
+            rows[f"{way}, {kind}, MB"] = f"{found['busiest'] / 1e6:.3f} ({found['mean'] / 1e6:.3f})"
+    rows["the gradient's own, either way, MB"] = f"{column['gradient_traffic'] / 1e6:.3f}"
+    return rows | {f"{name}, ms": f"{1000 * taken:.1f}" for name, taken in column["seconds"].items()}
+
+
+def table(columns: dict[str, dict]) -> str:
+    """Return the numbers side by side, an optimizer a column, as a Markdown table."""
+    used = {kind for column in columns.values() for way in WAYS for kind in column[way]}
+    rows = [cells(column, [kind for kind in (*KINDS, "all") if kind in used]) for column in columns.values()]
+    lines = [f"| one rank, one step | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
+    return "\n".join(lines + [f"| {title} | {' | '.join(row[title] for row in rows)} |" for title in rows[0]])
+
+
+def plan(options: Options) -> dict:
+    """Build the model and each optimizer on one rank of the mesh; returns what is recorded, a column an optimizer."""
+    mesh = parse_mesh(options.mesh)
+    for name in ("gpu_tflops", "efficiency", "link_gbs"):
+        if getattr(options, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0; got {getattr(options, name)}")
+    columns = {}
+    with pretended(mesh.ranks, options.rank):
+        model = build_model(options.model, mesh).to(getattr(torch, options.param_dtype))
+        parameters = sum(param.numel() for param in model.parameters())
+        process_group = distribute(model, mesh)
+        for name in options.optimizers:
+            extra = {}
+            if options.state_dtype and "state_dtype" in RULES[name].defaults:
+                extra["state_dtype"] = getattr(torch, options.state_dtype)
+            optimizer = build_optimizer(model, name, lr=1e-3, process_group=process_group, **extra)
+            if options.print_plan:
+                print(f"{name}\n{optimizer.plan}\n")
+            columns[name] = planned(optimizer, mesh, getattr(torch, options.grad_dtype))
+            columns[name]["seconds"] = seconds(columns[name], options)
+    return {"parameters": parameters, "ranks": mesh.ranks, "columns": columns}
+
+
+NOTES = """
+GB = 1e9 bytes, held by rank {rank}; what a step needs for a moment is not in them.
+MB = 1e6 bytes of the busiest rank and, in brackets, of the mean one, beyond the gradient's own. Its own: (S - 1) x a
+rank's gradients to add them up over S shards, and 2 (R - 1) / R x over R replicas. FSDP's gathering of weights and
+tensor parallelism's of activations are in neither.
+ms of the busiest rank at {efficiency:.0%} of {gpu_tflops:g} TFLOP/s, and {link_gbs:g} GB/s into a rank and out of it.
+A step takes between the longer of the two, where they overlap, and their sum; and then its elementwise work."""
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    found = plan(options)
+    print(f"{options.model}, {found['parameters']:,} parameters on {options.mesh}\n")
+    print(table(found["columns"]))
+    print(NOTES.format(**asdict(options)))
+    if options.record:
+        record = {**machine(), "options": asdict(options), **found}
+        options.record.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main_guard(main)
