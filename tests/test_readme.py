@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import optimizers
@@ -24,13 +26,21 @@ class Tiny(nn.Module):
         return self.head(self.blocks(self.embedding(tokens)))
 
 
-def test_every_python_block_of_the_readme_trains_a_model():
-    assert len(BLOCKS) == 2
+@pytest.fixture
+def group(tmp_path):
+    """A process group of one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_every_python_block_of_the_readme_trains_a_model(group):
+    assert len(BLOCKS) == 3
     try:
         for block in BLOCKS:
             torch.manual_seed(0)
             model = Tiny()
-            scope = {"model": model, "matrices": model.blocks.parameters()}
+            scope = {"model": model, "matrices": list(model.blocks.parameters()), "group": group}
             exec(block, scope)
             losses = []
             for _ in range(20):
