@@ -15,9 +15,10 @@ from torch import nn
 
 from common.config import ConfigError, at_least
 from common.config import parse_config as parse
+from common.optimizer_config import OptimizerConfig
 from Llama.cpu import CPU, on_cpu
 from Llama.model import FLAVORS, Llama
-from optimizers import RuleOptimizer, build_optimizer
+from optimizers import build_optimizer
 from optimizers.rule import rule_named
 
 
@@ -39,36 +40,6 @@ class Model(titan.Model):
     """7B, 13B, 70B, or debug (2 million parameters)."""
     hf_assets_path: str = "data/llama2"
     """Folder with tokenizer.json and tokenizer_config.json, as on the Hugging Face Hub."""
-
-
-@dataclass
-class Optimizer:
-    """In place of torchtitan's section, of which a rule would leave most unread."""
-
-    name: str = "olion"
-    """Rule of the hidden matrices: olion, muon, adamuon, lion, adamw or a registered rule of your own."""
-    lr: float | None = None
-    """Peak rate of the matrices; None takes this optimizer's from `tuned_lr`."""
-    tuned_lr: dict[str, float] = field(default_factory=dict)
-    """Rate of each optimizer where `lr` is not given: the best of a sweep."""
-    adamw_lr: float | None = None
-    """Peak rate of embeddings, head and norms, which AdamW trains for every rule; None is the matrices' rate."""
-    weight_decay: float = 0.1
-    """Decoupled, on every tensor of two or more dimensions."""
-    betas: tuple[float, float] | None = None
-    """Of olion, lion or adamw; None is the paper's."""
-    momentum: float | None = None
-    """Of muon or adamuon; None is the paper's 0.95."""
-    ns_steps: int | None = None
-    """Newton-Schulz steps; None is 5."""
-    ns_coefficients: str | None = None
-    """jordan, convergent or polar_express; None is jordan."""
-    ns_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Precision of the orthogonalization; None is bfloat16 on GPUs and float32 on CPUs."""
-    state_dtype: Literal["float32", "bfloat16"] | None = None
-    """Precision of the momentum; None is the parameters'."""
-    wire_dtype: Literal["float32", "bfloat16"] | None = None
-    """How directions travel between ranks; None is one bit an entry for olion, bfloat16 for muon and adamuon."""
 
 
 @dataclass
@@ -131,7 +102,7 @@ class Debug(titan.Debug):
 class JobConfig(titan.JobConfig):
     job: Job = field(default_factory=Job)
     model: Model = field(default_factory=Model)
-    optimizer: Optimizer = field(default_factory=Optimizer)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # torchtitan's would mostly be left unread
     training: Training = field(default_factory=Training)
     validation: Validation = field(default_factory=Validation)
     metrics: Metrics = field(default_factory=Metrics)
@@ -175,7 +146,9 @@ def parse_config(argv: list[str] | None = None) -> JobConfig:
     ranks = int(os.environ.get("NGPU" if fake else "WORLD_SIZE", 1))
     check_flavor(settings)
     check_batches(settings, ranks)
-    build(settings.optimizer, nn.Linear(2, 2))  # refuses on a stand-in what it would refuse on the model
+    rule_named(settings.optimizer.name)
+    # Refuses on a stand-in what it would refuse on the model.
+    build_optimizer(nn.Linear(2, 2), settings.optimizer.name, **settings.optimizer.options())
     return settings
 
 
@@ -232,33 +205,3 @@ def check_batches(settings: JobConfig, world_size: int) -> None:
         if value % unit:
             micro = f" x local_batch_size {training.local_batch_size}" if unit != ranks else ""
             raise ConfigError(f"{name} must be a multiple of {unit} ({ranks} data-parallel ranks{micro}); got {value}")
-
-
-def peak_lr(settings: Optimizer) -> float:
-    """Return the peak rate of the matrices: the one asked for, or the optimizer's tuned one."""
-    rule_named(settings.name)
-    lr = settings.tuned_lr.get(settings.name) if settings.lr is None else settings.lr
-    if lr is None:
-        raise ConfigError(f"{settings.name} needs a learning rate and optimizer.tuned_lr has none; set optimizer.lr")
-    return lr
-
-
-def build(settings: Optimizer, model: nn.Module, **options) -> RuleOptimizer:
-    """Build the optimizer of a model; every option that is set reaches the rule, which refuses what it does not have.
-
-    options: others of optimizers.build_optimizer.
-    """
-    names = ("betas", "momentum", "ns_steps", "ns_coefficients", "ns_dtype", "state_dtype", "wire_dtype")
-    asked = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
-    for name in ("ns_dtype", "state_dtype", "wire_dtype"):
-        if name in asked:
-            asked[name] = getattr(torch, asked[name])
-    return build_optimizer(
-        model,
-        settings.name,
-        lr=peak_lr(settings),
-        adamw_lr=settings.adamw_lr,
-        weight_decay=settings.weight_decay,
-        **asked,
-        **options,
-    )

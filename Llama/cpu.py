@@ -25,6 +25,8 @@ def adapt_torchtitan() -> None:
         with (
             mock.patch("torch._utils._get_available_device_type", lambda: "cpu"),
             mock.patch("torch._utils._get_device_module", lambda device_type: CPU),
+            # Flex attention, which no Llama here uses, would load the compiler into every process: seconds.
+            mock.patch("torch.compile", lambda function, **options: function),
         ):
             import torchtitan.tools.utils  # noqa: F401  (asks once, and keeps the answers)
 

@@ -11,7 +11,7 @@ from torchtitan.tools.utils import device_type
 from common import UserError, config
 from common.runlog import RunLog, run_name
 from common.timer import Timer
-from Llama.config import JobConfig, peak_lr
+from Llama.config import JobConfig
 
 # Sections that make no other run: figures must not tell runs apart by them.
 BOOKKEEPING = ("job", "profiling", "metrics", "comm", "memory_estimation", "fault_tolerance", "experimental", "debug")
@@ -26,7 +26,7 @@ class Diverged(UserError):
 def name_of(settings: JobConfig) -> str:
     """Name a run after what is varied."""
     optimizer = settings.optimizer
-    return run_name(optimizer.name, peak_lr(optimizer), settings.debug.seed, optimizer.adamw_lr)
+    return run_name(optimizer.name, optimizer.peak_lr(), settings.debug.seed, optimizer.adamw_lr)
 
 
 def record_of(settings: JobConfig) -> dict[str, Any]:

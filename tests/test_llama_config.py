@@ -9,7 +9,9 @@ from torch import nn
 
 import Llama.cpu
 from common.config import ConfigError
-from Llama.config import NOT_READ, Optimizer, build, parse_config
+from common.optimizer_config import OptimizerConfig
+from Llama.config import NOT_READ, parse_config
+from optimizers import build_optimizer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "Llama/train_configs"
 STDLIB, PAPER = str(CONFIGS / "stdlib.toml"), str(CONFIGS / "llama2_7b.toml")
@@ -61,7 +63,7 @@ def test_large_model_without_gpus_refuses_with_its_memory_and_the_small_command(
     monkeypatch.setattr("Llama.config.on_cpu", lambda: True)
     monkeypatch.setattr(Llama.cpu.CPU, "get_device_properties", lambda: type("Small", (), {"total_memory": 24e9}))
     with pytest.raises(ConfigError, match=r"needs about 81 GB .* 24 GB .* bash Llama/run.sh"):
-        parse_config([STDLIB, "--model.flavor", "7B"])
+        parse_config([PAPER])
 
 
 @pytest.mark.parametrize("name", NOT_READ)
@@ -82,13 +84,14 @@ def test_ranks_that_cannot_share_the_lanes_refuse(monkeypatch):
 def test_every_optimizer_key_matches_what_the_rule_is_built_with():
     model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 8, bias=False))
     asked = {"betas": (0.8, 0.9), "ns_steps": 3, "ns_coefficients": "convergent", "weight_decay": 0.3}
-    settings = Optimizer(
+    settings = OptimizerConfig(
         lr=1e-3, adamw_lr=2e-3, ns_dtype="bfloat16", state_dtype="bfloat16", wire_dtype="float32", **asked
     )
-    matrices, rest = build(settings, model).param_groups
+    matrices, rest = build_optimizer(model, settings.name, **settings.options()).param_groups
     dtypes = {"ns_dtype": torch.bfloat16, "state_dtype": torch.bfloat16, "wire_dtype": torch.float32}
     for key, value in (asked | dtypes | {"lr": 1e-3}).items():
         assert matrices[key] == value, key
     assert (rest["rule"], rest["lr"], rest["weight_decay"]) == ("adamw", 2e-3, 0.3)
-    (muon, _) = build(Optimizer(name="muon", lr=1e-3, momentum=0.7), model).param_groups
+    settings = OptimizerConfig(name="muon", lr=1e-3, momentum=0.7)
+    (muon, _) = build_optimizer(model, settings.name, **settings.options()).param_groups
     assert muon["momentum"] == 0.7
