@@ -32,8 +32,8 @@ LAYOUTS = {  # of four ranks
     "fsdp x tp": {"tensor_parallel_degree": 2},
     "ddp": {"data_parallel_replicate_degree": 4, "data_parallel_shard_degree": 1},
 }
-# OLion's exchange goes over every layout; AdamW's tighter tolerance then needs each kind of mesh dimension once.
-CASES = [("olion", layout) for layout in LAYOUTS] + [("adamw", layout) for layout in ("fsdp", "fsdp x tp", "ddp")]
+# The first step's loss and gradient know of no optimizer: they are compared tightly on every layout.
+CASES = [("olion", layout) for layout in LAYOUTS] + [("adamw", layout) for layout in ("fsdp", "ddp")]
 QUICK = {
     "model.hf_assets_path": "corpus",
     "training.dataset_path": "corpus",
@@ -42,7 +42,7 @@ QUICK = {
     "training.local_batch_size": 2,
     "validation.dataset_path": "corpus",
     "validation.windows": 8,
-    "validation.freq": STEPS - 1,
+    "validation.freq": STEPS,
     "metrics.log_freq": 1,
     "metrics.wandb": "disabled",
     "lr_scheduler.warmup_steps": 1,
@@ -108,9 +108,10 @@ def run_of(folder: Path, group: str, optimizer: str) -> Path:
 def test_losses_of_four_ranks_match_those_of_one(folder, optimizer, layout):
     alone, several = (losses(run_of(folder, group, optimizer)) for group in ("alone", layout))
     assert alone.keys() == several.keys()
-    assert len(alone) == 2 * STEPS + 3  # and three validations, the first before the first step
+    assert len(alone) == 2 * STEPS + 2  # and two validations, one before the first step
     for key, loss in alone.items():
-        tolerance = max(OPTIMIZERS[optimizer], 5e-4 if key[0] == "grad_norm" else 0)
+        updated = OPTIMIZERS[optimizer] if key[1] > 1 else 1e-4
+        tolerance = max(updated, 5e-4 if key[0] == "grad_norm" else 0)
         assert several[key] == pytest.approx(loss, abs=tolerance), key
     assert alone["val/loss", STEPS] < alone["val/loss", 0] - 0.1  # it learns
 
