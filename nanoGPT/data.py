@@ -9,9 +9,7 @@ other, each followed by an end-of-text token), and meta.json:
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from common.corpus import written_aside
 
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's name for it
 
@@ -211,22 +211,3 @@ def write_split(path: Path, encoded: Iterable[Encoded], dtype: str) -> dict:
     if not tokens:
         raise ValueError(f"{path.name} needs text, the source leaves none: add text or change --val-fraction")
     return {"tokens": tokens, "text_bytes": text_bytes, "sha256": digest.hexdigest()}
-
-
-@contextmanager
-def written_aside(folder: Path) -> Iterator[Path]:
-    """Give a folder to write to, which takes the place of `folder` once all went well."""
-    partial, old = (folder.parent / f".{kind}-{folder.name}" for kind in ("partial", "old"))
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a prepare that was killed
-        partial.mkdir(parents=True)
-        yield partial
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)  # the new one did not get its name: back to the one before
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from common import UserError, checkpoint, config, launch
 from common.config import at_least
+from common.optimizer_config import OptimizerConfig
 from common.runlog import RunLog, move_aside, run_name
 from common.schedule import multiplier
 from common.timer import Timer
@@ -61,31 +62,9 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """The optimizer; an option that the named rule does not have is an error."""
+class Optimizer(OptimizerConfig):
+    """The optimizer, and what it is told about a GPT-2."""
 
-    name: str = "olion"
-    """Rule of the hidden matrices: olion, muon, adamuon, lion, adamw or a registered rule of your own."""
-    lr: float | None = None
-    """Peak rate of the matrices; None takes this optimizer's from `tuned_lr`."""
-    tuned_lr: dict[str, float] = field(default_factory=dict)
-    """Rate of each optimizer where `lr` is not given: the best of a sweep (python -m scripts.sweep)."""
-    adamw_lr: float | None = None
-    """Peak rate of embeddings, head and norms, which AdamW trains for every rule; None is the matrices' rate."""
-    weight_decay: float = 0.1
-    """Decoupled, on every tensor of two or more dimensions."""
-    betas: tuple[float, float] | None = None
-    """Of olion, lion or adamw; None is the paper's."""
-    momentum: float | None = None
-    """Of muon or adamuon; None is the paper's 0.95."""
-    ns_steps: int | None = None
-    """Newton-Schulz steps; None is 5."""
-    ns_coefficients: str | None = None
-    """jordan, convergent or polar_express; None is jordan."""
-    ns_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Precision of the orthogonalization; None is bfloat16 on GPUs and float32 on CPUs."""
-    state_dtype: Literal["float32", "bfloat16"] | None = None
-    """Precision of the momentum; None is the parameters'."""
     split_qkv: bool = False
     """Orthogonalize the query, key and value blocks of the fused weight apart; lion and adamw have nothing to split."""
 
@@ -139,7 +118,7 @@ class Config:
 
     model: GPTConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -187,13 +166,14 @@ def main() -> None:
 
 def train(settings: Config, ranks: launch.Launch) -> bool:
     """Train until `settings.steps`, or until asked to stop; returns whether the end was reached."""
-    lr = peak_lr(settings.optimizer)
+    rule_named(settings.optimizer.name)  # an unknown one fails now, before any data is touched
+    lr = settings.optimizer.peak_lr()
     name = run_name(settings.optimizer.name, lr, settings.seed, settings.optimizer.adamw_lr)
     folder = Path(settings.out, settings.group, name)
     launch.seed_all(settings.seed)
     corpus = open_corpus(settings, ranks)
     model, network = build_model(settings, ranks)
-    optimizer = build(settings.optimizer, model, lr, replicas(network))
+    optimizer = build(settings.optimizer, model, replicas(network))
     peaks = [group["lr"] for group in optimizer.param_groups]
     launch.seed_all(settings.seed + ranks.rank)  # the weights are drawn; dropout differs from rank to rank
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision(settings, ranks) == torch.float16)
@@ -284,15 +264,6 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
     return step >= settings.steps
 
 
-def peak_lr(settings: OptimizerConfig) -> float:
-    """Return the peak rate of the matrices: the one asked for, or the optimizer's tuned one."""
-    rule_named(settings.name)
-    lr = settings.tuned_lr.get(settings.name) if settings.lr is None else settings.lr
-    if lr is None:
-        raise UserError(f"{settings.name} needs a learning rate and `optimizer.tuned_lr` has none; pass --optimizer.lr")
-    return lr
-
-
 def fit_vocabulary(settings: Config) -> Config:
     """Give a model of vocabulary 0 the corpus', padded."""
     meta = data.read_meta(settings.data.folder)
@@ -330,23 +301,10 @@ def build_model(settings: Config, ranks: launch.Launch) -> tuple[GPT, nn.Module]
     return model, distribute(model, settings.parallel, ranks, dtype, settings.compile)
 
 
-def build(settings: OptimizerConfig, model: GPT, lr: float, group: dist.ProcessGroup | None = None) -> RuleOptimizer:
+def build(settings: Optimizer, model: GPT, group: dist.ProcessGroup | None = None) -> RuleOptimizer:
     """Build the optimizer; every option that is set reaches the rule, which refuses what it does not have."""
-    names = ("betas", "momentum", "ns_steps", "ns_coefficients", "ns_dtype", "state_dtype")
-    options = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
-    for name in ("ns_dtype", "state_dtype"):
-        if name in options:
-            options[name] = getattr(torch, options[name])
-    return build_optimizer(
-        model,
-        settings.name,
-        lr=lr,
-        adamw_lr=settings.adamw_lr,
-        weight_decay=settings.weight_decay,
-        qkv_split={"*.c_attn.weight": 3} if settings.split_qkv else None,
-        process_group=group,
-        **options,
-    )
+    blocks = {"*.c_attn.weight": 3} if settings.split_qkv else None
+    return build_optimizer(model, settings.name, qkv_split=blocks, process_group=group, **settings.options())
 
 
 def precision(settings: Config, ranks: launch.Launch) -> torch.dtype:

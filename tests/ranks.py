@@ -31,7 +31,9 @@ GRACE_S = 3  # for the other ranks to answer once one has failed: they may be wa
 
 # One clean process that has imported torch, of which every rank is a fork: torch is imported once, not once a rank.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch._dynamo"])
+_context.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch._dynamo", "Llama.train"]
+)
 
 _WAITED = "did not answer; it was at"
 

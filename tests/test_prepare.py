@@ -13,6 +13,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from common import corpus
 from common.config import parse_config
 from nanoGPT import data, prepare
 from nanoGPT.prepare import Prepare
@@ -58,7 +59,7 @@ def library(tmp_path, monkeypatch):
     hidden = ["test/a.py", "sqlite3/tests/b.py", "idlelib/idle_test/c.py", "site-packages/d.py", "pydoc_data/e.py"]
     files = {f"{name}.py": f"import {name}\n" for name in ("alpha", "beta", "pkg/gamma")}
     folder = write(tmp_path / "library", files | dict.fromkeys([*hidden, "notes.txt"], "hidden"))
-    monkeypatch.setattr(prepare.sysconfig, "get_path", {"stdlib": str(folder)}.get)
+    monkeypatch.setattr(corpus.sysconfig, "get_path", {"stdlib": str(folder)}.get)
     return folder
 
 
@@ -150,7 +151,7 @@ def test_folder_of_text_jsonl_and_parquet_matches_their_documents(tmp_path):
 
 @pytest.mark.parametrize("piece_bytes", [1, 7, 2**22])
 def test_one_text_file_matches_its_head_and_tail(tmp_path, monkeypatch, piece_bytes):
-    monkeypatch.setattr(prepare, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(corpus, "PIECE_BYTES", piece_bytes)
     text = "".join(f"zeile {k}: äöü €𝄞\n" * (k % 3) for k in range(100))
     folder = run(write(tmp_path, {"one.txt": text}) / "one.txt", tmp_path / "c", val_fraction=0.1)
     train, val = read(folder, "train"), read(folder, "val")
@@ -163,7 +164,7 @@ def test_one_text_file_is_cut_between_characters_wherever_the_cut_falls(tmp_path
     path = write(tmp_path, {"one.txt": text}) / "one.txt"
     starts = {len(text[:k].encode()) for k in range(len(text) + 1)}
     for fraction in np.linspace(0.01, 0.99, 99):
-        assert prepare.tail_start(path, fraction) in starts
+        assert corpus.tail_start(path, fraction) in starts
 
 
 def test_folder_of_one_file_beside_an_empty_one_matches_that_file(tmp_path):

@@ -1,0 +1,78 @@
+"""What torchtitan 0.2.2 needs in order to run without a GPU: on CPUs, with gloo between the processes."""
+
+import importlib.util
+import os
+import platform
+import sys
+import types
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from common.launch import peak_memory_mb
+
+
+def adapt_torchtitan() -> None:
+    """Make torchtitan importable without triton, and have it choose the CPU where there is no GPU that it can use."""
+    if importlib.util.find_spec("triton") is None:  # torch's CUDA builds bring it along; others would not use it
+        # The one module that imports triton, for mixtures of experts, which no Llama here has.
+        kernels = types.ModuleType("torchtitan.models.moe.kernels")
+        kernels.generate_permute_indices = None
+        sys.modules.setdefault(kernels.__name__, kernels)
+    if on_cpu():
+        with (
+            mock.patch("torch._utils._get_available_device_type", lambda: "cpu"),
+            mock.patch("torch._utils._get_device_module", lambda device_type: CPU),
+            # Flex attention, which no Llama here uses, would load the compiler into every process: seconds.
+            mock.patch("torch.compile", lambda function, **options: function),
+        ):
+            import torchtitan.tools.utils  # noqa: F401  (asks once, and keeps the answers)
+
+
+def on_cpu() -> bool:
+    """Whether there is no GPU here, or one without collectives (Apple's)."""
+    return not torch.accelerator.is_available() or torch.accelerator.current_accelerator().type == "mps"
+
+
+def adapt_model(model: nn.Module) -> None:
+    """Let FSDP2 sum gradients where it would ask gloo for a multiply-and-sum, which gloo lacks."""
+    if on_cpu():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
+
+
+class CPU:
+    """What torchtitan asks of a device's module: torch.cpu has half of it, and calls its current device "cpu"."""
+
+    set_device = torch.cpu.set_device
+    synchronize = torch.cpu.synchronize
+
+    @staticmethod
+    def current_device() -> int:
+        return 0
+
+    @staticmethod
+    def get_device_name(device=None) -> str:
+        return platform.processor() or platform.machine()
+
+    @staticmethod
+    def get_device_properties(device=None) -> types.SimpleNamespace:
+        pages, page_bytes = map(os.sysconf, ("SC_PHYS_PAGES", "SC_PAGE_SIZE"))
+        return types.SimpleNamespace(total_memory=pages * page_bytes)
+
+    @staticmethod
+    def memory_stats(device=None) -> dict[str, int]:
+        """The most memory that the process has used since it started."""
+        peak = int(peak_memory_mb(torch.device("cpu")) * 2**20)
+        return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak, "num_alloc_retries": 0, "num_ooms": 0}
+
+    @staticmethod
+    def reset_peak_memory_stats(device=None) -> None:
+        pass
+
+    @staticmethod
+    def empty_cache() -> None:
+        pass

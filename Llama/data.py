@@ -1,0 +1,256 @@
+"""Batches of packed text whose order does not depend on the number of ranks, and whose position is saved.
+
+The documents are dealt to `lanes`, document d to lane d mod lanes. Each lane puts its documents one after the other,
+between begin and end tokens, and cuts them into windows of T + 1 tokens. Window n of the run comes from lane
+n mod lanes; step s takes the windows from s x global batch on, and rank r of W those with n mod W = r. So W may be any
+divisor of the lanes, may change when a run resumes, and the batches stay.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import numpy as np
+import torch
+from datasets.distributed import split_dataset_by_node
+from torch import Tensor
+from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.tokenizer import BaseTokenizer
+
+from common import UserError, one_line
+from common.corpus import local_files
+from Llama.config import JobConfig
+from Llama.model import FLAVORS
+
+Batch = tuple[dict[str, Tensor], Tensor]  # {"input": (b, T)}, labels (b, T), int64, as torchtitan wants them
+Source = datasets.Dataset | datasets.IterableDataset
+
+# The split "validation" of a folder that Llama.prepare wrote is this file; the rest is for training.
+SPLIT_FILES = {"train": "train.jsonl", "validation": "val.jsonl"}
+
+
+class Documents(Protocol):
+    """The texts of one lane, without end, and the position in them."""
+
+    epoch: int
+
+    def __next__(self) -> str: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class LocalDocuments:
+    """Documents of a data set on disk, in an order that is drawn anew from (seed, epoch)."""
+
+    def __init__(self, source: datasets.Dataset, lane: int, lanes: int, seed: int):
+        self._source, self._first, self._stride, self._seed = source, lane, lanes, seed
+        self.load_state_dict({"epoch": 0, "taken": 0})
+
+    def __next__(self) -> str:
+        if self._taken == len(self._order):
+            self.load_state_dict({"epoch": self.epoch + 1, "taken": 0})
+        self._taken += 1
+        return self._source[int(self._order[self._taken - 1])]["text"]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "taken": self._taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self._taken = state["epoch"], state["taken"]
+        order = np.random.default_rng([self._seed, self.epoch]).permutation(len(self._source))
+        self._order = order[self._first :: self._stride]
+
+
+class StreamedDocuments:
+    """Documents of a data set that is read over the network, in its own order."""
+
+    def __init__(self, source: datasets.IterableDataset, lane: int, lanes: int):
+        self._source = split_dataset_by_node(source, lane, lanes)
+        self._rows = iter(self._source)
+
+    @property
+    def epoch(self) -> int:
+        return self._source.epoch
+
+    def __next__(self) -> str:
+        try:
+            return next(self._rows)["text"]
+        except StopIteration:
+            self._source.set_epoch(self.epoch + 1)
+            self._rows = iter(self._source)
+            return next(self._rows)["text"]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._source.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._source.load_state_dict(state)
+        self._source.set_epoch(state["epoch"])
+        self._rows = iter(self._source)
+
+
+class Lane:
+    """Windows (T + 1,) of one lane's documents; the last token of a window is the first of the next."""
+
+    def __init__(self, documents: Documents, tokenizer: BaseTokenizer, length: int):
+        self._documents, self._tokenizer, self._length = documents, tokenizer, length
+        self._tokens = np.empty(0, np.int64)  # of documents that were read, and not given out
+        self.tokens_read = self.bytes_read = 0
+
+    @property
+    def epoch(self) -> int:
+        """How often the documents have all been read."""
+        return self._documents.epoch
+
+    def window(self) -> np.ndarray:
+        """Return the next T + 1 tokens."""
+        while len(self._tokens) <= self._length:
+            text = next(self._documents)
+            tokens = self._tokenizer.encode(text, add_bos=True, add_eos=True)
+            self._tokens = np.append(self._tokens, tokens)
+            self.tokens_read += len(tokens)
+            self.bytes_read += len(text.encode())
+        window, self._tokens = self._tokens[: self._length + 1], self._tokens[self._length :]
+        return window
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"documents": self._documents.state_dict(), "tokens": self._tokens.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._documents.load_state_dict(state["documents"])
+        self._tokens = np.array(state["tokens"], np.int64)
+
+
+class Loader(BaseDataLoader):
+    """The batches of one rank; its state is that of its lanes, by their numbers, so that other ranks can take them."""
+
+    def __init__(self, lanes: list[Lane | None], rank: int, ranks: int, batch_size: int):
+        """lanes: all of them in order, None for those that this rank has no part in."""
+        self._lanes, self._rank, self._ranks, self._batch_size = lanes, rank, ranks, batch_size
+        self._position = 0  # windows that all ranks together have taken
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            rows = []
+            for _ in range(self._batch_size):
+                lane = self._lanes[(self._position + self._rank) % len(self._lanes)]
+                rows.append(lane.window())
+                self._position += self._ranks
+            yield to_batch(np.stack(rows))
+
+    def state_dict(self) -> dict[str, Any]:
+        lanes = {f"lane_{i}": json.dumps(lane.state_dict()) for i, lane in enumerate(self._lanes) if lane}
+        return {"position": self._position, **lanes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._position = state["position"]
+        for i, lane in enumerate(self._lanes):
+            if lane:
+                lane.load_state_dict(json.loads(state[f"lane_{i}"]))
+
+
+def to_batch(rows: np.ndarray) -> Batch:
+    """Cut windows (b, T + 1) into inputs (b, T) and the labels one token later (b, T)."""
+    tokens = torch.from_numpy(rows)
+    return {"input": tokens[:, :-1].contiguous()}, tokens[:, 1:].contiguous()
+
+
+# ---- What torchtitan calls
+
+
+def build_loader(dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig) -> Loader:
+    """Make the training batches of one data-parallel rank."""
+    check_tokenizer(tokenizer, job_config)
+    training = job_config.training
+    source = open_source(training.dataset, training.dataset_path, "train")
+
+    def lane(number: int) -> Lane:
+        return Lane(read(source, number, training.lanes, job_config.debug.seed), tokenizer, training.seq_len)
+
+    mine = [lane(i) if i % dp_world_size == dp_rank else None for i in range(training.lanes)]
+    return Loader(mine, dp_rank, dp_world_size, training.local_batch_size)
+
+
+def validation_windows(tokenizer: BaseTokenizer, job_config: JobConfig) -> tuple[np.ndarray, float]:
+    """Read the windows (n, T + 1) that every validation is on, and the UTF-8 bytes of text per token in them.
+
+    Raises UserError where the set holds fewer.
+    """
+    validation = job_config.validation
+    source = open_source(validation.dataset, validation.dataset_path, "validation")
+    lane = Lane(read(source, 0, 1, seed=0), tokenizer, validation.seq_len)  # seed 0: the same set for every run
+    windows = []
+    for found in range(validation.windows):
+        windows.append(lane.window())
+        if lane.epoch:
+            raise UserError(
+                f"validation.windows must be at most the {found} windows of {validation.seq_len} tokens that "
+                f"{validation.dataset_path or validation.dataset} holds; got {validation.windows}"
+            )
+    return np.stack(windows), lane.bytes_read / lane.tokens_read
+
+
+def check_tokenizer(tokenizer: BaseTokenizer, job_config: JobConfig) -> None:
+    """Refuse a tokenizer with tokens that the model does not have."""
+    size, model = tokenizer.get_vocab_size(), FLAVORS[job_config.model.flavor].vocab_size
+    if size > model:
+        raise UserError(
+            f"the tokenizer of model.hf_assets_path must have at most the {model} tokens of {job_config.model.name} "
+            f"{job_config.model.flavor}; {job_config.model.hf_assets_path} has {size}: name the model's own tokenizer"
+        )
+
+
+# ---- Data sets
+
+
+def read(source: Source, lane: int, lanes: int, seed: int) -> Documents:
+    """Deal a data set to lanes, and return the documents of one."""
+    if isinstance(source, datasets.Dataset):
+        return LocalDocuments(source, lane, lanes, seed)
+    return StreamedDocuments(source, lane, lanes)
+
+
+def open_source(name: str, path: str | None, split: str) -> Source:
+    """Open "c4" as a stream from the Hub (or its copy at `path`), or the "text" of local files.
+
+    Raises UserError for another name, a hub that cannot be reached, files that are missing or have no text.
+    """
+    datasets.disable_progress_bars()
+    if name in ("c4", "c4_validation"):
+        return open_c4(path or "allenai/c4", split)
+    if name != "text":
+        raise UserError(f"the data set must be c4 or text, got {name!r}; to train on your own files, text")
+    if path is None:
+        raise UserError("the data set text needs its files; set training.dataset_path and validation.dataset_path")
+    source = open_text(Path(path), split)
+    if "text" not in source.column_names:
+        raise UserError(f"each row of {path} must have its text under the key 'text'; has {source.column_names}")
+    return source
+
+
+def open_c4(path: str, split: str) -> datasets.IterableDataset:
+    """Stream C4's English part."""
+    try:
+        return datasets.load_dataset(path, name="en", split=split, streaming=True)
+    except Exception as error:  # the Hub's failures share no narrower class
+        raise UserError(
+            f"c4 ({path}) is not reachable ({one_line(error)[:100]}): where there is no internet, set dataset_path to "
+            "a copy of the data set, or train on local files (dataset text)"
+        ) from error
+
+
+def open_text(path: Path, split: str) -> datasets.Dataset:
+    """Open a file, a folder of files, or one that Llama.prepare wrote."""
+    if (path / SPLIT_FILES[split]).is_file():
+        path = path / SPLIT_FILES[split]
+    _, files = local_files(path)
+    suffix = next((suffix for suffix in (".jsonl", ".parquet") if any(file.suffix == suffix for file in files)), None)
+    names = [str(file) for file in files if suffix is None or file.suffix == suffix]
+    kind = {".jsonl": "json", ".parquet": "parquet", None: "text"}[suffix]
+    options = {"sample_by": "document"} if kind == "text" else {}
+    try:
+        return datasets.load_dataset(kind, data_files=names, split="train", **options)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise UserError(f"{path} must hold {kind} data: {one_line(error.__cause__ or error)[:200]}") from error

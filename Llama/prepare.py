@@ -1,0 +1,139 @@
+"""Write the text and the tokenizer that a small Llama is trained with, from files on this machine.
+
+    python -m Llama.prepare stdlib                              # this Python's standard library, into data/llama_stdlib
+    python -m Llama.prepare notes/ --out data/notes --vocab-size 8192
+    python -m Llama.prepare Llama/train_configs/stdlib.toml     # what that config needs, if it is the first of these
+
+The folder holds train.jsonl and val.jsonl, a {"text": ...} a line, and a byte-level BPE that is trained on the first:
+tokenizer.json and tokenizer_config.json. It appears once it is whole; one that is already there is left alone.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from common.corpus import (
+    Part,
+    fingerprint,
+    is_readable,
+    library_files,
+    local_files,
+    locked,
+    pieces,
+    split_files,
+    written_aside,
+)
+from common.launch import main_guard
+
+BEGIN, END = "<s>", "</s>"  # Llama-2's names for them
+META = "meta.json"
+STDLIB = Path("data/llama_stdlib")
+
+
+@dataclass(frozen=True)
+class Prepare:
+    source: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="SOURCE")]]
+    """stdlib (this Python's standard library), or a file or folder of text, .jsonl and .parquet."""
+    out: Path | None = None
+    """The folder to make; by default data/llama_NAME, after the source."""
+    vocab_size: int = 4096
+    """Tokens of the BPE, at most: those of the flavor debug."""
+    val_fraction: float = 0.05
+    """The part kept for validation; the same files as nanoGPT's."""
+
+
+def prepare(config: Prepare) -> Path:
+    """Make the folder that is asked for unless it is there, and return it."""
+    folder = config.out or Path("data", f"llama_{Path(config.source).resolve().stem}")
+    if not 0 < config.val_fraction < 1:
+        raise ValueError(f"--val-fraction must be between 0 and 1, got {config.val_fraction}")
+    if config.vocab_size < 258:
+        raise ValueError(f"--vocab-size must be 258 or more, the bytes and two special tokens; got {config.vocab_size}")
+    root, files = library_files() if config.source == "stdlib" else local_files(Path(config.source).resolve())
+    request = {**asdict(config), "out": None, "content": fingerprint(root, files)}
+    with locked(folder):
+        if is_up_to_date(folder, request):
+            print(f"{folder} is up to date")
+            return folder
+        readable = [file for file in files if is_readable(file)]
+        if not readable:
+            raise ValueError(f"{config.source} must hold UTF-8 text or .parquet, has none: convert it (iconv -t utf-8)")
+        parts = split_files(root, readable, config.val_fraction)
+        with written_aside(folder) as partial:
+            counts = {name: write_texts(partial / f"{name}.jsonl", parts[name]) for name in parts}
+            size = write_tokenizer(partial, texts(parts["train"]), config.vocab_size)
+            (partial / META).write_text(json.dumps({**request, "documents": counts, "tokens": size}, indent=2) + "\n")
+    print(f"{folder}: {counts['train']:,} documents for training, {counts['val']:,} for validation, {size:,} tokens")
+    return folder
+
+
+def is_up_to_date(folder: Path, request: dict) -> bool:
+    """Whether the folder holds what is asked for; ValueError where it holds something else."""
+    if not folder.exists():
+        return False
+    if not (folder / META).is_file():
+        raise ValueError(f"{folder} must be free, or made by Llama.prepare; it has no {META}: choose another --out")
+    meta = json.loads((folder / META).read_text())
+    for key in ("source", "vocab_size", "val_fraction"):
+        if meta.get(key) != request[key]:
+            raise ValueError(
+                f"{folder} was made with {key} = {meta.get(key)}, asked for is {request[key]}: remove it or choose "
+                "another --out"
+            )
+    return meta.get("content") == request["content"]
+
+
+def texts(parts: list[Part]) -> Iterator[str]:
+    """Read the documents of parts of files."""
+    for part in parts:
+        for text, _ in pieces(part):
+            yield text
+
+
+def write_texts(path: Path, parts: list[Part]) -> int:
+    """Write JSON lines, and return how many."""
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for text in texts(parts):
+            file.write(json.dumps({"text": text}) + "\n")
+            count += 1
+    return count
+
+
+def write_tokenizer(folder: Path, documents: Iterator[str], vocab_size: int) -> int:
+    """Train a byte-level BPE, write it as on the Hugging Face Hub, and return its size."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BEGIN, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte, so that there is no unknown text
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BEGIN, "eos_token": END}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special, indent=2) + "\n")
+    return tokenizer.get_vocab_size()
+
+
+def main() -> None:
+    if sys.argv[1:] and sys.argv[1].endswith(".toml"):
+        from Llama.config import parse_config  # torchtitan takes seconds to import
+
+        settings = parse_config()
+        if Path(settings.model.hf_assets_path) == STDLIB:
+            prepare(Prepare("stdlib", out=STDLIB))
+        return
+    prepare(tyro.cli(Prepare, prog="python -m Llama.prepare", description=__doc__))
+
+
+if __name__ == "__main__":
+    main_guard(main)

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Trains a small Llama with each optimizer through torchtitan, prints a table and draws the curves into images/.
+#   bash Llama/run.sh                                       Python's own source, 2 ranks with FSDP2: minutes, anywhere
+#   bash Llama/run.sh Llama/train_configs/llama2_7b.toml    Llama-2-7B on C4, on all GPUs of this machine
+#   OPTIMIZERS="olion muon" LR=1e-3 bash Llama/run.sh       some optimizers, one rate
+#   bash Llama/run.sh --training.steps 800                  any knob of Llama/train.py, passed on
+#   bash Llama/run.sh --job.resume                          what an interruption left undone
+# On several nodes that share a file system, the same command on each, NODE_RANK being 1 on the second:
+#   NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=host0:29500 bash Llama/run.sh Llama/train_configs/llama2_7b.toml
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# The knobs that are changed first. Empty means: as the config says.
+OPTIMIZERS=${OPTIMIZERS:-olion muon adamuon lion adamw}
+LR=${LR:-}                   # peak learning rate of the matrices, for every optimizer
+SEED=${SEED:-}
+GROUP=${GROUP:-}             # runs/llama/GROUP holds the runs, and the picture shows all of them; the config's name
+
+# The machines.
+NGPU=${NGPU:-}               # processes on this machine; empty: one a GPU, or two on CPUs
+NNODES=${NNODES:-1}
+NODE_RANK=${NODE_RANK:-0}    # node 0 prepares and draws
+RDZV_ENDPOINT=${RDZV_ENDPOINT:-localhost:0} # host:port of node 0; port 0 takes a free one, for a single node
+
+CONFIG=Llama/train_configs/stdlib.toml
+if [[ $# -gt 0 && "$1" != -* ]]; then
+  CONFIG=$1
+  shift
+fi
+GROUP=${GROUP:-$(basename "$CONFIG" .toml)}
+for argument in "$@"; do
+  case $argument in
+    --job.group* | --job.dump?folder*)
+      echo "error: the picture is of runs/llama/GROUP; set GROUP instead of $argument" >&2
+      exit 1
+      ;;
+  esac
+done
+if [[ "$NNODES" -gt 1 && "$RDZV_ENDPOINT" == localhost:0 ]]; then
+  echo "error: NNODES=$NNODES needs one RDZV_ENDPOINT=host:port on all nodes, the host being one of them" >&2
+  exit 1
+fi
+PYTHON=$(bash scripts/setup.sh)
+NGPU=${NGPU:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)')}
+
+if [[ -z "${OMP_NUM_THREADS:-}" ]]; then # torchrun would take one thread a process, and say so
+  cores=$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+  export OMP_NUM_THREADS=$((cores > NGPU ? cores / NGPU : 1))
+fi
+
+flags=("$@" --job.group "$GROUP")
+[[ -z "$LR" ]] || flags+=(--optimizer.lr "$LR")
+[[ -z "$SEED" ]] || flags+=(--debug.seed "$SEED")
+
+case " $* " in *" --help "* | *" -h "*) exec "$PYTHON" -m Llama.train "$CONFIG" --help ;; esac
+[[ "$NODE_RANK" -gt 0 ]] || WORLD_SIZE=$((NGPU * NNODES)) "$PYTHON" -m Llama.prepare "$CONFIG" "${flags[@]}"
+
+diverged=""
+for optimizer in $OPTIMIZERS; do
+  status=0
+  "$PYTHON" -m common.torchrun --nproc-per-node "$NGPU" --nnodes "$NNODES" --rdzv-backend c10d \
+    --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "$GROUP-$optimizer" \
+    -m Llama.train "$CONFIG" --optimizer.name "$optimizer" "${flags[@]}" || status=$?
+  case $status in
+    0) ;;
+    3) diverged+=" $optimizer" ;; # Llama.train's word for it: a result, and no reason to skip the others
+    *) exit "$status" ;;
+  esac
+done
+[[ "$NODE_RANK" -gt 0 ]] || "$PYTHON" -m scripts.figures "runs/llama/$GROUP" --out "images/llama_$GROUP.png"
+[[ -z "$diverged" ]] || echo "diverged:$diverged (see the error above; a lower learning rate helps)" >&2

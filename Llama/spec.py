@@ -1,0 +1,60 @@
+"""The TrainSpec "llama2": which parts of torchtitan's training are replaced, and by what."""
+
+from torch import nn
+from torchtitan.components.loss import build_cross_entropy_loss
+from torchtitan.components.lr_scheduler import build_lr_schedulers
+from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.components.tokenizer import build_hf_tokenizer
+from torchtitan.distributed import ParallelDims
+from torchtitan.models.llama3 import parallelize_llama
+from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
+from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
+
+from common.optimizer_config import OptimizerConfig
+from Llama.config import JobConfig
+from Llama.cpu import adapt_model
+from Llama.data import build_loader
+from Llama.metrics import MetricsProcessor
+from Llama.model import FLAVORS, Llama
+from Llama.validate import FixedWindows
+from optimizers import build_optimizer
+
+
+class Optimizers(OptimizersContainer):
+    """This repository's optimizer, for a model in one part (config.py refuses pipelines)."""
+
+    def __init__(self, model_parts: list[nn.Module], settings: OptimizerConfig, parallel_dims: ParallelDims):
+        # Under FSDP and tensor parallelism parameters say themselves how they lie; plain ones are DDP's.
+        group = None
+        if parallel_dims.dp_replicate_enabled and not parallel_dims.fsdp_enabled:
+            group = parallel_dims.get_mesh("dp_replicate").get_group()
+        self.model_parts = model_parts
+        self.optimizers = [
+            build_optimizer(part, settings.name, process_group=group, **settings.options()) for part in model_parts
+        ]
+        params = [param for part in model_parts for param in part.parameters() if param.requires_grad]
+        self._post_init(params, {"lr": settings.peak_lr()})  # torch.optim's, for the hooks
+
+
+def parallelize(model: nn.Module, parallel_dims: ParallelDims, settings: JobConfig) -> nn.Module:
+    """Apply torchtitan's parallelisms for Llama."""
+    model = parallelize_llama(model, parallel_dims, settings)
+    adapt_model(model)
+    return model
+
+
+SPEC = TrainSpec(
+    model_cls=Llama,
+    model_args=FLAVORS,
+    parallelize_fn=parallelize,
+    pipelining_fn=None,
+    build_optimizers_fn=Optimizers,
+    build_lr_schedulers_fn=build_lr_schedulers,
+    build_dataloader_fn=build_loader,
+    build_tokenizer_fn=build_hf_tokenizer,
+    build_loss_fn=build_cross_entropy_loss,
+    build_validator_fn=FixedWindows,
+    build_metrics_processor_fn=MetricsProcessor,
+    state_dict_adapter=Llama3StateDictAdapter,
+)
+register_train_spec("llama2", SPEC)

@@ -1,0 +1,124 @@
+"""Train a Llama-2 with one of the optimizers, through torchtitan.
+
+    torchrun --standalone --nproc-per-node 8 -m Llama.train Llama/train_configs/llama2_7b.toml
+    torchrun --standalone --nproc-per-node 2 -m Llama.train Llama/train_configs/stdlib.toml --optimizer.name muon
+    python -m Llama.train Llama/train_configs/stdlib.toml --job.resume
+
+The run's folder, runs/llama/GROUP/NAME, holds metrics.jsonl, config.json, checkpoint/ and wandb/. Every section and
+flag of torchtitan 0.2.2 is there, but for those that Llama/config.py replaces; --help lists them.
+"""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torchtitan import train as titan
+from torchtitan.tools.logging import init_logger
+
+import Llama.spec  # noqa: F401  (registers the TrainSpec)
+from common import UserError, launch
+from common.runlog import move_aside
+from Llama.config import JobConfig, parse_config
+from Llama.cpu import on_cpu
+from Llama.metrics import name_of, record_of
+
+
+class Trainer(titan.Trainer):
+    """torchtitan's trainer, with a validation at step 0, and times."""
+
+    def __init__(self, job_config: JobConfig):
+        super().__init__(job_config)
+        self.timer = self.metrics_processor.timer
+        self.optimizers.register_step_pre_hook(lambda *_: self.timer.optimizer())
+        self.optimizers.register_step_post_hook(lambda *_: self.timer.stop())
+
+    def batch_generator(self, data_iterable):
+        """Begin: torchtitan calls this once, when the checkpoint is loaded and before the first step."""
+        self.metrics_processor.open(self.step)
+        if self.step == 0 and self.job_config.validation.enable:
+            self.validator.validate(self.model_parts, 0)
+        return super().batch_generator(data_iterable)
+
+    def forward_backward_step(self, *, global_valid_tokens: torch.Tensor, **batch) -> torch.Tensor:
+        """Make DDP's mean over ranks a sum, as FSDP's is here: torchtitan's losses are shares of the global mean."""
+        dims = self.parallel_dims
+        ranks = dims.dp_replicate if dims.dp_replicate_enabled and not dims.fsdp_enabled else 1
+        return super().forward_backward_step(global_valid_tokens=global_valid_tokens / ranks, **batch) / ranks
+
+    def train_step(self, data_iterator) -> None:
+        self.timer.start()
+        super().train_step(data_iterator)
+
+
+def main() -> None:
+    """Read the configuration and train."""
+    settings = parse_config()
+    for name, alone in [("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_PORT", "0")]:
+        os.environ.setdefault(name, alone)  # torchrun's; without it this is the only process
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    folder = Path(settings.job.dump_folder, settings.job.group, name_of(settings))
+    plain = settings.metrics.disable_color_printing or not sys.stdout.isatty()
+    settings = replace(
+        settings,
+        job=replace(settings.job, dump_folder=str(folder)),
+        metrics=replace(settings.metrics, disable_color_printing=plain),
+    )
+    if settings.job.resume:
+        same_experiment(folder, settings)
+    start_logging()
+    train(settings)
+    launch.stop()
+
+
+def start_logging() -> None:
+    """Have rank 0 tell what it does, and the others only what goes wrong."""
+    init_logger()
+    logger = logging.getLogger()
+    logger.setLevel(logging.INFO if os.environ["RANK"] == "0" else logging.WARNING)
+    noise = ("Building llama2",)  # the whole shape, on twenty lines
+    if on_cpu():  # where there is no peak to look up
+        noise += ("Error running lspci", "Peak flops undefined", "Peak FLOPS used")
+        warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype is not supported")
+        warnings.filterwarnings("ignore", message="Set timeout is now only supported for either nccl or gloo")
+    logger.handlers[0].addFilter(lambda entry: not entry.getMessage().startswith(noise))
+
+
+def train(settings: JobConfig) -> None:
+    """Train to the end."""
+    torch.set_flush_denormal(True)  # saturated attention is subnormal: see nanoGPT/train.py
+    trainer = None
+    try:
+        trainer = Trainer(settings)
+        if not settings.job.resume:
+            launch.on_main(lambda: move_aside(Path(settings.job.dump_folder)))
+        trainer.train()
+    finally:
+        if trainer:
+            trainer.close()
+
+
+def same_experiment(folder: Path, settings: JobConfig) -> None:
+    """Refuse to resume with another model, corpus or optimizer than the run's; length and logs may change."""
+    if not (folder / "config.json").exists():
+        return
+    was, now = json.loads((folder / "config.json").read_text())["config"], record_of(settings)
+    names = [f"{section}.{key}" for section in ("optimizer", "lr_scheduler") for key in now[section]]
+    names += ["model.name", "model.flavor", "training.max_norm"]
+    names += [f"training.{key}" for key in ("dataset", "dataset_path", "lanes", "seq_len", "global_batch_size")]
+    for name in sorted(set(names) - {"optimizer.lr", "optimizer.tuned_lr", "lr_scheduler.total_steps"}):
+        section, key = name.split(".")
+        old, new = was.get(section, {}).get(key), now[section][key]
+        if old != new:
+            raise UserError(
+                f"--job.resume needs the {name} of the checkpoint, {old}; got {new}; set it back, or start anew "
+                "without --job.resume"
+            )
+
+
+if __name__ == "__main__":
+    launch.main_guard(main)

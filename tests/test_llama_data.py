@@ -1,0 +1,148 @@
+"""Llama's batches against a slow reading of the same documents, on any number of ranks, and across a resume."""
+
+import itertools
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from common import UserError
+from Llama.config import parse_config
+from Llama.data import (
+    Lane,
+    Loader,
+    LocalDocuments,
+    StreamedDocuments,
+    check_tokenizer,
+    open_source,
+    read,
+    validation_windows,
+)
+
+LENGTH, LANES = 7, 4
+TEXTS = [chr(97 + i % 26) * (i % 11 + 1) for i in range(40)]
+
+
+class Bytes:
+    """A tokenizer whose tokens can be read: a byte each, 256 to begin and 257 to end."""
+
+    def encode(self, text: str, add_bos: bool, add_eos: bool) -> list[int]:
+        return [256] * add_bos + list(text.encode()) + [257] * add_eos
+
+    def get_vocab_size(self) -> int:
+        return 258
+
+
+def local() -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"text": TEXTS})
+
+
+def streamed() -> datasets.IterableDataset:
+    return local().to_iterable_dataset(num_shards=3)
+
+
+def loader(source, rank: int, ranks: int) -> Loader:
+    def lane(number: int) -> Lane:
+        return Lane(read(source, number, LANES, seed=5), Bytes(), LENGTH)
+
+    return Loader([lane(i) if i % ranks == rank else None for i in range(LANES)], rank, ranks, batch_size=1)
+
+
+def windows(loaders: list[Loader], count: int) -> list[list[int]]:
+    """What ranks in lockstep take, in the order of the run's windows: inputs and the last label."""
+    iterators = list(map(iter, loaders))
+    batches = [next(iterator) for _ in range(count // len(loaders)) for iterator in iterators]
+    return [[*inputs["input"][0].tolist(), labels[0, -1].item()] for inputs, labels in batches]
+
+
+@pytest.mark.parametrize("source", [local, streamed])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_windows_of_several_ranks_match_those_of_one(source, ranks):
+    alone = windows([loader(source(), 0, 1)], 64)  # more than an epoch: 40 documents are 39 windows
+    assert windows([loader(source(), rank, ranks) for rank in range(ranks)], 64) == alone
+
+
+@pytest.mark.parametrize("source", [local, streamed])
+@pytest.mark.parametrize("taken", [12, 52])
+def test_resume_on_another_number_of_ranks_matches_an_uninterrupted_run(source, taken):
+    whole = windows([loader(source(), 0, 1)], taken + 24)
+    two = [loader(source(), rank, 2) for rank in range(2)]
+    assert windows(two, taken) == whole[:taken]
+    saved = two[0].state_dict() | two[1].state_dict()  # as a checkpoint joins them
+    four = [loader(source(), rank, 4) for rank in range(4)]
+    for each in four:
+        each.load_state_dict({key: saved[key] for key in each.state_dict()})
+    assert windows(four, 24) == whole[taken:]
+
+
+def test_lane_matches_its_documents_put_end_to_end():
+    documents = LocalDocuments(local(), 1, LANES, seed=5)
+    lane = Lane(LocalDocuments(local(), 1, LANES, seed=5), Bytes(), LENGTH)
+    expected = list(itertools.chain(*(Bytes().encode(next(documents), True, True) for _ in range(9))))
+    for i in range(6):
+        np.testing.assert_array_equal(lane.window(), expected[i * LENGTH : (i + 1) * LENGTH + 1])
+
+
+@pytest.mark.parametrize("kind", [LocalDocuments, StreamedDocuments])
+def test_each_epoch_reads_every_document_once(kind):
+    source, extra = (local(), (5,)) if kind is LocalDocuments else (streamed(), ())
+    lanes = [kind(source, lane, LANES, *extra) for lane in range(LANES)]
+    first, second = ([next(lane) for lane in lanes for _ in range(10)] for _ in range(2))
+    assert sorted(first) == sorted(second) == sorted(TEXTS)
+    assert (first != second) == (kind is LocalDocuments)  # drawn anew; a stream has its own order
+
+
+def test_validation_windows_match_the_same_set_for_every_run_and_count_its_bytes(tmp_path):
+    (tmp_path / "val.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in TEXTS))
+    flags = ["--validation.dataset", "text", "--validation.dataset_path", str(tmp_path), "--validation.seq_len", "7"]
+    flags += ["--training.lanes", "8", "--optimizer.lr", "1", "--model.flavor", "debug"]
+    windows, bytes_per_token = validation_windows(Bytes(), parse_config([*flags, "--validation.windows", "30"]))
+    again, _ = validation_windows(Bytes(), parse_config([*flags, "--validation.windows", "30", "--debug.seed", "2"]))
+    np.testing.assert_array_equal(windows, again)
+    assert windows.shape == (30, 8)
+    assert bytes_per_token == pytest.approx(sum(map(len, TEXTS)) / (sum(map(len, TEXTS)) + 80), rel=0.05)
+    with pytest.raises(UserError, match=r"validation.windows must be at most the 4\d windows of 7 tokens"):
+        validation_windows(Bytes(), parse_config([*flags, "--validation.windows", "400"]))
+
+
+def test_texts_of_a_folder_match_its_files(tmp_path):
+    for name in ("b.txt", "a.py"):
+        (tmp_path / name).write_text(f"first {name}\nsecond\n")
+    assert sorted(open_source("text", str(tmp_path), "train")["text"]) == [
+        "first a.py\nsecond\n",
+        "first b.txt\nsecond\n",
+    ]
+
+
+def test_data_that_cannot_be_read_refuses_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text('{"content": "x"}\n')
+    with pytest.raises(UserError, match=r"must have its text under the key 'text'; has \['content'\]"):
+        open_source("text", str(tmp_path), "train")
+    (tmp_path / "rows.jsonl").write_text('{"text": "x"}\n{"text": \n')
+    with pytest.raises(UserError, match=r"rows.jsonl must hold json data: .*"):
+        open_source("text", str(tmp_path / "rows.jsonl"), "train")
+    with pytest.raises(UserError, match="must be c4 or text, got 'pile'"):
+        open_source("pile", None, "train")
+
+    def unreachable(*_, **__):
+        raise ConnectionError("Couldn't reach 'allenai/c4' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"c4 \(allenai/c4\) is not reachable .* set dataset_path"):
+        open_source("c4", None, "train")
+
+
+def test_tokenizer_with_more_tokens_than_the_model_refuses(monkeypatch):
+    settings = parse_config(["--model.flavor", "debug", "--optimizer.lr", "1"])
+    check_tokenizer(Bytes(), settings)
+    monkeypatch.setattr(Bytes, "get_vocab_size", lambda self: 5000)
+    with pytest.raises(UserError, match="at most the 4096 tokens of llama2 debug; data/llama2 has 5000"):
+        check_tokenizer(Bytes(), settings)
+
+
+def test_batches_match_their_windows_shifted_by_one_token():
+    inputs, labels = next(iter(loader(local(), 0, 1)))
+    assert inputs["input"].dtype == labels.dtype == torch.int64
+    assert inputs["input"].shape == labels.shape == (1, LENGTH)
+    torch.testing.assert_close(inputs["input"][0, 1:], labels[0, :-1])

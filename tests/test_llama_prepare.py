@@ -1,0 +1,72 @@
+"""Llama.prepare against the files it was given, and its tokenizer against the bytes of text."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common.corpus import library_files, split_files
+from Llama.config import parse_config
+from Llama.prepare import Prepare, prepare
+from Llama.spec import SPEC
+
+ANY = ("--model.flavor", "debug", "--optimizer.lr", "1")
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    (tmp_path / "source").mkdir()
+    for i in range(20):
+        (tmp_path / f"source/{i}.txt").write_text(f"text {i} of the files\n" * (i + 1))
+    return tmp_path / "source"
+
+
+def texts(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+def test_folder_matches_the_files_split_as_every_corpus_here(source, tmp_path):
+    folder = prepare(Prepare(str(source), tmp_path / "out", vocab_size=300, val_fraction=0.2))
+    parts = split_files(source, sorted(source.iterdir()), 0.2)
+    for split in ("train", "val"):
+        assert texts(folder / f"{split}.jsonl") == [path.read_text() for path, _, _ in parts[split]]
+
+
+def test_tokenizer_matches_the_text_it_encodes_and_decodes(source, tmp_path):
+    folder = prepare(Prepare(str(source), tmp_path / "out", vocab_size=300))
+    tokenizer = SPEC.build_tokenizer_fn(parse_config(["--model.hf_assets_path", str(folder), *ANY]))
+    text = "text 7 of\n\tthe files, and é 漢 \x00"
+    tokens = tokenizer.encode(text, add_bos=True, add_eos=True)
+    assert (tokens[0], tokens[-1]) == (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
+    assert tokenizer.decode(tokens[1:-1]) == text
+    assert tokenizer.get_vocab_size() <= 300
+    assert len(tokens) < len(text.encode())  # it has learnt words
+
+
+def test_prepare_again_leaves_a_matching_folder_alone_and_refuses_another(source, tmp_path, capsys):
+    folder = prepare(Prepare(str(source), tmp_path / "out", vocab_size=300))
+    before = (folder / "meta.json").stat().st_mtime_ns
+    prepare(Prepare(str(source), folder, vocab_size=300))
+    assert (folder / "meta.json").stat().st_mtime_ns == before
+    assert "up to date" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="was made with vocab_size = 300, asked for is 400"):
+        prepare(Prepare(str(source), folder, vocab_size=400))
+    (source / "0.txt").write_text("changed")
+    prepare(Prepare(str(source), folder, vocab_size=300))
+    assert any("changed" in texts(folder / f"{split}.jsonl") for split in ("train", "val"))
+
+
+def test_prepare_refuses_what_it_cannot_use_in_one_line(source, tmp_path):
+    for options, message in [({"val_fraction": 1.0}, "between 0 and 1"), ({"vocab_size": 100}, "258 or more")]:
+        with pytest.raises(ValueError, match=message):
+            prepare(Prepare(str(source), tmp_path / "out", **options))
+    with pytest.raises(ValueError, match=r"has no meta.json: choose another --out"):
+        prepare(Prepare(str(source), source))
+    with pytest.raises(FileNotFoundError, match="the source must be stdlib"):
+        prepare(Prepare(str(tmp_path / "nowhere"), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_standard_library_has_the_validation_files_of_nanogpt():
+    root, files = library_files()
+    assert 0.01 < len(split_files(root, files, 0.05)["val"]) / len(files) < 0.1

@@ -1,0 +1,75 @@
+"""Llama/run.sh as a new user runs it: in a checkout of its own, without anything prepared."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = (
+    "--training.steps",
+    "2",
+    "--training.seq_len",
+    "32",
+    "--validation.windows",
+    "8",
+    "--metrics.wandb",
+    "disabled",
+)
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    for folder in ("common", "Llama", "optimizers", "scripts"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "requirements.txt", tmp_path)
+    return tmp_path
+
+
+def bash(checkout: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
+    settings = os.environ | {"PYTHON": sys.executable, "WANDB_MODE": "disabled", **environment}
+    return subprocess.run(["bash", *command], cwd="/", env=settings, capture_output=True, text=True, timeout=300)
+
+
+def test_run_script_prepares_trains_on_two_ranks_and_draws_from_any_folder(checkout):
+    done = bash(checkout, str(checkout / "Llama/run.sh"), *QUICK, OPTIMIZERS="olion", LR="2e-3", SEED="3", NGPU="2")
+    assert done.returncode == 0, done.stderr
+    (run,) = (checkout / "runs/llama/stdlib").iterdir()
+    assert run.name == "olion-lr2e-3-adamw8e-3-s3"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "val/loss" in line] == [0, 2]
+    assert "| OLion " in done.stdout
+    assert (checkout / "images/llama_stdlib.png").stat().st_size > 10_000
+
+
+def test_script_of_the_7b_run_starts_its_config_on_all_gpus_and_stops_where_that_is_refused(checkout):
+    """With an interpreter that only writes down what it is asked, and refuses what it is told to."""
+    python = checkout / "python"
+    python.write_text(
+        f'#!/bin/sh\necho "$WORLD_SIZE $*" >> {checkout}/asked\ncase "$*" in *"$REFUSED"*) exit 1 ;; esac\n'
+    )
+    python.chmod(0o755)
+    script = str(checkout / "Llama/run_llama_2_7b.sh")
+    environment = {"PYTHON": str(python), "NGPU": "8", "OMP_NUM_THREADS": "1"}
+    done = bash(checkout, script, "--training.steps", "9", REFUSED="nothing", **environment)
+    assert done.returncode == 0, done.stderr
+    *_, prepare, train, draw = (checkout / "asked").read_text().splitlines()
+    config = "Llama/train_configs/llama2_7b.toml"
+    assert prepare == f"8 -m Llama.prepare {config} --training.steps 9 --job.group llama2_7b"
+    assert "-m common.torchrun --nproc-per-node 8 --nnodes 1 " in train
+    assert train.endswith(f"-m Llama.train {config} --optimizer.name olion --training.steps 9 --job.group llama2_7b")
+    assert draw.endswith("-m scripts.figures runs/llama/llama2_7b --out images/llama_llama2_7b.png")
+    done = bash(checkout, script, REFUSED="Llama.prepare", **environment)
+    assert done.returncode == 1
+    assert "-m Llama.prepare" in (checkout / "asked").read_text().splitlines()[-1]
+
+
+def test_torchrun_matches_the_exit_status_of_the_rank_that_failed(checkout):
+    torchrun = [sys.executable, "-m", "common.torchrun", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    done = subprocess.run([*torchrun, "sh", "-c", "exit 3"], cwd=checkout, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 3  # run.sh's sign of a diverged run
+    assert "Traceback" not in done.stderr
