@@ -65,7 +65,7 @@ diverged=""
 for optimizer in $OPTIMIZERS; do
   launcher=("$PYTHON")
   if [[ "$NGPU" -gt 1 || "$NNODES" -gt 1 ]]; then
-    launcher=("$PYTHON" -m torch.distributed.run --nproc-per-node "$NGPU" --nnodes "$NNODES"
+    launcher=("$PYTHON" -m common.torchrun --nproc-per-node "$NGPU" --nnodes "$NNODES"
       --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "$GROUP-$optimizer")
   fi
   "${launcher[@]}" -m nanoGPT.train "$CONFIG" --optimizer.name "$optimizer" "${flags[@]}" &

@@ -205,7 +205,7 @@ def draw(lines: list[Line], out: Path, title: str, metric: str, x: str, ylim: tu
         late += [*values[:, at >= 0.4 * longest].ravel(), *values[:, -1]]  # the steep start is not the news
     margin = (max(late) - min(late)) * 0.1 or 0.05
     panel.set_ylim(*(ylim or (min(late) - margin, max(late) + margin)))
-    panel.set_xlim(0, longest)
+    panel.set_xlim(0, longest or 1)
     panel.set_xlabel(x.replace("_", " "))
     panel.xaxis.set_major_formatter(EngFormatter(sep="") if longest >= 1e5 else "{x:,.6g}")
     panel.xaxis.set_major_locator(MaxNLocator(6, integer=longest > 6))
