@@ -28,7 +28,7 @@ class Bucket:
     """Matrices of one shape.
 
     members: indices of parameters, by replica and shard of their owner. counts: (R, W), how many each rank owns.
-    piece: shape of a padded shard.
+    piece: shape of a padded shard. sizes: (R, W), bytes that each owner sends to one rank.
     """
 
     members: list[int]
@@ -36,17 +36,14 @@ class Bucket:
     shape: Shape
     view: tuple[int, int, int]
     piece: Shape
-
-    def message_sizes(self, dtype: torch.dtype | None) -> list[list[int]]:
-        """Bytes (R, W) that each owner sends to one rank: entries, or without a dtype packed signs and their flags."""
-        entries = prod(self.piece)
-        if dtype is None:
-            return [[-(-count * entries // 8) + count for count in row] for row in self.counts]
-        return [[count * entries * dtype.itemsize for count in row] for row in self.counts]
+    sizes: list[list[int]]
 
 
-def fill_buckets(matrices: list[Matrix], layout: Layout) -> list[Bucket]:
-    """Group equal matrices; a bucket holds as many of each owner as the limit allows, at least one."""
+def fill_buckets(matrices: list[Matrix], layout: Layout, outward: torch.dtype | None) -> list[Bucket]:
+    """Group equal matrices; a bucket holds as many of each owner as the limit allows, at least one.
+
+    outward: what directions travel in; None is signs.
+    """
     alike: dict[tuple, dict[int, list[int]]] = {}
     for i, matrix in enumerate(matrices):
         alike.setdefault((matrix.shape, matrix.view), {}).setdefault(matrix.owner, []).append(i)
@@ -57,8 +54,17 @@ def fill_buckets(matrices: list[Matrix], layout: Layout) -> list[Bucket]:
             chosen = [[owned.get(rank, [])[start : start + size] for rank in row] for row in layout.grid]
             members = [i for row in chosen for mine in row for i in mine]
             counts = [[len(mine) for mine in row] for row in chosen]
-            buckets.append(Bucket(members, counts, shape, view, _piece(shape, layout)))
+            piece = _piece(shape, layout)
+            sizes = [[_message_size(count, prod(piece), outward) for count in row] for row in counts]
+            buckets.append(Bucket(members, counts, shape, view, piece, sizes))
     return buckets
+
+
+def _message_size(count: int, entries: int, outward: torch.dtype | None) -> int:
+    """Bytes of so many pieces: entries, or packed signs and a flag a piece."""
+    if outward is None:
+        return -(-count * entries // 8) + count
+    return count * entries * outward.itemsize
 
 
 def _piece(shape: Shape, layout: Layout) -> Shape:

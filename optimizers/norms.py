@@ -7,7 +7,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import wire
-from .layout import Layout, shard_length
 from .rule import Tensors
 
 View = tuple[int, int, int]  # (batch, m, n) that a parameter is seen as
@@ -45,13 +44,12 @@ def rescale_parts(
     return tensors
 
 
-def parts_of(shard: Tensor, view: View, layout: Layout, length: int) -> list[Part]:
-    """Return what a shard holds of its tensor's matrices; length is that of the whole tensor's cut dimension."""
+def parts_of(shard: Tensor, view: View, dim: int, start: int) -> list[Part]:
+    """Return what a shard holds of its tensor's matrices; it starts there along the cut dimension."""
     batch, m, _ = view
-    if shard.ndim > 2 or layout.dim != 0:
+    if shard.ndim > 2 or dim != 0:
         return [(slice(0, batch), shard.view(batch, shard.numel() // batch))]
     # Rows of one or more blocks below each other: which block a row is of depends on where the shard starts.
-    start = min(layout.here[1] * shard_length(length, layout.shards, 0), length)
     end = start + len(shard)
     return [
         (slice(j, j + 1), shard[max(start, j * m) - start : min(end, (j + 1) * m) - start].view(1, -1))

@@ -57,7 +57,7 @@ class Owned:
         self.matrices, self.layout, self.inward, self.outward = matrices, layout, inward, outward
         self.shapes = [matrix.view for matrix in matrices]
         self.replica, self.shard = layout.here
-        self.buckets = fill_buckets(matrices, layout)
+        self.buckets = fill_buckets(matrices, layout, outward)
 
     def direct(self, tensors: Tensors, direction: Callable[[Tensor], Tensor]) -> Tensors:
         """Return what this rank holds of direction(matrices), for what it holds of each tensor."""
@@ -81,8 +81,11 @@ class Owned:
         """Scale each matrix, in place, to this root mean square entry; a zero matrix stays zero."""
         if self.layout.dim is None:
             return rescale_whole(tensors, self.shapes, rms)
-        lengths = [matrix.shape[self.layout.dim] for matrix in self.matrices]
-        parts = [parts_of(*each[:2], self.layout, each[2]) for each in zip(tensors, self.shapes, lengths, strict=True)]
+        parts = []
+        for tensor, matrix in zip(tensors, self.matrices, strict=True):
+            length = matrix.shape[self.layout.dim]
+            start = min(self.shard * shard_length(length, self.layout.shards, 0), length)
+            parts.append(parts_of(tensor, matrix.view, self.layout.dim, start))
         return rescale_parts(tensors, parts, self.shapes, [self.layout.row], rms)
 
     def add_traffic(self, traffic: wire.Traffic, rank: int, rescales: bool) -> None:
@@ -91,7 +94,7 @@ class Owned:
         beside, below = self.layout.shards - 1, len(self.layout.grid) - 1
         for bucket in self.buckets:
             mine, size = bucket.counts[replica], prod(bucket.piece) * self.inward.itemsize
-            sizes = bucket.message_sizes(self.outward)
+            sizes = bucket.sizes
             row, everyone = sum(sizes[replica]), sum(map(sum, sizes))
             if beside:
                 traffic.add("to owners", (sum(mine) - mine[shard]) * size, mine[shard] * beside * size)
@@ -156,16 +159,15 @@ class Owned:
         return wire.from_each(messages, [sum(row) for row in sizes], self.layout.column, kind)
 
     def _send_back(self, bucket: Bucket, directed: Tensor) -> wire.Pending:
-        messages, sizes = self._messages(directed), bucket.message_sizes(self.outward)
+        messages = self._messages(directed)
         if self.layout.row is None:
-            return self._along_column(messages.view(-1), sizes, "directions")
-        return self._along_row(messages, sizes[self.replica], "directions")
+            return self._along_column(messages.view(-1), bucket.sizes, "directions")
+        return self._along_row(messages, bucket.sizes[self.replica], "directions")
 
     def _pass_on(self, back: Returning | None) -> Returning | None:
         """Send what came along the row down the column, where there are both."""
         if back and self.layout.row and self.layout.column:
-            sizes = back.bucket.message_sizes(self.outward)
-            back.pending = self._along_column(back.pending.wait(), sizes, "directions")
+            back.pending = self._along_column(back.pending.wait(), back.bucket.sizes, "directions")
         return back
 
     def _shards(self, stack: Tensor) -> Tensor:
@@ -197,7 +199,7 @@ class Owned:
         bucket = back.bucket
         entries = signs.unpack(received, 8 * len(received), back.dtype)  # eight to a byte, from the flags nonsense
         size, pieces, flags, end = prod(bucket.piece), [], [], 0
-        for count, message in zip(_flat(bucket.counts), _flat(bucket.message_sizes(self.outward)), strict=True):
+        for count, message in zip(_flat(bucket.counts), _flat(bucket.sizes), strict=True):
             start, end = end, end + message
             if count:
                 pieces += entries[8 * start : 8 * start + count * size].view(count, *bucket.piece).unbind()
