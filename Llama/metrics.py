@@ -8,19 +8,13 @@ import torch
 from torchtitan.components import metrics as titan
 from torchtitan.tools.utils import device_type
 
-from common import UserError, config
+from common import Diverged, config
 from common.runlog import RunLog, run_name
 from common.timer import Timer
 from Llama.config import JobConfig
 
 # Sections that make no other run: figures must not tell runs apart by them.
 BOOKKEEPING = ("job", "profiling", "metrics", "comm", "memory_estimation", "fault_tolerance", "experimental", "debug")
-
-
-class Diverged(UserError):
-    """Training whose loss or gradient is not finite."""
-
-    exit_status = 3  # tells a script a diverged run from one that could not be run
 
 
 def name_of(settings: JobConfig) -> str:

@@ -7,6 +7,12 @@ class UserError(Exception):
     """An error whose message is one line for the user: what was required, what came, what to do."""
 
 
+class Diverged(UserError):
+    """Training whose losses or gradients are not finite, or stay so."""
+
+    exit_status = 3  # tells a script, run.sh, a diverged run from one that could not be run
+
+
 def one_line(error: BaseException) -> str:
     """Return an error's message without its line breaks, or its type where it has no message."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.distributed import DeviceMesh, ProcessGroup
+from torch.distributed import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -75,11 +75,6 @@ def _shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype, compile: bool) -> G
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # The rest is one group, so that the embedding and the head stay one tensor.
     return fully_shard(model, mesh=mesh, mp_policy=policy)
-
-
-def replicas(network: nn.Module) -> ProcessGroup | None:
-    """Return the ranks that hold the same tensors, whose optimizer may divide its work; None for a sharded network."""
-    return network.process_group if isinstance(network, DistributedDataParallel) else None
 
 
 def synchronizing(network: nn.Module, synchronize: bool) -> AbstractContextManager:

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from common import UserError, checkpoint, config, launch
+from common import Diverged, UserError, checkpoint, config, launch
 from common.config import at_least
 from common.optimizer_config import OptimizerConfig
 from common.runlog import RunLog, move_aside, run_name
@@ -31,19 +30,13 @@ from common.schedule import multiplier
 from common.timer import Timer
 from nanoGPT import data
 from nanoGPT.model import GPT, GPTConfig
-from nanoGPT.parallel import ParallelConfig, autocast, clip_gradient, distribute, replicas, synchronizing
+from nanoGPT.parallel import ParallelConfig, autocast, clip_gradient, distribute, synchronizing
 from optimizers import RuleOptimizer, build_optimizer, count_bytes
 from optimizers.rule import rule_named
 
 # Dense bf16 peaks of NVIDIA's data sheets, for MFU.
 PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
 MAX_SKIPPED = 10  # non-finite steps in a row after which a run is lost; fp16's loss scale recovers within these
-
-
-class Diverged(UserError):
-    """Training whose losses or gradients stay non-finite."""
-
-    exit_status = 3  # tells a script, run.sh, a diverged run from one that could not be run
 
 
 @dataclass(frozen=True)
@@ -173,7 +166,7 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
     launch.seed_all(settings.seed)
     corpus = open_corpus(settings, ranks)
     model, network = build_model(settings, ranks)
-    optimizer = build(settings.optimizer, model, replicas(network))
+    optimizer = build(settings.optimizer, network)
     peaks = [group["lr"] for group in optimizer.param_groups]
     launch.seed_all(settings.seed + ranks.rank)  # the weights are drawn; dropout differs from rank to rank
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision(settings, ranks) == torch.float16)
@@ -301,10 +294,10 @@ def build_model(settings: Config, ranks: launch.Launch) -> tuple[GPT, nn.Module]
     return model, distribute(model, settings.parallel, ranks, dtype, settings.compile)
 
 
-def build(settings: Optimizer, model: GPT, group: dist.ProcessGroup | None = None) -> RuleOptimizer:
+def build(settings: Optimizer, network: nn.Module) -> RuleOptimizer:
     """Build the optimizer; every option that is set reaches the rule, which refuses what it does not have."""
     blocks = {"*.c_attn.weight": 3} if settings.split_qkv else None
-    return build_optimizer(model, settings.name, qkv_split=blocks, process_group=group, **settings.options())
+    return build_optimizer(network, settings.name, qkv_split=blocks, **settings.options())
 
 
 def precision(settings: Config, ranks: launch.Launch) -> torch.dtype:
