@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from tiny_gpt import ROOT, write_config, write_corpus
 
 from common import UserError, launch
 from common.config import parse_config
@@ -25,34 +26,16 @@ from nanoGPT.parallel import ParallelConfig, distribute
 from nanoGPT.sample import Sample, sample
 from nanoGPT.train import Config
 
-ROOT = Path(__file__).resolve().parents[1]
 # Nothing divides: of 5 sequences in micro-batches of 1, on 2 ranks and on 4 some must take part without any, as in
 # the last round of the 10 validation windows.
-TINY = """
+UNEVEN = """
 steps = 9
-log_every = 1
-wandb = "disabled"
-device = "cpu"
-[model]
-n_layer = 2
-n_head = 2
-n_embd = 32
-context = 32
-vocab_size = 0
 [data]
-folder = "{corpus}"
 batch_size = 5
 micro_batch = 1
-[optimizer]
-lr = 4e-3
-adamw_lr = 2e-3
-[schedule]
-warmup = 3
 [eval]
 every = 3
-windows = 10
 [checkpoint]
-every = 4
 keep = 9
 """
 LAYOUTS = {
@@ -73,13 +56,7 @@ HALF = ("bfloat16", "float16")  # float16 with its loss scale
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("parallel")
-    text = folder / "text.txt"
-    text.write_text("\n".join(f"def f{i}(x): return x * {i} + {i * i % 97}" for i in range(2000)))
-    command = [sys.executable, "-m", "nanoGPT.prepare", str(text), "--out", str(folder / "tokens")]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    path = folder / "tiny.toml"
-    path.write_text(TINY.format(corpus=folder / "tokens"))
-    return path
+    return write_config(folder, write_corpus(folder), UNEVEN)
 
 
 def train(rank: int, config: Path, layout: str, out: Path, *arguments: str) -> None:

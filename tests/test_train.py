@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_gpt import ROOT, write_config, write_corpus
 
 from common import UserError
 from common.config import parse_config
@@ -20,31 +21,12 @@ from nanoGPT import train as training
 from nanoGPT.data import load
 from nanoGPT.train import Config
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = """
+EVEN = """
 steps = 12
-log_every = 1
-wandb = "disabled"
-device = "cpu"
-[model]
-n_layer = 2
-n_head = 2
-n_embd = 32
-context = 32
-vocab_size = 0
 [data]
-folder = "{corpus}"
 batch_size = 4
 micro_batch = 4
-[optimizer]
-lr = 4e-3
-adamw_lr = 2e-3
-[schedule]
-warmup = 3
 [eval]
-every = 4
-windows = 10
-[checkpoint]
 every = 4
 """
 TIMINGS = {"step_ms", "optimizer_ms", "tokens_per_second", "peak_memory_mb"}
@@ -52,18 +34,12 @@ TIMINGS = {"step_ms", "optimizer_ms", "tokens_per_second", "peak_memory_mb"}
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    text = folder / "text.txt"
-    text.write_text("\n".join(f"def f{i}(x): return x * {i} + {i * i % 97}" for i in range(2000)))
-    run_module("nanoGPT.prepare", str(text), "--out", str(folder / "tokens"))
-    return folder / "tokens"
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture
 def tiny(tmp_path, corpus) -> Path:
-    path = tmp_path / "tiny.toml"
-    path.write_text(TINY.format(corpus=corpus))
-    return path
+    return write_config(tmp_path, corpus, EVEN)
 
 
 def run_module(module: str, *arguments: str, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess:
@@ -104,9 +80,8 @@ def test_resume_after_kill_9_matches_the_uninterrupted_run_bit_for_bit(tiny, tmp
     whole = curves(tiny)
     assert whole[-1]["val/loss"] < whole[0]["val/loss"]
 
-    killed = tmp_path / "killed" / "tiny.toml"
-    killed.parent.mkdir()
-    killed.write_text(tiny.read_text())
+    (tmp_path / "killed").mkdir()
+    killed = write_config(tmp_path / "killed", corpus, EVEN)
     command = [sys.executable, "-m", "nanoGPT.train", *command_line(killed, *choice)]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
