@@ -58,11 +58,11 @@ def spread(positions: list[float], gap: float) -> np.ndarray:
     return placed[np.argsort(order)]
 
 
-def new_figure(title: str, subtitle: str, rows: int = 1):
+def new_figure(title: str, subtitle: str, rows: int = 1, sharey: bool = False):
     """A figure in the project's look: (figure, [panel, ...]); legible at 800 pixels, half of what is saved."""
     plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 12, "axes.edgecolor": FAINT})
     height = 1.0 + 3.8 * rows  # inches
-    figure, axes = plt.subplots(rows, 1, figsize=(8, height), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(rows, 1, figsize=(8, height), sharey=sharey, squeeze=False)
     figure.subplots_adjust(left=0.09, top=1 - 1.0 / height, bottom=0.62 / height, hspace=0.3)
     figure.text(0.02, 1 - 0.17 / height, title, fontsize=15, fontweight="bold", color=INK, va="top")
     figure.text(0.02, 1 - 0.5 / height, subtitle, fontsize=11, color=FAINT, va="top")
@@ -77,10 +77,13 @@ def new_figure(title: str, subtitle: str, rows: int = 1):
 def label_ends(panel, ends: list[tuple[float, float, str, str]]) -> None:
     """Writes (x, y, text, optimizer) right of the panel, apart from each other, tied to the line's end."""
     longest = max(len(text) for _, _, text, _ in ends)
-    panel.figure.subplots_adjust(right=max(0.5, 0.945 - 0.0108 * longest))  # a letter is about 1 % of the width
+    room = max(0.5, 0.945 - 0.0108 * longest)  # a letter is about 1 % of the width
+    panel.figure.subplots_adjust(right=min(room, panel.figure.subplotpars.right))  # another panel's may be longer
     bottom, top = panel.get_ylim()
     heights = [min(max(y, bottom), top) for _, y, _, _ in ends]
     places = spread(heights, gap=(top - bottom) * 0.072)  # a line of text
+    # relpos: to the text's left edge; towards its middle the line would cross other texts
+    tie = {"arrowstyle": "-", "linewidth": 0.7, "alpha": 0.6, "shrinkA": 1, "relpos": (0, 0.5)}
     for (x, _, text, optimizer), height, place in zip(ends, heights, places, strict=True):
         style = style_of(optimizer)
         panel.annotate(
@@ -92,7 +95,7 @@ def label_ends(panel, ends: list[tuple[float, float, str, str]]) -> None:
             fontweight=style.weight,
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": style.color, "linewidth": 0.7, "alpha": 0.6, "shrinkA": 1},
+            arrowprops=tie | {"color": style.color},
         )
 
 

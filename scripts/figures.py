@@ -2,6 +2,7 @@
 
     python -m scripts.figures runs/nanogpt/default --out images/nanogpt.png
     python -m scripts.figures 'runs/nanogpt/*/olion-*' runs/nanogpt/default/muon-lr1e-3-s1337 --x tokens
+    python -m scripts.figures runs/llama/sft --metric val/loss val/exact_match    # a panel each, in one picture
     python -m scripts.figures images/nanogpt.json        # the same picture again, from its record alone
 
 Beside the PNG lies a JSON with the points that were drawn and each run's config and machine.
@@ -12,7 +13,7 @@ import json
 import math
 import statistics
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle, groupby
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import tyro
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from common.figure import label_ends, markdown, mean_and_spread, new_figure, rate, save, style_of
+from common.figure import FAINT, label_ends, markdown, mean_and_spread, new_figure, rate, save, style_of
 from common.launch import main_guard
 from common.runlog import read_metrics
 
@@ -29,9 +30,21 @@ DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))  # several lines o
 NAMES = {
     "val/loss": "validation loss, nats a token",
     "val/bits_per_byte": "validation loss, bits a byte",
+    "val/exact_match": "responses repeated exactly, share",
+    "val/pretrain_loss": "loss on the pretraining text, nats a token",
     "train/loss": "training loss, nats a token",
     "step_ms": "time a step, ms",
     "optimizer_ms": "time in the optimizer, ms",
+}
+LOSSES = ("loss", "bits_per_byte")  # how their names end
+COLUMNS = {  # of the table -> heading, digits after the point
+    "val/loss": ("val loss", 3),
+    "val/bits_per_byte": ("bits per byte", 3),
+    "val/exact_match": ("exact match", 3),
+    "val/pretrain_loss": ("pretraining loss", 3),
+    "step_ms": ("ms a step", 1),
+    "optimizer_ms": ("ms in the optimizer", 2),
+    "optimizer_state_mb": ("optimizer state MB", 2),
 }
 # Settings that make no other method: runs that differ in these alone are repetitions of one.
 BOOKKEEPING = {"seed", "resume", "wandb", "checkpoint", "device", "out"}
@@ -45,14 +58,14 @@ class Options:
     """Run folders, folders that hold runs at any depth, globs of those, or the one JSON beside a figure."""
     out: Path | None = None
     """The picture; its JSON lies beside it. Default: images/EXPERIMENT_GROUP.png, or the picture of the JSON."""
-    metric: str = "val/loss"
-    """Which recorded quantity is drawn against --x."""
+    metric: tuple[str, ...] = ("val/loss",)
+    """Which recorded quantities are drawn against --x, a panel each."""
     x: str = "step"
     """step, tokens, or any other recorded quantity."""
     title: str | None = None
     """Default: the experiment and its group."""
     ylim: tuple[float, float] | None = None
-    """Lowest and highest value shown. Default: what the last three fifths of the longest run span."""
+    """Lowest and highest value shown, of a single metric. Default: all, a loss cut above what its last 3/5 reach."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +79,7 @@ class Run:
     machine: Any
     config: dict
     summary: dict  # column of the table -> number
-    x: list[float]
-    y: list[float]
+    points: dict[str, dict[str, list[float]]]  # metric -> {"x": [...], "y": [...]}, of the metrics that it has
 
     @property
     def optimizer(self) -> str:
@@ -83,13 +95,17 @@ class Line:
     dash: Any
     runs: list[Run]
 
-    def points(self) -> tuple[np.ndarray, np.ndarray]:
+    def having(self, metric: str) -> "Line":
+        return replace(self, runs=[run for run in self.runs if metric in run.points])
+
+    def points(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
         """x (points,) at which every run has a value, and y (runs, points)."""
-        curves = [dict(zip(run.x, run.y, strict=True)) for run in self.runs]
+        drawn = [run.points[metric] for run in self.runs]
+        curves = [dict(zip(points["x"], points["y"], strict=True)) for points in drawn]
         shared = sorted(set.intersection(*map(set, curves)))
         if not shared:
             names = ", ".join(run.name for run in self.runs)
-            raise ValueError(f"a mean needs points that all seeds share; {names} share none: draw them apart")
+            raise ValueError(f"a mean needs points that all seeds share; {names} share no {metric}: draw them apart")
         return np.array(shared), np.array([[curve[x] for x in shared] for curve in curves])
 
 
@@ -141,17 +157,19 @@ def summarize(lines: list[dict]) -> dict[str, float]:
     def values(key: str) -> list[float]:
         return [line[key] for line in lines if line.get(key) is not None]
 
-    last = ("val/loss", "val/bits_per_byte", "optimizer_state_mb")
-    summary = {key: values(key)[-1] for key in last if values(key)}
-    return summary | {key: statistics.median(values(key)) for key in ("step_ms", "optimizer_ms") if values(key)}
+    times = ("step_ms", "optimizer_ms")
+    return {k: statistics.median(values(k)) if k in times else values(k)[-1] for k in COLUMNS if values(k)}
 
 
-def read_run(folder: Path, metric: str, x: str) -> Run | None:
-    """One run, or None, said on stderr, when it has no point to draw."""
-    lines = read_metrics(folder)
-    drawn = [line for line in lines if all(line.get(key) is not None for key in (x, metric))]
-    if not drawn:
-        print(f"left out: {folder} has no {metric} against {x} (yet)", file=sys.stderr)
+def read_run(folder: Path, metrics: tuple[str, ...], x: str) -> Run | None:
+    """One run, or None when it has no point to draw; what it lacks is said on stderr."""
+    lines, points = read_metrics(folder), {}
+    for metric in metrics:
+        if drawn := [line for line in lines if all(line.get(key) is not None for key in (x, metric))]:
+            points[metric] = {"x": [line[x] for line in drawn], "y": [line[metric] for line in drawn]}
+    if lacking := [metric for metric in metrics if metric not in points]:
+        print(f"left out: {folder} has no {' or '.join(lacking)} against {x} (yet)", file=sys.stderr)
+    if not points:
         return None
     if not (record := read_config(folder)):
         raise FileNotFoundError(f"a run has config.json beside metrics.jsonl; {folder} does not: leave it out")
@@ -159,8 +177,7 @@ def read_run(folder: Path, metric: str, x: str) -> Run | None:
         **{key: record.get(key) or "" for key in ("name", "experiment", "group", "torch", "machine")},
         config=record.get("config", {}),
         summary=summarize(lines),
-        x=[line[x] for line in drawn],
-        y=[line[metric] for line in drawn],
+        points=points,
     )
 
 
@@ -185,36 +202,50 @@ def group_lines(runs: list[Run]) -> list[Line]:
     return lines
 
 
-def draw(lines: list[Line], out: Path, title: str, metric: str, x: str, ylim: tuple[float, float] | None) -> None:
-    """The curves, cut so that the end of training fills the picture, the final values written at their ends."""
-    counts = {len(line.runs) for line in lines}
+def draw(lines: list[Line], record: dict, out: Path, ylim: tuple[float, float] | None) -> None:
+    """A panel for each metric, one under the other, over the same x."""
+    metrics = record["metric"]
+    panel_lines = [[line for line in (line.having(metric) for line in lines) if line.runs] for metric in metrics]
+    counts = {len(line.runs) for lines in panel_lines for line in lines}
     many = "seeds" if len(counts) > 1 else f"{max(counts)} seeds"
-    seeds = f"; mean of {many}, band from lowest to highest" if counts != {1} else ""
-    figure, (panel,) = new_figure(title, NAMES.get(metric, metric) + seeds)
-    ends, late = [], []
-    longest = max(max(run.x) for line in lines for run in line.runs)
+    seeds = "one seed a line" if counts == {1} else f"mean of {many}, band from lowest to highest"
+    names = [NAMES.get(metric, metric) for metric in metrics]
+    alone = names[0] if counts == {1} else f"{names[0]}; {seeds}"
+    figure, panels = new_figure(record["title"], alone if len(names) == 1 else seeds, rows=len(names))
+    longest = max(max(points["x"]) for line in lines for run in line.runs for points in run.points.values())
+    for panel, metric, name, its_lines in zip(panels, metrics, names, panel_lines, strict=True):
+        if len(names) > 1:
+            panel.set_title(name, loc="left", fontsize=11, color=FAINT)
+        draw_panel(panel, its_lines, metric, longest, ylim)
+        panel.set_xlim(0, longest or 1)
+        panel.xaxis.set_major_formatter(EngFormatter(sep="") if longest >= 1e5 else "{x:,.6g}")
+        panel.xaxis.set_major_locator(MaxNLocator(6, integer=longest > 6))
+    panels[-1].set_xlabel(record["x"].replace("_", " "))
+    save(figure, out)
+
+
+def draw_panel(panel, lines: list[Line], metric: str, longest: float, ylim: tuple[float, float] | None) -> None:
+    """The curves, losses cut so that the end of training fills the picture, the final values written at their ends."""
+    ends, low, high = [], [], []
     for line in sorted(lines, key=lambda line: style_of(line.optimizer).width):  # the thickest on top
         style = style_of(line.optimizer)
-        at, values = line.points()
+        at, values = line.points(metric)
         mean = values.mean(0)  # (points,)
         panel.plot(at, mean, color=style.color, linewidth=style.width, linestyle=line.dash)
         panel.plot(at[-1], mean[-1], style.marker, color=style.color, markersize=5 + style.width, clip_on=False)
         if len(line.runs) > 1:
             panel.fill_between(at, values.min(0), values.max(0), color=style.color, alpha=0.18, linewidth=0)
         ends.append((at[-1], mean[-1], f"{mean[-1]:#.4g}  {line.label}", line.optimizer))
-        late += [*values[:, at >= 0.4 * longest].ravel(), *values[:, -1]]  # the steep start is not the news
-    margin = (max(late) - min(late)) * 0.1 or 0.05
-    panel.set_ylim(*(ylim or (min(late) - margin, max(late) + margin)))
-    panel.set_xlim(0, longest or 1)
-    panel.set_xlabel(x.replace("_", " "))
-    panel.xaxis.set_major_formatter(EngFormatter(sep="") if longest >= 1e5 else "{x:,.6g}")
-    panel.xaxis.set_major_locator(MaxNLocator(6, integer=longest > 6))
+        late = at >= (0.4 * longest if metric.endswith(LOSSES) else 0)  # a loss's steep start is not the news
+        low.append(values.min())  # early ones too: a pretraining loss rises from where it was
+        high += [values[:, late].max(initial=-math.inf), values[:, -1].max()]
+    margin = (max(high) - min(low)) * 0.1 or 0.05
+    panel.set_ylim(*(ylim or (min(low) - margin, max(high) + margin)))
     label_ends(panel, ends)
-    save(figure, out)
 
 
 def table(lines: list[Line]) -> str:
-    """The runs in one table, lowest loss first; times are medians over each run's log lines."""
+    """The runs in one table, lowest loss first, without columns that none has; times are medians over log lines."""
 
     def values(line: Line, key: str) -> list[float]:
         return [run.summary[key] for run in line.runs if key in run.summary]
@@ -231,22 +262,23 @@ def table(lines: list[Line]) -> str:
         lr, adamw_lr = settings.get("lr"), settings.get("adamw_lr")
         return rate(lr) + (f", AdamW part {rate(adamw_lr)}" if adamw_lr not in (None, lr) else "")
 
-    columns = {"val/loss": 3, "val/bits_per_byte": 3, "step_ms": 1, "optimizer_ms": 2, "optimizer_state_mb": 2}
+    columns = {key: of for key, of in COLUMNS.items() if any(values(line, key) for line in lines)}
     rows = [
-        [line.label, learning_rate(line)] + [cell(line, key, digits) for key, digits in columns.items()]
+        [line.label, learning_rate(line)] + [cell(line, key, digits) for key, (_, digits) in columns.items()]
         for line in sorted(lines, key=lambda line: statistics.fmean(values(line, "val/loss") or [math.inf]))
     ]
-    names = ["val loss", "bits per byte", "ms a step", "ms in the optimizer", "optimizer state MB"]
-    return markdown(["optimizer", "learning rate", *names], rows)
+    return markdown(["optimizer", "learning rate", *(heading for heading, _ in columns.values())], rows)
 
 
 def collect(options: Options) -> dict:
     """The record of a figure, which lies beside it: every run with the points to draw."""
     folders = find_runs(options.runs)
     runs = [run for folder in folders if (run := read_run(folder, options.metric, options.x))]
-    if not runs:
+    absent = [metric for metric in options.metric if not any(metric in run.points for run in runs)]
+    if absent or not runs:
         keys = ", ".join(sorted({key for folder in folders for line in read_metrics(folder) for key in line}))
-        raise ValueError(f"no run has {options.metric} against {options.x}; recorded are {keys or 'no quantities'}")
+        wanted = " or ".join(absent) or "an empty --metric"
+        raise ValueError(f"no run has {wanted} against {options.x}; recorded are {keys or 'no quantities'}")
     return {
         "title": origin(runs[0], ", "),
         "metric": options.metric,
@@ -263,14 +295,17 @@ def main() -> None:
     options = tyro.cli(Options)
     again = Path(options.runs[0]) if len(options.runs) == 1 and options.runs[0].endswith(".json") else None
     record = json.loads(again.read_text()) if again else collect(options)
+    if options.ylim and len(record["metric"]) > 1:
+        raise ValueError(f"--ylim takes a single metric, but {', '.join(record['metric'])} came: draw them apart")
     record["title"] = options.title or record["title"]
     runs = [Run(**run) for run in record["runs"]]
     out = options.out or again or Path("images", origin(runs[0], "_").replace(".", "-"))
     out = out.with_suffix(".png")
     lines = group_lines(runs)
-    draw(lines, out, record["title"], record["metric"], record["x"], options.ylim)
+    draw(lines, record, out, options.ylim)
     out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{table(lines)}\n\n{record['metric']} against {record['x']}: {out}, its points: {out.with_suffix('.json')}")
+    drawn = f"{', '.join(record['metric'])} against {record['x']}"
+    print(f"{table(lines)}\n\n{drawn}: {out}, its points: {out.with_suffix('.json')}")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,15 @@ from common.launch import main_guard
 from scripts import figures
 
 
-def make_run(root, optimizer="olion", lr=1e-3, seed=1, values=(3.0, 2.0, 1.0), **settings):
-    """A run folder as common.runlog leaves it, validated at steps 0, 10, 20, ..."""
+def make_run(root, optimizer="olion", lr=1e-3, seed=1, values=(3.0, 2.0, 1.0), more=(), bits=True, **settings):
+    """A run folder as common.runlog leaves it, validated at steps 0, 10, 20, ...; `more` is metric -> values."""
     folder = root / f"{optimizer}-lr{lr:g}-s{seed}"
     folder.mkdir(parents=True)
     lines = [{"step": 0, "optimizer_state_mb": 1.5}]
     for index, value in enumerate(values):
-        line = {"step": 10 * index, "tokens": 640 * index, "val/loss": value, "val/bits_per_byte": 2 * value}
+        line = {"step": 10 * index, "tokens": 640 * index, "val/loss": value}
+        line |= {"val/bits_per_byte": 2 * value} if bits else {}
+        line |= {metric: its_values[index] for metric, its_values in dict(more).items()}
         lines += [line, {"step": 10 * index + 5, "step_ms": 10.0 + index**3, "optimizer_ms": 1.0 + index**3}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 99, "va')
     config = {"seed": seed, "optimizer": {"name": optimizer, "lr": lr, "adamw_lr": None}, **settings}
@@ -26,8 +28,18 @@ def make_run(root, optimizer="olion", lr=1e-3, seed=1, values=(3.0, 2.0, 1.0), *
     return folder
 
 
-def lines_of(*folders, metric="val/loss", x="step"):
-    return figures.group_lines([figures.read_run(folder, metric, x) for folder in folders])
+def fine_tuned(root, optimizer="olion", share=(0.0, 0.5, 1.0), forgotten=(1.5, 1.75, 2.0), **rest):
+    """A run that fine-tuned: a share of responses that rises, a loss on the pretraining text that rises too."""
+    more = {"val/exact_match": share, "val/pretrain_loss": forgotten}
+    return make_run(root, optimizer, more={key: of for key, of in more.items() if of}, bits=False, **rest)
+
+
+def lines_of(*folders, metrics=("val/loss",), x="step"):
+    return figures.group_lines([figures.read_run(folder, metrics, x) for folder in folders])
+
+
+def cells_of(table):
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()]
 
 
 def run_main(monkeypatch, *arguments):
@@ -35,31 +47,119 @@ def run_main(monkeypatch, *arguments):
     main_guard(figures.main)
 
 
+def drawn(monkeypatch, *arguments):
+    """The figure that the program would have saved."""
+    kept = []
+    monkeypatch.setattr(figures, "save", lambda figure, out: kept.append(figure))
+    run_main(monkeypatch, *arguments)
+    return kept[0]
+
+
+def curves_of(panel):
+    """y of each line, not of the marker at its end."""
+    return [list(line.get_ydata()) for line in panel.lines if len(line.get_xdata()) > 1]
+
+
 def test_record_holds_exactly_the_points_of_the_metrics(tmp_path, monkeypatch):
     make_run(tmp_path / "runs", values=(3.0, 2.5, 2.25))
     run_main(monkeypatch, tmp_path / "runs", "--out", tmp_path / "a.png", "--x", "tokens")
     record = json.loads((tmp_path / "a.json").read_text())
     (run,) = record["runs"]
-    assert (record["metric"], record["x"]) == ("val/loss", "tokens")
-    assert (run["x"], run["y"]) == ([0, 640, 1280], [3.0, 2.5, 2.25])
+    assert (record["metric"], record["x"]) == (["val/loss"], "tokens")
+    assert run["points"] == {"val/loss": {"x": [0, 640, 1280], "y": [3.0, 2.5, 2.25]}}
     assert (run["name"], run["machine"]) == ("olion-lr0.001-s1", {"cpu": "x"})
     assert run["config"]["optimizer"]["lr"] == 1e-3
 
 
-def test_picture_of_a_record_matches_the_picture_of_its_runs(tmp_path, monkeypatch):
+def test_record_of_several_metrics_matches_the_steps_at_which_each_was_measured(tmp_path, monkeypatch):
+    fine_tuned(tmp_path / "runs", share=(0.0, None, 1.0), forgotten=(None, 1.75, 2.0))
+    names = ["val/pretrain_loss", "val/exact_match"]
+    run_main(monkeypatch, tmp_path / "runs", "--out", tmp_path / "a.png", "--metric", *names)
+    record = json.loads((tmp_path / "a.json").read_text())
+    (run,) = record["runs"]
+    assert record["metric"] == names
+    assert run["points"]["val/exact_match"] == {"x": [0, 20], "y": [0.0, 1.0]}
+    assert run["points"]["val/pretrain_loss"] == {"x": [10, 20], "y": [1.75, 2.0]}
+
+
+@pytest.mark.parametrize("metrics", [("val/loss",), ("val/loss", "val/exact_match", "val/pretrain_loss")])
+def test_picture_of_a_record_matches_the_picture_of_its_runs(metrics, tmp_path, monkeypatch):
     for seed in (1, 2):
-        make_run(tmp_path / "runs", seed=seed, values=(3.0, 2.0, 1.0 + seed))
-    run_main(monkeypatch, tmp_path / "runs", "--out", tmp_path / "a.png")
+        fine_tuned(tmp_path / "runs", seed=seed, values=(3.0, 2.0, 1.0 + seed))
+    fine_tuned(tmp_path / "runs", "muon", forgotten=None)
+    run_main(monkeypatch, tmp_path / "runs", "--out", tmp_path / "a.png", "--metric", *metrics)
     run_main(monkeypatch, tmp_path / "a.json", "--out", tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
+
+
+def test_panels_match_the_metrics_in_their_order(tmp_path, monkeypatch):
+    fine_tuned(tmp_path / "runs", values=(3.0, 2.0, 1.0))
+    metrics = ("val/exact_match", "val/loss", "lr_unnamed")
+    make_run(tmp_path / "runs", "muon", values=(3.0, 2.5), more={"lr_unnamed": (7.0, 8.0)})
+    figure_ = drawn(monkeypatch, tmp_path / "runs", "--out", tmp_path / "a.png", "--metric", *metrics)
+    titles = [panel.get_title(loc="left") for panel in figure_.axes]
+    assert titles == ["responses repeated exactly, share", "validation loss, nats a token", "lr_unnamed"]
+    assert [curves_of(panel) for panel in figure_.axes] == [
+        [[0.0, 0.5, 1.0]],
+        [[3.0, 2.5], [3.0, 2.0, 1.0]],  # Muon's is the thinner, so it is drawn first
+        [[7.0, 8.0]],
+    ]
+    assert {panel.get_xlim() for panel in figure_.axes} == {(0, 20)}
+
+
+def test_subtitle_matches_the_one_metric_or_the_seeds_of_several(tmp_path, monkeypatch):
+    runs = [fine_tuned(tmp_path, seed=seed) for seed in (1, 2)]
+    several = ("--metric", "val/loss", "val/exact_match")
+
+    def subtitle(*arguments):
+        return drawn(monkeypatch, *arguments, "--out", tmp_path / "a.png").texts[1].get_text()
+
+    assert subtitle(runs[0]) == "validation loss, nats a token"
+    assert subtitle(*runs) == "validation loss, nats a token; mean of 2 seeds, band from lowest to highest"
+    assert subtitle(*runs, *several) == "mean of 2 seeds, band from lowest to highest"
+    assert subtitle(runs[0], *several) == "one seed a line"
+    lone = drawn(monkeypatch, runs[0], "--out", tmp_path / "a.png")
+    assert [panel.get_title(loc="left") for panel in lone.axes] == [""]
+
+
+def test_limits_match_the_end_of_a_falling_loss_and_the_whole_of_other_curves(tmp_path, monkeypatch):
+    steep, share, rising = (9.0, 3.0, 2.0, 1.5, 1.0), (1.0, 0.0, 0.1, 0.5, 0.9), (1.0, 1.5, 1.75, 1.9, 2.0)
+    run = fine_tuned(tmp_path, values=steep, share=share, forgotten=rising)
+    metrics = ("val/loss", "val/exact_match", "val/pretrain_loss")
+    figure_ = drawn(monkeypatch, run, "--out", tmp_path / "a.png", "--metric", *metrics)
+    # By hand: what is shown and a tenth of it on both sides; of 40 steps, the last three fifths begin at 16.
+    expected = [(0.9, 2.1), (-0.1, 1.1), (0.9, 2.1)]
+    np.testing.assert_allclose([panel.get_ylim() for panel in figure_.axes], expected, rtol=1e-12)
+    lone = drawn(monkeypatch, run, "--out", tmp_path / "a.png", "--ylim", "1", "2")
+    assert lone.axes[0].get_ylim() == (1, 2)
+
+
+def test_limits_for_several_metrics_refuse_in_one_line(tmp_path, monkeypatch, capsys):
+    run = fine_tuned(tmp_path)
+    with pytest.raises(SystemExit):
+        metrics = ("--metric", "val/loss", "val/exact_match")
+        run_main(monkeypatch, run, "--out", tmp_path / "a.png", *metrics, "--ylim", "0", "1")
+    error = capsys.readouterr().err
+    assert error.startswith("error: --ylim") and error.count("\n") == 1
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_run_without_a_metric_is_missing_from_that_panel_alone_and_stderr_says_so(tmp_path, monkeypatch, capsys):
+    fine_tuned(tmp_path / "runs", seed=1, share=(0.0, 0.5, 1.0))
+    lacking = fine_tuned(tmp_path / "runs", seed=2, share=None)
+    metrics = ("val/loss", "val/exact_match")
+    figure_ = drawn(monkeypatch, tmp_path / "runs", "--out", tmp_path / "a.png", "--metric", *metrics)
+    assert [len(panel.collections) for panel in figure_.axes] == [1, 0]  # the band of two seeds
+    assert curves_of(figure_.axes[1]) == [[0.0, 0.5, 1.0]]
+    assert capsys.readouterr().err == f"left out: {lacking} has no val/exact_match against step (yet)\n"
 
 
 def test_seeds_of_one_method_make_one_line_over_their_shared_steps(tmp_path):
     whole = make_run(tmp_path, seed=1, values=(3.0, 2.0, 1.0))
     shorter = make_run(tmp_path, seed=2, values=(5.0, 3.0), resume=True)
     (line,) = lines_of(whole, shorter)
-    at, values = line.points()
+    at, values = line.points("val/loss")
     assert line.label == "OLion"
     np.testing.assert_array_equal(at, [0, 10])
     np.testing.assert_array_equal(values, [[3.0, 2.0], [5.0, 3.0]])
@@ -85,10 +185,37 @@ def test_tuned_rate_stands_for_a_rate_that_was_not_given(tmp_path):
 def test_table_matches_last_values_and_medians(tmp_path):
     folders = [make_run(tmp_path, seed=seed, values=(3.0, 2.0, 1.0 + seed / 10)) for seed in (1, 3)]
     folders.append(make_run(tmp_path, "adamw", lr=2e-3, values=(3.0, 1.05)))
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in figures.table(lines_of(*folders)).splitlines()]
+    rows = cells_of(figures.table(lines_of(*folders)))
     assert rows[2] == ["AdamW", "2e-3", "1.050", "2.100", "10.5", "1.50", "1.50"]
     # By hand: losses 1.1 and 1.3, so a sample deviation of 0.1 sqrt(2); step times 10, 11, 18.
     assert rows[3] == ["OLion", "1e-3", "1.200 ± 0.141 (2 seeds)", "2.400 ± 0.283 (2 seeds)", "11.0", "2.00", "1.50"]
+
+
+def test_table_columns_match_what_some_run_recorded(tmp_path):
+    times = ["ms a step", "ms in the optimizer", "optimizer state MB"]
+    plain = make_run(tmp_path, "muon")
+    tuned = [fine_tuned(tmp_path, seed=seed, share=(0.0, 0.5, 0.5 + seed / 10)) for seed in (1, 3)]
+    before, after = cells_of(figures.table(lines_of(plain))), cells_of(figures.table(lines_of(*tuned)))
+    assert before[0][2:] == ["val loss", "bits per byte", *times]
+    assert after[0][2:] == ["val loss", "exact match", "pretraining loss", *times]
+    # By hand: shares 0.6 and 0.8, so a sample deviation of 0.1 sqrt(2).
+    assert after[2][2:5] == ["1.000 ± 0.000 (2 seeds)", "0.700 ± 0.141 (2 seeds)", "2.000 ± 0.000 (2 seeds)"]
+    mixed = cells_of(figures.table(lines_of(plain, *tuned)))
+    assert mixed[0][2:6] == ["val loss", "bits per byte", "exact match", "pretraining loss"]
+    assert mixed[2][:6] == ["Muon", "1e-3", "1.000", "2.000", "–", "–"]
+
+
+def test_room_for_labels_matches_the_longest_of_all_panels():
+    def room(*labels):
+        figure_, panels = figure.new_figure("title", "subtitle", rows=len(labels))
+        for panel, label in zip(panels, labels, strict=True):
+            figure.label_ends(panel, [(1.0, 0.5, label, "olion")])
+        figure.plt.close(figure_)
+        return figure_.subplotpars.right
+
+    short, long = "1.234  OLion", "1.234  OLion lr 1.6e-2"
+    assert room(long) < room(short)
+    assert room(long, short) == room(short, long) == room(long)
 
 
 def test_looks_are_one_a_rule_and_stay_for_unknown_rules():
@@ -139,6 +266,9 @@ def test_metric_that_no_run_has_refuses_and_names_what_was_recorded(tmp_path, mo
     error = capsys.readouterr().err
     assert "accuracy" in error and "val/loss" in error
     assert error.splitlines()[-1].startswith("error: no run has accuracy")
+    with pytest.raises(SystemExit):  # beside one that every run has
+        run_main(monkeypatch, tmp_path, "--metric", "val/loss", "accuracy", "--out", tmp_path / "a.png")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: no run has accuracy against step")
 
 
 def test_runs_are_found_under_parents_and_globs_but_not_where_moved_aside(tmp_path):
