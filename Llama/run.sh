@@ -9,11 +9,13 @@
 #   NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=host0:29500 bash Llama/run.sh Llama/train_configs/llama2_7b.toml
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/launch.sh
 
 # The knobs that are changed first. Empty means: as the config says.
 OPTIMIZERS=${OPTIMIZERS:-olion muon adamuon lion adamw}
 LR=${LR:-}                   # peak learning rate of the matrices, for every optimizer
 SEED=${SEED:-}
+METRICS=${METRICS-val/loss}  # what is drawn; set to nothing, there is no picture
 GROUP=${GROUP:-}             # runs/llama/GROUP holds the runs, and the picture shows all of them; the config's name
 
 # The machines.
@@ -30,23 +32,13 @@ fi
 GROUP=${GROUP:-$(basename "$CONFIG" .toml)}
 for argument in "$@"; do
   case $argument in
-    --job.group* | --job.dump?folder*)
-      echo "error: the picture is of runs/llama/GROUP; set GROUP instead of $argument" >&2
-      exit 1
-      ;;
+    --job.group* | --job.dump?folder*) refuse "the picture is of runs/llama/GROUP; set GROUP instead of $argument" ;;
   esac
 done
-if [[ "$NNODES" -gt 1 && "$RDZV_ENDPOINT" == localhost:0 ]]; then
-  echo "error: NNODES=$NNODES needs one RDZV_ENDPOINT=host:port on all nodes, the host being one of them" >&2
-  exit 1
-fi
+check_nodes
 PYTHON=$(bash scripts/setup.sh)
 NGPU=${NGPU:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)')}
-
-if [[ -z "${OMP_NUM_THREADS:-}" ]]; then # torchrun would take one thread a process, and say so
-  cores=$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
-  export OMP_NUM_THREADS=$((cores > NGPU ? cores / NGPU : 1))
-fi
+share_cores
 
 flags=("$@" --job.group "$GROUP")
 [[ -z "$LR" ]] || flags+=(--optimizer.lr "$LR")
@@ -55,17 +47,9 @@ flags=("$@" --job.group "$GROUP")
 case " $* " in *" --help "* | *" -h "*) exec "$PYTHON" -m Llama.train "$CONFIG" --help ;; esac
 [[ "$NODE_RANK" -gt 0 ]] || WORLD_SIZE=$((NGPU * NNODES)) "$PYTHON" -m Llama.prepare "$CONFIG" "${flags[@]}"
 
-diverged=""
-for optimizer in $OPTIMIZERS; do
-  status=0
-  "$PYTHON" -m common.torchrun --nproc-per-node "$NGPU" --nnodes "$NNODES" --rdzv-backend c10d \
-    --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "$GROUP-$optimizer" \
-    -m Llama.train "$CONFIG" --optimizer.name "$optimizer" "${flags[@]}" || status=$?
-  case $status in
-    0) ;;
-    3) diverged+=" $optimizer" ;; # Llama.train's word for it: a result, and no reason to skip the others
-    *) exit "$status" ;;
-  esac
-done
-[[ "$NODE_RANK" -gt 0 ]] || "$PYTHON" -m scripts.figures "runs/llama/$GROUP" --out "images/llama_$GROUP.png"
-[[ -z "$diverged" ]] || echo "diverged:$diverged (see the error above; a lower learning rate helps)" >&2
+train_each Llama.train --job.resume "$CONFIG" "${flags[@]}"
+if [[ "$NODE_RANK" -eq 0 && -n "$METRICS" ]]; then
+  # shellcheck disable=SC2086  # several words
+  "$PYTHON" -m scripts.figures "runs/llama/$GROUP" --out "images/llama_$GROUP.png" --metric $METRICS
+fi
+tell_diverged

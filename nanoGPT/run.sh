@@ -11,6 +11,7 @@
 #   NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=host0:29500 bash nanoGPT/run.sh nanoGPT/configs/gpt2_xl.toml
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/launch.sh
 
 # The knobs that are changed first. Empty means: as the config says.
 OPTIMIZERS=${OPTIMIZERS:-olion muon adamuon lion adamw}
@@ -36,15 +37,14 @@ fi
 GROUP=${GROUP:-$(basename "$CONFIG" .toml)}
 for argument in "$@"; do
   case $argument in
-    --group* | --out*) echo "error: the picture is of runs/nanogpt/GROUP; set GROUP instead of $argument" >&2; exit 1 ;;
+    --group* | --out*) refuse "the picture is of runs/nanogpt/GROUP; set GROUP instead of $argument" ;;
   esac
 done
-if [[ "$NNODES" -gt 1 && "$RDZV_ENDPOINT" == localhost:0 ]]; then
-  echo "error: NNODES=$NNODES needs one RDZV_ENDPOINT=host:port on all nodes, the host being one of them" >&2
-  exit 1
-fi
+check_nodes
 PYTHON=$(bash scripts/setup.sh)
 NGPU=${NGPU:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+
+share_cores
 
 flags=("$@" --group "$GROUP")
 [[ -z "$LR" ]] || flags+=(--optimizer.lr "$LR")
@@ -56,37 +56,6 @@ flags=("$@" --group "$GROUP")
 case " $* " in *" --help "* | *" -h "*) exec "$PYTHON" -m nanoGPT.train "$CONFIG" --help ;; esac
 [[ "$NODE_RANK" -gt 0 ]] || "$PYTHON" -m nanoGPT.prepare "$CONFIG" "${flags[@]}"
 
-# A signal reaches the training, which saves and leaves; then this script leaves too.
-stopped=""
-child=""
-trap 'stopped=yes; [[ -z "$child" ]] || kill -TERM "$child" 2>/dev/null || true' INT TERM
-
-diverged=""
-for optimizer in $OPTIMIZERS; do
-  launcher=("$PYTHON")
-  if [[ "$NGPU" -gt 1 || "$NNODES" -gt 1 ]]; then
-    launcher=("$PYTHON" -m common.torchrun --nproc-per-node "$NGPU" --nnodes "$NNODES"
-      --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "$GROUP-$optimizer")
-  fi
-  "${launcher[@]}" -m nanoGPT.train "$CONFIG" --optimizer.name "$optimizer" "${flags[@]}" &
-  child=$!
-  status=0
-  wait "$child" || status=$?
-  while kill -0 "$child" 2>/dev/null; do # a trapped signal ends `wait` before the training has ended
-    status=0
-    wait "$child" || status=$?
-  done
-  [[ -z "$stopped" ]] || exit 143
-  case $status in
-    0) ;;
-    3) diverged+=" $optimizer" ;; # nanoGPT.train's word for it: a result, and no reason to skip the others
-    *)
-      # The launcher's report is long, and a process that was killed says nothing: end on what to do.
-      [[ ${#launcher[@]} -eq 1 && $status -eq 1 ]] || echo "error: $optimizer ended with status $status: see the first" \
-        "error above; the same command with --resume goes on from the last checkpoint, on any number of GPUs" >&2
-      exit "$status"
-      ;;
-  esac
-done
+train_each nanoGPT.train --resume "$CONFIG" "${flags[@]}"
 [[ "$NODE_RANK" -gt 0 ]] || "$PYTHON" -m scripts.figures "runs/nanogpt/$GROUP" --out "images/nanogpt_$GROUP.png"
-[[ -z "$diverged" ]] || echo "diverged:$diverged (see the error above; a lower learning rate helps)" >&2
+tell_diverged
