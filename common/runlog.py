@@ -63,6 +63,12 @@ def move_aside(folder: Path) -> None:
     print(f"an earlier run of this name is now {target}")
 
 
+def write_end(folder: Path, step: int, metrics: dict[str, float]) -> None:
+    """Mark a run as over, with its last validation; without metrics, as diverged. scripts/sweep.py reads it."""
+    end = {"step": step, "val_loss": metrics.get("val/loss"), "bits_per_byte": metrics.get("val/bits_per_byte")}
+    (folder / "finished.json").write_text(json.dumps({**end, "diverged": not metrics}) + "\n")
+
+
 class RunLog:
     """Write a run's config.json and metrics.jsonl into `folder`, and the same to Weights & Biases.
 

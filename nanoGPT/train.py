@@ -10,7 +10,6 @@ run repeats, bit for bit, what it would have done uninterrupted.
 """
 
 import itertools
-import json
 import math
 import signal
 import sys
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from common import Diverged, UserError, checkpoint, config, launch
 from common.config import at_least
 from common.optimizer_config import OptimizerConfig
-from common.runlog import RunLog, move_aside, run_name
+from common.runlog import RunLog, move_aside, run_name, write_end
 from common.schedule import multiplier
 from common.timer import Timer
 from nanoGPT import data
@@ -223,7 +222,7 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
             timer.stop()
             if in_a_row == MAX_SKIPPED:
                 if ranks.is_main:
-                    finish(folder, step, {})
+                    write_end(folder, step, {})
                 raise Diverged(
                     f"training needs finite losses and gradients, and the {in_a_row} steps up to {step} had none; "
                     "start anew with a lower learning rate (this run's last checkpoint is intact)"
@@ -247,7 +246,7 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
                 extra |= {"skipped": skipped, "in_a_row": in_a_row}
                 checkpoint.save(folder / "checkpoints", step, model, optimizer, extra, settings.checkpoint.keep)
             if last and ranks.is_main:
-                finish(folder, step, metrics)
+                write_end(folder, step, metrics)
             bar.update()
     bar.close()
     runlog.finish()
@@ -388,12 +387,6 @@ def same_experiment(saved: dict | None, settings: Config) -> None:
                 f"--resume needs the {name} of the checkpoint, {old}; got {new}; set it back, or start anew without "
                 "--resume"
             )
-
-
-def finish(folder: Path, step: int, metrics: dict[str, float]) -> None:
-    """Mark a run as over, with its last validation; without metrics, as diverged."""
-    end = {"step": step, "val_loss": metrics.get("val/loss"), "bits_per_byte": metrics.get("val/bits_per_byte")}
-    (folder / "finished.json").write_text(json.dumps({**end, "diverged": not metrics}) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python -m scripts.sweep nanoGPT/configs/stdlib.toml --lrs 4e-3 8e-3 1.6e-2 --seeds 1337 1338 1339 --jobs 2
     python -m scripts.sweep nanoGPT/configs/stdlib.toml --optimizers olion muon --adamw-lr 4e-3 --set steps=200
+    python -m scripts.sweep Llama/train_configs/stdlib.toml --module Llama.train --jobs 2
     python -m scripts.sweep nanoGPT/configs/stdlib.toml --draw-only
 
 The same command again does what is missing. Every outcome is merged into one JSON, where nothing recorded is lost.
@@ -34,6 +35,7 @@ from scripts.figures import method, read_config
 
 KEY = ("config", "optimizer", "lr", "adamw_lr", "seed")  # what makes a recorded run another run
 SWEPT = {"optimizer.name", "optimizer.lr", "optimizer.adamw_lr", "seed"}
+TITAN = {"seed": "debug.seed", "group": "job.group", "steps": "training.steps"}  # torchtitan's words for these keys
 
 # (rate of the AdamW part, optimizer) -> learning rate -> a loss for each seed
 Curves = dict[tuple[float | None, str], dict[float, list[float]]]
@@ -54,7 +56,7 @@ class Options:
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = ()
     """More of the experiment's options, as key=value; they become a part of the sweep's name."""
     out: Path | None = None
-    """The record; the picture lies beside it. Default: images/sweep_NAME.json, NAME being the config's."""
+    """The record; the picture lies beside it. Default: images/sweep_EXPERIMENT_NAME.json, NAME being the config's."""
     jobs: int = 1
     """Runs at once; each gets its share of the cores."""
     module: str = "nanoGPT.train"
@@ -63,6 +65,14 @@ class Options:
     """Only draws, from the record."""
     title: str | None = None
     """Of the picture."""
+
+    @property
+    def experiment(self) -> str:
+        return self.module.split(".")[0].lower()
+
+    def key(self, name: str) -> str:
+        """What the training module calls its key `name`."""
+        return TITAN.get(name, name) if self.experiment == "llama" else name
 
     @property
     def name(self) -> str:
@@ -75,7 +85,7 @@ class Options:
     @property
     def runs(self) -> Path:
         """Where the training module leaves the runs of a group."""
-        return Path("runs", self.module.split(".")[0].lower(), self.group)
+        return Path("runs", self.experiment, self.group)
 
     @property
     def logs(self) -> Path:
@@ -84,7 +94,7 @@ class Options:
 
     @property
     def record(self) -> Path:
-        return self.out or Path("images", f"{self.group.replace('-', '_', 1)}.json")
+        return self.out or Path("images", f"{self.group.replace('-', f'_{self.experiment}_', 1)}.json")
 
 
 @dataclass(frozen=True)
@@ -104,13 +114,16 @@ class Trial:
         return options.runs / self.name
 
     def command(self, options: Options) -> list[str]:
-        flags = {"optimizer.name": self.optimizer, "optimizer.lr": f"{self.lr:g}", "seed": self.seed}
+        flags = {"optimizer.name": self.optimizer, "optimizer.lr": f"{self.lr:g}", options.key("seed"): self.seed}
         if self.adamw_lr is not None:
             flags["optimizer.adamw-lr"] = f"{self.adamw_lr:g}"
-        flags |= {"group": options.group, "wandb": "disabled", "checkpoint.every": 0}  # 0: no checkpoints
+        flags[options.key("group")] = options.group
         flags |= dict(setting.split("=", 1) for setting in options.settings)
         arguments = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
-        return [sys.executable, "-m", options.module, str(options.config), *arguments]
+        quiet = ["--wandb", "disabled", "--checkpoint.every", "0"]  # 0: no checkpoints
+        if options.experiment == "llama":
+            quiet = ["--metrics.wandb", "disabled", "--checkpoint.load-only"]
+        return [sys.executable, "-m", options.module, str(options.config), *arguments, *quiet]
 
 
 def grid(options: Options) -> list[Trial]:
@@ -126,7 +139,7 @@ def check(options: Options) -> None:
         raise FileNotFoundError(f"a sweep needs the experiment's TOML; there is no {options.config}")
     for setting in options.settings:
         key, _, value = setting.partition("=")
-        if not key or not value or key.replace("-", "_") in SWEPT:
+        if not key or not value or key.replace("-", "_") in SWEPT | {options.key("seed")}:
             raise ValueError(f"--set takes key=value for keys that are not swept; got {setting!r}")
     if options.jobs < 1:
         raise ValueError(f"--jobs takes a number of runs from 1 up; got {options.jobs}")
@@ -147,8 +160,9 @@ def look_up(path: Path, key: str) -> Any:
 
 def planned_steps(options: Options) -> int | None:
     """The last step of a run, or None where only the training module knows."""
-    set_here = [setting.removeprefix("steps=") for setting in options.settings if setting.startswith("steps=")]
-    return int(set_here[-1]) if set_here else look_up(options.config, "steps")
+    key = options.key("steps")
+    set_here = [setting.removeprefix(f"{key}=") for setting in options.settings if setting.startswith(f"{key}=")]
+    return int(set_here[-1]) if set_here else look_up(options.config, key)
 
 
 def finished(folder: Path, steps: int | None) -> bool:
@@ -296,7 +310,7 @@ def draw(curves: Curves, out: Path, title: str) -> None:
     margin = (max(valleys) - min(valleys)) * 0.1 or 0.05
     parts = list(dict.fromkeys(adamw_lr for adamw_lr, _ in curves))
     legend = "final validation loss, mean over seeds; ring: best, bar: lowest to highest, ×: diverged or failed"
-    figure, panels = new_figure(title, legend, rows=len(parts))
+    figure, panels = new_figure(title, legend, rows=len(parts), sharey=True)
     for panel, part in zip(panels, parts, strict=True):
         panel.set_ylim(min(valleys) - margin, max(valleys) + margin)
         panel.set_xlabel(

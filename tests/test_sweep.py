@@ -65,7 +65,7 @@ def calls():
     return [json.loads(line) for line in Path("calls.jsonl").read_text().splitlines()]
 
 
-def recorded(path="images/sweep_small.json"):
+def recorded(path="images/sweep_fake_small.json"):
     return json.loads(Path(path).read_text())["runs"]
 
 
@@ -81,7 +81,7 @@ def test_grid_trains_each_cell_and_records_its_loss(monkeypatch, capsys):
     assert len(losses) == 12
     assert losses["muon", 8e-3, 2] == pytest.approx(1.402)
     assert recorded()[0] | {"config": "small", "torch": "2", "machine": {"cpu": "x"}, "steps": 100} == recorded()[0]
-    assert Path("images/sweep_small.png").stat().st_size > 10_000
+    assert Path("images/sweep_fake_small.png").stat().st_size > 10_000
     # By hand: 1.001 and 1.002 at the best rate.
     assert "| OLion     | the same          | 4e-3      | 1.002 ± 0.001 (2 seeds) | yes" in capsys.readouterr().out
 
@@ -108,7 +108,7 @@ def test_failed_run_is_recorded_with_its_error_and_stops_nothing(monkeypatch, ca
     errors = {run["optimizer"]: (run["error"], run["val_loss"] is None) for run in recorded()}
     assert errors == {"broken": ("error: the corpus is missing", True), "olion": (None, False)}
     assert "1 runs failed (broken-lr4e-3-s1337)" in capsys.readouterr().err.splitlines()[-1]
-    assert Path("images/sweep_small.png").exists()
+    assert Path("images/sweep_fake_small.png").exists()
 
 
 def test_failure_never_replaces_a_recorded_loss(tmp_path):
@@ -151,7 +151,7 @@ def test_settings_are_passed_on_and_name_a_sweep_of_their_own(monkeypatch):
     run_sweep(monkeypatch, "--optimizers", "olion", "--lrs", "2e-3", "--set", "steps=7", "model.n_layer=2")
     (call,) = calls()
     assert (call["steps"], call["model.n_layer"]) == ("7", "2")
-    (run,) = recorded("images/sweep_small-model.n_layer-2-steps-7.json")
+    (run,) = recorded("images/sweep_fake_small-model.n_layer-2-steps-7.json")
     assert (run["config"], run["steps"]) == ("small model.n_layer=2 steps=7", 7)
 
 
@@ -165,10 +165,10 @@ def test_runs_of_changed_settings_are_called_mixed(monkeypatch, capsys):
 
 def test_drawing_only_trains_nothing(monkeypatch):
     run_sweep(monkeypatch, "--optimizers", "olion", "--lrs", "2e-3", "4e-3")
-    Path("images/sweep_small.png").unlink()
+    Path("images/sweep_fake_small.png").unlink()
     run_sweep(monkeypatch, "--draw-only")
     assert len(calls()) == 2
-    assert Path("images/sweep_small.png").exists()
+    assert Path("images/sweep_fake_small.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -199,4 +199,4 @@ def test_stopped_sweep_takes_its_runs_along_and_records_no_failure():
     assert process.returncode == 1
     with pytest.raises(ProcessLookupError):
         os.kill(calls()[0]["pid"], 0)
-    assert not Path("images/sweep_small.json").exists()
+    assert not Path("images/sweep_fake_small.json").exists()
