@@ -8,8 +8,10 @@ import types
 from unittest import mock
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from common.launch import peak_memory_mb
 
@@ -37,11 +39,22 @@ def on_cpu() -> bool:
 
 
 def adapt_model(model: nn.Module) -> None:
-    """Let FSDP2 sum gradients where it would ask gloo for a multiply-and-sum, which gloo lacks."""
+    """Do without a multiply-and-sum of FSDP2's gradients, which gloo lacks, and flex attention's, which CPUs lack."""
     if on_cpu():
+        from torchtitan.models.attention import FlexAttentionWrapper
+
+        FlexAttentionWrapper._compiled_flex_attn = dense_attention
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, block_mask: BlockMask, scale: float | None, enable_gqa: bool, return_lse: bool
+) -> Tensor:
+    """Attend (b, heads, T, width) as flex attention does, by a mask that is written out."""
+    mask = create_mask(block_mask.mask_mod, len(q), None, q.shape[2], k.shape[2], device=q.device)  # (b, 1, T, T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
 
 
 class CPU:

@@ -21,8 +21,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 
 from common import UserError, one_line
 from common.corpus import local_files
-from Llama.config import JobConfig
-from Llama.model import FLAVORS
+from Llama.config import JobConfig, shape_of
 
 Batch = tuple[dict[str, Tensor], Tensor]  # {"input": (b, T)}, labels (b, T), int64, as torchtitan wants them
 Source = datasets.Dataset | datasets.IterableDataset
@@ -173,28 +172,31 @@ def build_loader(dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job
     return Loader(mine, dp_rank, dp_world_size, training.local_batch_size)
 
 
-def validation_windows(tokenizer: BaseTokenizer, job_config: JobConfig) -> tuple[np.ndarray, float]:
-    """Read the windows (n, T + 1) that every validation is on, and the UTF-8 bytes of text per token in them.
+def validation_windows(
+    tokenizer: BaseTokenizer, job_config: JobConfig, name: str, path: str | None, mine: slice
+) -> tuple[list[Batch], float]:
+    """Read one rank's batches of the windows that every validation is on, and the UTF-8 bytes of text per token in all.
 
-    Raises UserError where the set holds fewer.
+    Raises UserError where the set `name` holds fewer than validation.windows.
     """
     validation = job_config.validation
-    source = open_source(validation.dataset, validation.dataset_path, "validation")
-    lane = Lane(read(source, 0, 1, seed=0), tokenizer, validation.seq_len)  # seed 0: the same set for every run
-    windows = []
+    lane = Lane(read(open_source(name, path, "validation"), 0, 1, seed=0), tokenizer, validation.seq_len)
+    windows = []  # the seed above is 0: the same set for every run
     for found in range(validation.windows):
         windows.append(lane.window())
         if lane.epoch:
             raise UserError(
                 f"validation.windows must be at most the {found} windows of {validation.seq_len} tokens that "
-                f"{validation.dataset_path or validation.dataset} holds; got {validation.windows}"
+                f"{path or name} holds; got {validation.windows}"
             )
-    return np.stack(windows), lane.bytes_read / lane.tokens_read
+    taken, size = np.stack(windows[mine]), validation.local_batch_size
+    batches = [to_batch(taken[start : start + size]) for start in range(0, len(taken), size)]
+    return batches, lane.bytes_read / lane.tokens_read
 
 
 def check_tokenizer(tokenizer: BaseTokenizer, job_config: JobConfig) -> None:
     """Refuse a tokenizer with tokens that the model does not have."""
-    size, model = tokenizer.get_vocab_size(), FLAVORS[job_config.model.flavor].vocab_size
+    size, model = tokenizer.get_vocab_size(), shape_of(job_config.model).vocab_size
     if size > model:
         raise UserError(
             f"the tokenizer of model.hf_assets_path must have at most the {model} tokens of {job_config.model.name} "
@@ -221,7 +223,7 @@ def open_source(name: str, path: str | None, split: str) -> Source:
     if name in ("c4", "c4_validation"):
         return open_c4(path or "allenai/c4", split)
     if name != "text":
-        raise UserError(f"the data set must be c4 or text, got {name!r}; to train on your own files, text")
+        raise UserError(f"the data set must be c4 or text, got {name!r}; for your own files, text")
     if path is None:
         raise UserError("the data set text needs its files; set training.dataset_path and validation.dataset_path")
     source = open_text(Path(path), split)

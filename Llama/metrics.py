@@ -8,10 +8,10 @@ import torch
 from torchtitan.components import metrics as titan
 from torchtitan.tools.utils import device_type
 
-from common import Diverged, config
-from common.runlog import RunLog, run_name
+from common import Diverged, config, launch
+from common.runlog import RunLog, run_name, write_end
 from common.timer import Timer
-from Llama.config import JobConfig
+from Llama.config import JobConfig, is_fine_tuning
 
 # Sections that make no other run: figures must not tell runs apart by them.
 BOOKKEEPING = ("job", "profiling", "metrics", "comm", "memory_estimation", "fault_tolerance", "experimental", "debug")
@@ -29,10 +29,16 @@ def record_of(settings: JobConfig) -> dict[str, Any]:
     return {"seed": settings.debug.seed, **sections}
 
 
+def work(settings: JobConfig) -> tuple[str, int]:
+    """Return what is counted, and how many a step takes: tokens, or while fine-tuning, where many are padding, rows."""
+    training = settings.training
+    if is_fine_tuning(settings):
+        return "rows", training.global_batch_size
+    return "tokens", training.global_batch_size * training.seq_len
+
+
 class MetricsProcessor(titan.MetricsProcessor):
     """torchtitan's, which also writes metrics.jsonl; `open` it once the checkpoint is loaded."""
-
-    bits_per_byte_per_nat = math.nan  # of the validation text; the validator knows it
 
     def __init__(self, job_config: JobConfig, parallel_dims, model_args=None):
         super().__init__(job_config, parallel_dims)
@@ -66,41 +72,51 @@ class _Logger(titan.BaseLogger):
         self._processor, self._inner, self._runlog = processor, inner, runlog
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
+        """Log a line of training or of validation; raises Diverged, on all ranks, where training cannot go on."""
         self._inner.log(metrics, step)
-        training = self._processor.job_config.training
-        tokens = training.global_batch_size * training.seq_len
-        kind = self._validation if "validation_metrics/loss" in metrics else self._training
-        self._runlog.log(step, {"tokens": step * tokens, **kind(metrics, step, tokens)})
+        settings = self._processor.job_config
+        training, (unit, of_a_step) = settings.training, work(settings)
+        if "validation_metrics/loss" in metrics:
+            shared = self._validation(metrics, step)
+            if step == training.steps:
+                self._end(step, shared)
+        else:
+            shared = self._training(metrics)
+            shared[f"{unit}_per_second"] = of_a_step / shared["step_ms"] * 1000  # of all ranks
+        self._runlog.log(step, {unit: step * of_a_step, **shared})
+        finite = [shared[key] for key in ("train/loss", "grad_norm") if key in shared]
+        if not all(map(math.isfinite, finite)):
+            self._end(step, {})
+            raise Diverged(
+                f"training needs finite losses and gradients, and step {step} had loss {finite[0]} and gradient norm "
+                f"{finite[1]}; start anew with a lower learning rate, or resume from the last checkpoint with one"
+            )
 
-    def _validation(self, metrics: dict[str, Any], step: int, tokens: int) -> dict[str, float]:
-        loss = metrics["validation_metrics/loss"]
-        shared = {"val/loss": loss, "val/bits_per_byte": loss * self._processor.bits_per_byte_per_nat}
+    def _end(self, step: int, validation: dict[str, float]) -> None:
+        if launch.process_rank() == 0:
+            write_end(Path(self._processor.job_config.job.dump_folder), step, validation)
+
+    def _validation(self, metrics: dict[str, Any], step: int) -> dict[str, float]:
+        shared = {"val/loss": metrics["validation_metrics/loss"]}
+        shared |= {key: value for key, value in metrics.items() if key.startswith("val/")}
         if step == 0:
             shared["optimizer_state_mb"] = sum(each.state_size() for each in self._processor.optimizers) / 1e6
         return shared
 
-    def _training(self, metrics: dict[str, Any], step: int, tokens: int) -> dict[str, float]:
-        """Translate a line of training; raises Diverged, on all ranks, where it cannot go on."""
-        loss, norm = metrics["loss_metrics/global_avg_loss"], metrics["grad_norm"]
+    def _training(self, metrics: dict[str, Any]) -> dict[str, float]:
         step_ms, optimizer_ms = self._processor.timer.medians()
         shared = {
-            "train/loss": loss,
+            "train/loss": metrics["loss_metrics/global_avg_loss"],
             "train/max_loss": metrics["loss_metrics/global_max_loss"],  # of the ranks' own means
             "lr": metrics["lr"],
-            "grad_norm": norm,
+            "grad_norm": metrics["grad_norm"],
             "step_ms": step_ms,
             "optimizer_ms": optimizer_ms,
             "data_ms": metrics["time_metrics/data_loading(s)"] * 1000,  # of one micro-batch
-            "tokens_per_second": tokens / step_ms * 1000,  # of all ranks
             "peak_memory_mb": metrics["memory/max_active(GiB)"] * 1024,
         }
         if device_type != "cpu":  # whose peak torchtitan takes for an A100's
             shared["mfu"] = metrics["mfu(%)"] / 100
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Diverged(
-                f"training needs finite losses and gradients, and step {step} had loss {loss} and gradient norm "
-                f"{norm}; start anew with a lower learning rate, or resume from the last checkpoint with one"
-            )
         return shared
 
     def close(self) -> None:

@@ -5,7 +5,9 @@
     python -m Llama.prepare Llama/train_configs/stdlib.toml     # what that config needs, if it is the first of these
 
 The folder holds train.jsonl and val.jsonl, a {"text": ...} a line, and a byte-level BPE that is trained on the first:
-tokenizer.json and tokenizer_config.json. It appears once it is whole; one that is already there is left alone.
+tokenizer.json and tokenizer_config.json. Texts are cut into documents of some thousand characters: lanes read whole
+documents (see Llama/data.py), and long ones would make neighbouring batches alike. The folder appears once it is whole;
+one that is already there is left alone.
 """
 
 import json
@@ -30,6 +32,7 @@ from common.corpus import (
     written_aside,
 )
 from common.launch import main_guard
+from Llama import arithmetic
 
 BEGIN, END = "<s>", "</s>"  # Llama-2's names for them
 META = "meta.json"
@@ -46,6 +49,8 @@ class Prepare:
     """Tokens of the BPE, at most: those of the flavor debug."""
     val_fraction: float = 0.05
     """The part kept for validation; the same files as nanoGPT's."""
+    document_length: int = 4096
+    """Characters of a document, at most but for its last line; longer texts are cut at ends of lines."""
 
 
 def prepare(config: Prepare) -> Path:
@@ -55,6 +60,8 @@ def prepare(config: Prepare) -> Path:
         raise ValueError(f"--val-fraction must be between 0 and 1, got {config.val_fraction}")
     if config.vocab_size < 258:
         raise ValueError(f"--vocab-size must be 258 or more, the bytes and two special tokens; got {config.vocab_size}")
+    if config.document_length < 1:
+        raise ValueError(f"--document-length must be at least 1, got {config.document_length}")
     root, files = library_files() if config.source == "stdlib" else local_files(Path(config.source).resolve())
     request = {**asdict(config), "out": None, "content": fingerprint(root, files)}
     with locked(folder):
@@ -66,7 +73,9 @@ def prepare(config: Prepare) -> Path:
             raise ValueError(f"{config.source} must hold UTF-8 text or .parquet, has none: convert it (iconv -t utf-8)")
         parts = split_files(root, readable, config.val_fraction)
         with written_aside(folder) as partial:
-            counts = {name: write_texts(partial / f"{name}.jsonl", parts[name]) for name in parts}
+            counts = {
+                name: write_texts(partial / f"{name}.jsonl", parts[name], config.document_length) for name in parts
+            }
             size = write_tokenizer(partial, texts(parts["train"]), config.vocab_size)
             (partial / META).write_text(json.dumps({**request, "documents": counts, "tokens": size}, indent=2) + "\n")
     print(f"{folder}: {counts['train']:,} documents for training, {counts['val']:,} for validation, {size:,} tokens")
@@ -80,7 +89,7 @@ def is_up_to_date(folder: Path, request: dict) -> bool:
     if not (folder / META).is_file():
         raise ValueError(f"{folder} must be free, or made by Llama.prepare; it has no {META}: choose another --out")
     meta = json.loads((folder / META).read_text())
-    for key in ("source", "vocab_size", "val_fraction"):
+    for key in ("source", "vocab_size", "val_fraction", "document_length"):
         if meta.get(key) != request[key]:
             raise ValueError(
                 f"{folder} was made with {key} = {meta.get(key)}, asked for is {request[key]}: remove it or choose "
@@ -96,12 +105,21 @@ def texts(parts: list[Part]) -> Iterator[str]:
             yield text
 
 
-def write_texts(path: Path, parts: list[Part]) -> int:
-    """Write JSON lines, and return how many."""
+def cut(text: str, length: int) -> Iterator[str]:
+    """Cut a text at the first end of line after every `length` characters."""
+    start = 0
+    while start < len(text):
+        stop = text.find("\n", start + length - 1) + 1 or len(text)
+        yield text[start:stop]
+        start = stop
+
+
+def write_texts(path: Path, parts: list[Part], length: int) -> int:
+    """Write documents as JSON lines, and return how many."""
     count = 0
     with path.open("w", encoding="utf-8") as file:
-        for text in texts(parts):
-            file.write(json.dumps({"text": text}) + "\n")
+        for document in (piece for text in texts(parts) for piece in cut(text, length)):
+            file.write(json.dumps({"text": document}) + "\n")
             count += 1
     return count
 
@@ -131,6 +149,8 @@ def main() -> None:
         settings = parse_config()
         if Path(settings.model.hf_assets_path) == STDLIB:
             prepare(Prepare("stdlib", out=STDLIB))
+        if settings.training.dataset_path == str(arithmetic.FOLDER):
+            arithmetic.make(arithmetic.Options())
         return
     prepare(tyro.cli(Prepare, prog="python -m Llama.prepare", description=__doc__))
 

@@ -1,6 +1,7 @@
-"""The TrainSpec "llama2": which parts of torchtitan's training are replaced, and by what."""
+"""The TrainSpecs "llama2" and "llama3.1": which parts of torchtitan's training are replaced, and by what."""
 
 from torch import nn
+from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import OptimizersContainer
@@ -11,12 +12,12 @@ from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAda
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
 from common.optimizer_config import OptimizerConfig
-from Llama.config import JobConfig
+from Llama import data, instructions
+from Llama.config import JobConfig, is_fine_tuning
 from Llama.cpu import adapt_model
-from Llama.data import build_loader
 from Llama.metrics import MetricsProcessor
 from Llama.model import FLAVORS, Llama
-from Llama.validate import FixedWindows
+from Llama.validate import FixedSequences
 from optimizers import build_optimizer
 
 
@@ -43,18 +44,27 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, settings: JobConf
     return model
 
 
-SPEC = TrainSpec(
-    model_cls=Llama,
-    model_args=FLAVORS,
-    parallelize_fn=parallelize,
-    pipelining_fn=None,
-    build_optimizers_fn=Optimizers,
-    build_lr_schedulers_fn=build_lr_schedulers,
-    build_dataloader_fn=build_loader,
-    build_tokenizer_fn=build_hf_tokenizer,
-    build_loss_fn=build_cross_entropy_loss,
-    build_validator_fn=FixedWindows,
-    build_metrics_processor_fn=MetricsProcessor,
-    state_dict_adapter=Llama3StateDictAdapter,
-)
-register_train_spec("llama2", SPEC)
+def build_loader(job_config: JobConfig, **parts) -> BaseDataLoader:
+    """Make the training batches of one data-parallel rank, of text or of instructions."""
+    kind = instructions if is_fine_tuning(job_config) else data
+    return kind.build_loader(job_config=job_config, **parts)
+
+
+for name, flavors in FLAVORS.items():
+    register_train_spec(
+        name,
+        TrainSpec(
+            model_cls=Llama,
+            model_args=flavors,
+            parallelize_fn=parallelize,
+            pipelining_fn=None,
+            build_optimizers_fn=Optimizers,
+            build_lr_schedulers_fn=build_lr_schedulers,
+            build_dataloader_fn=build_loader,
+            build_tokenizer_fn=build_hf_tokenizer,
+            build_loss_fn=build_cross_entropy_loss,
+            build_validator_fn=FixedSequences,
+            build_metrics_processor_fn=MetricsProcessor,
+            state_dict_adapter=Llama3StateDictAdapter,
+        ),
+    )

@@ -1,11 +1,12 @@
-"""Train a Llama-2 with one of the optimizers, through torchtitan.
+"""Train a Llama with one of the optimizers, through torchtitan: on text, or on instructions.
 
     torchrun --standalone --nproc-per-node 8 -m Llama.train Llama/train_configs/llama2_7b.toml
     torchrun --standalone --nproc-per-node 2 -m Llama.train Llama/train_configs/stdlib.toml --optimizer.name muon
     python -m Llama.train Llama/train_configs/stdlib.toml --job.resume
 
-The run's folder, runs/llama/GROUP/NAME, holds metrics.jsonl, config.json, checkpoint/ and wandb/. Every section and
-flag of torchtitan 0.2.2 is there, but for those that Llama/config.py replaces; --help lists them.
+Ctrl-C or SIGTERM saves and leaves. The run's folder, runs/llama/GROUP/NAME, holds metrics.jsonl, config.json,
+checkpoint/ and wandb/. Every section and flag of torchtitan 0.2.2 is there, but for those that Llama/config.py
+replaces; --help lists them.
 """
 
 import json
@@ -29,10 +30,13 @@ from Llama.metrics import name_of, record_of
 
 
 class Trainer(titan.Trainer):
-    """torchtitan's trainer, with a validation at step 0, and times."""
+    """torchtitan's trainer, with a validation at step 0, times, and an end when it is asked to stop."""
 
-    def __init__(self, job_config: JobConfig):
+    def __init__(self, job_config: JobConfig, stop_request: launch.StopRequest):
         super().__init__(job_config)
+        self.stop_request = stop_request
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.ranks = launch.Launch(rank, int(os.environ["LOCAL_RANK"]), world_size, self.device)
         self.timer = self.metrics_processor.timer
         self.optimizers.register_step_pre_hook(lambda *_: self.timer.optimizer())
         self.optimizers.register_step_post_hook(lambda *_: self.timer.stop())
@@ -53,6 +57,16 @@ class Trainer(titan.Trainer):
     def train_step(self, data_iterator) -> None:
         self.timer.start()
         super().train_step(data_iterator)
+
+    def should_continue_training(self) -> bool:
+        if not super().should_continue_training():
+            return False
+        if not self.stop_request.agreed(self.ranks):
+            return True
+        if self.step % self.job_config.checkpoint.interval:  # else it is saved
+            self.checkpointer.save(self.step, last_step=True)
+        titan.logger.warning(f"stopped after step {self.step}; the same command with --job.resume goes on")
+        return False
 
 
 def main() -> None:
@@ -93,10 +107,11 @@ def train(settings: JobConfig) -> None:
     torch.set_flush_denormal(True)  # saturated attention is subnormal: see nanoGPT/train.py
     trainer = None
     try:
-        trainer = Trainer(settings)
-        if not settings.job.resume:
-            launch.on_main(lambda: move_aside(Path(settings.job.dump_folder)))
-        trainer.train()
+        with launch.StopRequest() as stop_request:
+            trainer = Trainer(settings, stop_request)
+            if not settings.job.resume:
+                launch.on_main(lambda: move_aside(Path(settings.job.dump_folder)))
+            trainer.train()
     finally:
         if trainer:
             trainer.close()
@@ -110,6 +125,7 @@ def same_experiment(folder: Path, settings: JobConfig) -> None:
     names = [f"{section}.{key}" for section in ("optimizer", "lr_scheduler") for key in now[section]]
     names += ["model.name", "model.flavor", "training.max_norm"]
     names += [f"training.{key}" for key in ("dataset", "dataset_path", "lanes", "seq_len", "global_batch_size")]
+    names += ["fine_tuning.template", "fine_tuning.packing"]
     for name in sorted(set(names) - {"optimizer.lr", "optimizer.tuned_lr", "lr_scheduler.total_steps"}):
         section, key = name.split(".")
         old, new = was.get(section, {}).get(key), now[section][key]

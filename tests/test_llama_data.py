@@ -97,13 +97,23 @@ def test_validation_windows_match_the_same_set_for_every_run_and_count_its_bytes
     (tmp_path / "val.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in TEXTS))
     flags = ["--validation.dataset", "text", "--validation.dataset_path", str(tmp_path), "--validation.seq_len", "7"]
     flags += ["--training.lanes", "8", "--optimizer.lr", "1", "--model.flavor", "debug"]
-    windows, bytes_per_token = validation_windows(Bytes(), parse_config([*flags, "--validation.windows", "30"]))
-    again, _ = validation_windows(Bytes(), parse_config([*flags, "--validation.windows", "30", "--debug.seed", "2"]))
-    np.testing.assert_array_equal(windows, again)
-    assert windows.shape == (30, 8)
+
+    def windows(rank: slice, *more: str) -> tuple[np.ndarray, float]:
+        settings = parse_config([*flags, *more])
+        batches, bytes_per_token = validation_windows(Bytes(), settings, "text", str(tmp_path), rank)
+        return np.concatenate(
+            [np.append(inputs["input"], labels[:, -1:], 1) for inputs, labels in batches]
+        ), bytes_per_token
+
+    few = ("--validation.windows", "30", "--validation.local_batch_size", "4")
+    all_windows, bytes_per_token = windows(slice(0, None, 1), *few)
+    again, _ = windows(slice(0, None, 1), *few, "--debug.seed", "2")
+    np.testing.assert_array_equal(all_windows, again)
+    np.testing.assert_array_equal(all_windows[1::3], windows(slice(1, None, 3), *few)[0])
+    assert all_windows.shape == (30, 8)
     assert bytes_per_token == pytest.approx(sum(map(len, TEXTS)) / (sum(map(len, TEXTS)) + 80), rel=0.05)
     with pytest.raises(UserError, match=r"validation.windows must be at most the 4\d windows of 7 tokens"):
-        validation_windows(Bytes(), parse_config([*flags, "--validation.windows", "400"]))
+        windows(slice(0, None, 1), "--validation.windows", "400")
 
 
 def test_texts_of_a_folder_match_its_files(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from common.corpus import library_files, split_files
 from Llama.config import parse_config
 from Llama.prepare import Prepare, prepare
-from Llama.spec import SPEC
+from Llama.spec import build_hf_tokenizer
 
 ANY = ("--model.flavor", "debug", "--optimizer.lr", "1")
 
@@ -32,9 +32,19 @@ def test_folder_matches_the_files_split_as_every_corpus_here(source, tmp_path):
         assert texts(folder / f"{split}.jsonl") == [path.read_text() for path, _, _ in parts[split]]
 
 
+def test_documents_of_a_long_text_match_it_cut_at_ends_of_lines(source, tmp_path):
+    folder = prepare(Prepare(str(source), tmp_path / "out", vocab_size=300, document_length=100))
+    documents = texts(folder / "train.jsonl")
+    paths = [path for path, _, _ in split_files(source, sorted(source.iterdir()), 0.05)["train"]]
+    assert "".join(documents) == "".join(path.read_text() for path in paths)
+    line = len("text 10 of the files\n")
+    assert all(len(document) < 100 + line and document.endswith("\n") for document in documents)
+    assert any(len(document) >= 100 for document in documents)
+
+
 def test_tokenizer_matches_the_text_it_encodes_and_decodes(source, tmp_path):
     folder = prepare(Prepare(str(source), tmp_path / "out", vocab_size=300))
-    tokenizer = SPEC.build_tokenizer_fn(parse_config(["--model.hf_assets_path", str(folder), *ANY]))
+    tokenizer = build_hf_tokenizer(parse_config(["--model.hf_assets_path", str(folder), *ANY]))
     text = "text 7 of\n\tthe files, and é 漢 \x00"
     tokens = tokenizer.encode(text, add_bos=True, add_eos=True)
     assert (tokens[0], tokens[-1]) == (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
@@ -57,7 +67,11 @@ def test_prepare_again_leaves_a_matching_folder_alone_and_refuses_another(source
 
 
 def test_prepare_refuses_what_it_cannot_use_in_one_line(source, tmp_path):
-    for options, message in [({"val_fraction": 1.0}, "between 0 and 1"), ({"vocab_size": 100}, "258 or more")]:
+    for options, message in [
+        ({"val_fraction": 1.0}, "between 0 and 1"),
+        ({"vocab_size": 100}, "258 or more"),
+        ({"document_length": 0}, "at least 1"),
+    ]:
         with pytest.raises(ValueError, match=message):
             prepare(Prepare(str(source), tmp_path / "out", **options))
     with pytest.raises(ValueError, match=r"has no meta.json: choose another --out"):

@@ -1,8 +1,9 @@
-"""Llama through torchtitan: the same losses on every layout of ranks, and across a kill and a resume."""
+"""Llama through torchtitan: the same losses on every layout of ranks, across a kill and a resume, and fine-tuned."""
 
 import json
 import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from common import UserError
+from Llama import arithmetic
 from Llama.config import JobConfig, parse_config
 from Llama.metrics import Diverged, name_of
 from Llama.model import FLAVORS
@@ -19,12 +21,12 @@ from Llama.train import same_experiment, titan, train
 from tests.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
-STDLIB = str(ROOT / "Llama/train_configs/stdlib.toml")
+STDLIB, PAPER = (str(ROOT / f"Llama/train_configs/{name}.toml") for name in ("stdlib", "llama2_7b"))
 STEPS = 2
 # AdamW's step is elementwise: what is left is the order of sums in the model. OLion takes signs of a quintic in it,
 # of which a few of 10,000 flip with the rounding, each by the whole step. torch's norm of one large float32 tensor is
 # off by 2e-4 on CPUs, which shards of it are not.
-OPTIMIZERS = {"adamw": 1e-4, "olion": 5e-3}
+OPTIMIZERS = {"adamw": 1e-4, "olion": 5e-3, "muon": 1e-3, "adamuon": 5e-3, "lion": 5e-3}
 LAYOUTS = {  # of four ranks
     "fsdp": {},
     "hsdp": {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 2},
@@ -33,7 +35,8 @@ LAYOUTS = {  # of four ranks
     "ddp": {"data_parallel_replicate_degree": 4, "data_parallel_shard_degree": 1},
 }
 # The first step's loss and gradient know of no optimizer: they are compared tightly on every layout.
-CASES = [("olion", layout) for layout in LAYOUTS] + [("adamw", layout) for layout in ("fsdp", "ddp")]
+CASES = [("olion", layout) for layout in LAYOUTS] + [("adamw", "ddp")]
+CASES += [(name, layout) for name in ("adamw", "muon", "adamuon", "lion") for layout in ("fsdp", "fsdp x tp")]
 QUICK = {
     "model.hf_assets_path": "corpus",
     "training.dataset_path": "corpus",
@@ -53,20 +56,47 @@ QUICK = {
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compares gloo ranks; torchtitan would take the GPUs")
 
 
-def quick(folder: Path, *more: str, ranks: int = 1, **settings) -> JobConfig:
+def quick(folder: Path, *more: str, ranks: int = 1, config: str = STDLIB, **settings) -> JobConfig:
     """A quick run in `folder`; settings are torchtitan's, section__key, read once, not by every rank."""
     values = QUICK | {"job.dump_folder": "runs"} | {key.replace("__", "."): value for key, value in settings.items()}
     for key in ("model.hf_assets_path", "training.dataset_path", "validation.dataset_path", "job.dump_folder"):
         values[key] = folder / values[key]
     flags = [word for key, value in values.items() for word in (f"--{key}", str(value))]
     with mock.patch.dict(os.environ, WORLD_SIZE=str(ranks)):
-        return parse_config([STDLIB, *flags, *more])
+        return parse_config([config, *flags, *more])
+
+
+def tuning(folder: Path, base: Path, *more: str, ranks: int = 1, **settings) -> JobConfig:
+    """A quick fine-tuning, in micro-batches of one or two examples of unlike lengths."""
+    values = {
+        "training.dataset": "instructions",
+        "training.dataset_path": folder / "problems",
+        "training.seq_len": 128,
+        "training.local_batch_size": 2 // ranks,
+        "validation.dataset": "instructions",
+        "validation.dataset_path": folder / "problems",
+        "validation.pretrain_dataset": "text",
+        "validation.pretrain_path": folder / "corpus",
+        "validation.seq_len": 32,
+        "fine_tuning.template": "question",
+        "checkpoint.initial_load_path": base,
+        "optimizer.name": "adamw",
+        "optimizer.lr": 1e-2,
+    }
+    flags = [word for key, value in values.items() for word in (f"--{key}", str(value))]
+    return quick(folder, *flags, *more, ranks=ranks, **settings)
 
 
 def losses(folder: Path) -> dict[tuple[str, int], float]:
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    keys = ("train/loss", "val/loss", "grad_norm")
+    keys = ("train/loss", "val/loss", "grad_norm", "val/exact_match", "val/pretrain_loss")
     return {(key, line["step"]): line[key] for line in lines for key in keys if key in line}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def half_the_layers():
+    with mock.patch.object(FLAVORS["llama2"]["debug"], "n_layers", 2):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +122,25 @@ def _train(settings: JobConfig) -> None:
     rank = str(torch.distributed.get_rank())
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(torch.distributed.get_world_size())}
     titan.time.sleep = lambda seconds: None  # torchtitan's rank 0 waits at the end of each run
-    FLAVORS["debug"].n_layers = 2
+    FLAVORS["llama2"]["debug"].n_layers = 2
     folder = Path(settings.job.dump_folder, settings.job.group, name_of(settings))
     if settings.job.resume:
         same_experiment(folder, settings)
     train(replace(settings, job=replace(settings.job, dump_folder=str(folder))))
+
+
+@pytest.fixture(scope="module")
+def tuned(folder) -> Path:
+    """Fine-tuning runs, of one rank and of two, from what the AdamW run of one rank has learnt."""
+    arithmetic.make(arithmetic.Options(folder / "problems", train=40, val=8))
+    base = run_of(folder, "alone", "adamw")
+    with Ranks(1) as rank:
+        rank(_train, tuning(folder, base, job__group="tuned alone"))
+        rank(_train, tuning(folder, base, "--fine_tuning.packing", job__group="packed alone"))
+    with Ranks(2) as ranks:
+        ranks(_train, tuning(folder, base, ranks=2, job__group="tuned"))
+        ranks(_train, tuning(folder, base, "--fine_tuning.packing", ranks=2, job__group="packed"))
+    return folder
 
 
 def run_of(folder: Path, group: str, optimizer: str) -> Path:
@@ -125,6 +169,56 @@ def test_resume_on_one_rank_of_a_run_of_four_matches_an_uninterrupted_run(folder
     assert (run / f"checkpoint/step-{STEPS}").exists()
     expected, found = losses(run_of(folder, "alone", "adamw")), losses(run)
     assert found == pytest.approx(expected, abs=5e-4)
+
+
+def test_sigterm_saves_and_the_resumed_run_matches_an_uninterrupted_one(folder):
+    settings = {"job__group": "stopped", "optimizer__name": "adamw", "checkpoint__interval": 100}
+    with Ranks(2) as ranks:
+        ranks(_stopped, quick(folder, ranks=2, **settings))
+        run = run_of(folder, "stopped", "adamw")
+        assert {path.name for path in (run / "checkpoint").iterdir()} == {"step-1"}
+        assert max(step for _, step in losses(run)) == 1
+        ranks(_train, quick(folder, "--job.resume", ranks=2, **settings))
+    assert losses(run) == pytest.approx(losses(run_of(folder, "alone", "adamw")), abs=5e-4)
+
+
+def _stopped(settings: JobConfig) -> None:
+    """Train, with a signal in the first step to rank 1 alone, as when torchrun passes it on late."""
+    step = titan.Trainer.train_step
+
+    def stopped(*arguments) -> None:
+        step(*arguments)
+        if torch.distributed.get_rank() == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    with mock.patch.object(titan.Trainer, "train_step", stopped):
+        _train(settings)
+
+
+@pytest.mark.parametrize(("several", "alone"), [("tuned", "tuned alone"), ("packed", "packed alone")])
+def test_fine_tuning_losses_of_two_ranks_match_those_of_one(tuned, several, alone):
+    expected, found = (losses(run_of(tuned, group, "adamw")) for group in (alone, several))
+    assert expected.keys() == found.keys()
+    assert found == pytest.approx(expected, abs=5e-4)  # responses of unlike lengths: no mean of means
+    assert expected["val/loss", STEPS] < expected["val/loss", 0] - 0.1
+
+
+def test_fine_tuning_starts_from_the_loss_that_pretraining_ended_with(tuned):
+    base, run = (losses(run_of(tuned, group, "adamw")) for group in ("alone", "tuned alone"))
+    assert run["val/pretrain_loss", 0] == pytest.approx(base["val/loss", STEPS], abs=1e-5)
+    assert run["val/pretrain_loss", STEPS] != run["val/pretrain_loss", 0]
+
+
+def test_smallest_flavor_of_the_7b_config_trains_and_saves_on_four_ranks(folder):
+    """bfloat16, activation checkpoints and asynchronous saving; compilation is for GPUs."""
+    flags = "--model.flavor debug --compile.no-enable --training.dataset text --validation.dataset text".split()
+    with Ranks(4) as ranks:
+        settings = {"training__global_batch_size": 8, "validation__local_batch_size": 2, "optimizer__lr": 1e-2}
+        ranks(_train, quick(folder, *flags, ranks=4, config=PAPER, job__group="7b", **settings))
+    run = run_of(folder, "7b", "olion")
+    found = losses(run)
+    assert found["val/loss", STEPS] < found["val/loss", 0] - 0.05
+    assert {path.name for path in (run / "checkpoint").iterdir()} == {"step-1", "step-2"}
 
 
 def test_resume_refuses_another_experiment_in_one_line(folder):

@@ -1,0 +1,116 @@
+"""Make word problems in arithmetic, with answers: small instruction data to fine-tune the small Llama on.
+
+    python -m Llama.arithmetic --out data/llama_arithmetic
+
+Problems for validation have numbers that no problem for training has in this combination, so that an answer must be
+computed, and cannot be remembered. The folder holds train.jsonl and val.jsonl, {"instruction": ..., "output": ...} a
+line, the output being the equation: "7 + 12 = 19".
+"""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import tyro
+
+from common.corpus import locked, written_aside
+from common.launch import main_guard
+
+FOLDER = Path("data/llama_arithmetic")
+NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo")
+THINGS = ("books", "cards", "coins", "files", "keys", "lines", "maps", "pages")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of problem: its numbers, what is asked in one way or another, and the equation that answers it."""
+
+    numbers: list[tuple[int, int]]
+    questions: tuple[str, ...]
+    answer: Callable[[int, int], str]
+
+
+SMALL, LARGE = range(2, 10), range(2, 31)
+KINDS = (
+    Kind(
+        [*product(LARGE, LARGE)],
+        (
+            "{name} has {a} {things} and gets {b} more. How many {things} does {name} have now?",
+            "There are {a} {things} in one box and {b} in another. How many {things} are there?",
+        ),
+        lambda a, b: f"{a} + {b} = {a + b}",
+    ),
+    Kind(
+        [(a, b) for a, b in product(LARGE, LARGE) if a >= b],
+        (
+            "{name} has {a} {things} and loses {b}. How many {things} are left?",
+            "{name} has {a} {things} and {other} has {b}. How many more {things} does {name} have?",
+        ),
+        lambda a, b: f"{a} - {b} = {a - b}",
+    ),
+    Kind(
+        [*product(SMALL, SMALL)],
+        (
+            "{name} has {a} boxes with {b} {things} in each. How many {things} are there?",
+            "Each of {a} days {name} makes {b} {things}. How many {things} does {name} make?",
+        ),
+        lambda a, b: f"{a} * {b} = {a * b}",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    out: Path = FOLDER
+    """The folder to make; one that is there is left alone."""
+    train: int = 8192
+    """Problems to train on."""
+    val: int = 512
+    """Problems that are held out."""
+    seed: int = 0
+
+
+def problems(count: int, held_out: bool, seed: int) -> list[dict[str, str]]:
+    """Draw problems, no two alike, with numbers of the tenth that is held out, or of the rest."""
+    draw = random.Random(f"{seed} {held_out}")
+    splits = []
+    for kind in KINDS:
+        numbers = random.Random(seed).sample(kind.numbers, len(kind.numbers))
+        tenth = len(numbers) // 10
+        splits.append(numbers[:tenth] if held_out else numbers[tenth:])
+    found: dict[str, str] = {}
+    for _ in range(100 * count):
+        i = draw.randrange(len(KINDS))
+        a, b = draw.choice(splits[i])
+        name, other = draw.sample(NAMES, 2)
+        question = draw.choice(KINDS[i].questions)
+        question = question.format(name=name, other=other, things=draw.choice(THINGS), a=a, b=b)
+        found[question] = KINDS[i].answer(a, b)
+        if len(found) == count:
+            return [{"instruction": question, "output": answer} for question, answer in found.items()]
+    raise ValueError(f"need {count} different problems, and there are about {len(found)}: ask for fewer")
+
+
+def make(options: Options) -> Path:
+    """Write the two files, unless the folder is there, and return it."""
+    with locked(options.out):
+        if options.out.exists():
+            print(f"{options.out} is there")
+            return options.out
+        with written_aside(options.out) as partial:
+            for name, count in (("train", options.train), ("val", options.val)):
+                lines = (json.dumps(problem) + "\n" for problem in problems(count, name == "val", options.seed))
+                (partial / f"{name}.jsonl").write_text("".join(lines))
+    print(f"{options.out}: {options.train:,} problems for training, {options.val:,} for validation")
+    return options.out
+
+
+def main() -> None:
+    make(tyro.cli(Options, prog="python -m Llama.arithmetic", description=__doc__))
+
+
+if __name__ == "__main__":
+    main_guard(main)

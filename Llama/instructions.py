@@ -1,0 +1,280 @@
+"""Instructions and their responses as batches, of which only the responses are trained on.
+
+A row is one example, or several that fit into it where they are packed. Row n of an epoch, whose order is drawn from
+(seed, epoch), goes to rank n mod W, so that the batches stay where the number W of ranks changes.
+"""
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.tools.logging import logger
+from tqdm import tqdm
+
+from common import UserError, one_line
+from common.corpus import TABLES, local_files
+from common.launch import process_rank
+from Llama.config import JobConfig
+from Llama.data import SPLIT_FILES, Batch, check_tokenizer
+from Llama.templates import ROLES, TEMPLATES, Messages, Template
+
+MATH_INSTRUCT = "TIGER-Lab/MathInstruct"  # on the Hugging Face Hub; has a training split only
+WIDTH = 64  # padded rows are a multiple of this long, so that kernels see few different shapes
+CHUNK = 1024  # conversations that are tokenized together, on all cores
+
+
+class Example(NamedTuple):
+    """A conversation's tokens (n,), int32, and which of them are trained on (n,), bool."""
+
+    tokens: np.ndarray
+    trained: np.ndarray
+
+
+# ---- Examples
+
+
+def encode(conversations: list[Messages], tokenizer: HuggingFaceTokenizer, template: Template) -> list[Example]:
+    """Tokenize conversations; a prompt and a response never share a token, as in decoding they cannot."""
+    segments = [list(template.segments(messages)) for messages in conversations]
+    texts = [text for each in segments for text, _ in each]
+    encodings = iter(tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False))
+    end = tokenizer.eos_id if template.end is None else tokenizer.token_to_id(template.end)
+    examples = []
+    for each in segments:
+        tokens, trained = [tokenizer.bos_id], [False]
+        for _, is_response in each:
+            part = next(encodings).ids + [end] * is_response
+            tokens += part
+            trained += [is_response] * len(part)
+        examples.append(Example(np.array(tokens, np.int32), np.array(trained)))
+    return examples
+
+
+def fit(examples: list[Example], length: int) -> tuple[list[Example], int, int]:
+    """Cut examples to `length` inputs, that is `length` + 1 tokens.
+
+    Returns those with a response left, how many were cut, and how many had no response left.
+    """
+    cut = [Example(example.tokens[: length + 1], example.trained[: length + 1]) for example in examples]
+    kept = [example for example in cut if example.trained.any()]
+    return kept, sum(len(example.tokens) > length + 1 for example in examples), len(cut) - len(kept)
+
+
+def read_examples(tokenizer: HuggingFaceTokenizer, settings: JobConfig, split: str) -> list[Example]:
+    """Read and tokenize the examples of a split, and say how many were cut.
+
+    Raises UserError for a template that the tokenizer has no tokens for, rows that are no conversation, and a hub
+    that cannot be reached.
+    """
+    check_tokenizer(tokenizer, settings)
+    template = TEMPLATES[settings.fine_tuning.template]
+    check_tokens(tokenizer, template, settings)
+    section = settings.training if split == "train" else settings.validation
+    conversations = open_conversations(section.dataset, section.dataset_path, split, settings.fine_tuning.held_out)
+    examples = []
+    with tqdm(desc=f"tokenizing {section.dataset}, {split}", unit="", disable=process_rank() > 0) as bar:
+        while chunk := list(islice(conversations, CHUNK)):
+            examples += encode(chunk, tokenizer, template)
+            bar.update(len(chunk))
+    length = settings.training.seq_len
+    kept, cut, lost = fit(examples, length)
+    if not kept:
+        raise UserError(
+            f"{section.dataset_path or section.dataset} must hold examples whose response begins within "
+            f"training.seq_len {length} tokens; none of {len(examples)} does"
+        )
+    logger.info(
+        f"{split}: {len(examples):,} examples; {cut:,} were longer than {length} tokens and cut, {lost:,} of them "
+        "before their response, and left out"
+    )
+    return kept
+
+
+def check_tokens(tokenizer: HuggingFaceTokenizer, template: Template, settings: JobConfig) -> None:
+    """Refuse a template with tokens that the tokenizer does not have."""
+    folder, name = settings.model.hf_assets_path, settings.fine_tuning.template
+    wanted = {"its end of text" if template.end is None else template.end: template.end or tokenizer.eos_token}
+    wanted["its begin of text"] = tokenizer.bos_token
+    for what, token in wanted.items():
+        if token is None or tokenizer.token_to_id(token) is None:
+            raise UserError(
+                f"the template {name} needs a tokenizer with {what}, which {folder} lacks; set "
+                "fine_tuning.template, or name the model's own tokenizer"
+            )
+
+
+# ---- Conversations
+
+
+def open_conversations(name: str, path: str | None, split: str, held_out: int) -> Iterator[Messages]:
+    """Read the conversations of "mathinstruct", or the "instructions" of local files."""
+    if name == "instructions":
+        return (conversation(row, where) for where, row in local_rows(path, split))
+    rows = load_math_instruct(path or MATH_INSTRUCT).train_test_split(held_out, seed=0)[
+        "train" if split == "train" else "test"
+    ]
+    return (conversation(row, f"{path or MATH_INSTRUCT}, row {i}") for i, row in enumerate(rows))
+
+
+def load_math_instruct(path: str) -> Any:
+    """Fetch MathInstruct (a datasets.Dataset) from the Hub, or from its copy at `path`."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, split="train")
+    except Exception as error:  # the Hub's failures share no narrower class
+        raise UserError(
+            f"mathinstruct ({path}) is not reachable ({one_line(error)[:100]}): where there is no internet, set "
+            "dataset_path to a copy of the data set, or train on local files (dataset instructions)"
+        ) from error
+
+
+def local_rows(path: str | None, split: str) -> Iterator[tuple[str, Any]]:
+    """Read the rows of .jsonl and .parquet files, and where each stands."""
+    if path is None:
+        raise UserError(
+            "the data set instructions needs its files; set training.dataset_path and validation.dataset_path"
+        )
+    folder = Path(path)
+    _, files = local_files(folder / SPLIT_FILES[split] if (folder / SPLIT_FILES[split]).is_file() else folder)
+    tables = [file for file in files if file.suffix in TABLES]
+    if not tables:
+        raise UserError(f"{path} must hold .jsonl or .parquet files of instructions, holds none")
+    for file in tables:
+        if file.suffix == ".parquet":
+            from pyarrow import parquet  # only such files need it
+
+            rows = parquet.read_table(file).to_pylist()
+            yield from ((f"{file}, row {i}", row) for i, row in enumerate(rows))
+            continue
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    yield f"{file}, line {number}", json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{file}, line {number} must be JSON, one object a line: {error}") from error
+
+
+def conversation(row: Any, where: str) -> Messages:
+    """Return a row's messages: its "messages", or its "instruction" (with its "input") and "output"."""
+    if not isinstance(row, dict):
+        raise UserError(f'{where} must be an object with "instruction" and "output", or "messages"; got {row!r:.60}')
+    messages = row.get("messages")
+    if messages is None:
+        missing = [key for key in ("instruction", "output") if not isinstance(row.get(key), str)]
+        if missing:
+            raise UserError(
+                f'{where} must have "instruction" and "output" texts, or "messages"; {missing[0]!r} is missing from '
+                f"{sorted(row)}"
+            )
+        question = "\n".join(filter(None, [row["instruction"], row.get("input")]))
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+    well_formed = isinstance(messages, list) and all(
+        isinstance(each, dict) and each.get("role") in ROLES and isinstance(each.get("content"), str)
+        for each in messages
+    )
+    if not well_formed or not any(each["role"] == "assistant" for each in messages):
+        raise UserError(
+            f'{where}: each of "messages" must have a "role", one of {", ".join(ROLES)}, and a text as "content", and '
+            "one be the assistant's"
+        )
+    return messages
+
+
+# ---- Rows and batches
+
+
+def rows_of_epoch(lengths: np.ndarray, order: np.ndarray, packing: bool, room: int) -> list[list[int]]:
+    """Put examples of `lengths` inputs into rows, in order: one a row, or as many as `room` inputs take."""
+    if not packing:
+        return [[int(i)] for i in order]
+    rows, used = [], room
+    for i in order:
+        if used + lengths[i] > room:
+            rows.append([])
+            used = 0
+        rows[-1].append(int(i))
+        used += lengths[i]
+    return rows
+
+
+def to_batch(rows: list[list[Example]], packing: bool, room: int) -> Batch:
+    """Lay rows out as inputs (b, T) and labels (b, T), one token later, where only responses are not ignored.
+
+    T is the longest row's, rounded up, or `room` of packed rows; these have "positions" (b, T), too, which begin
+    anew with each example: Llama.model attends within examples by them.
+    """
+    longest = max(sum(len(example.tokens) - 1 for example in row) for row in rows)
+    length = room if packing else min(-(-longest // WIDTH) * WIDTH, room)
+    inputs, labels = torch.zeros(len(rows), length, dtype=torch.int64), torch.full((len(rows), length), IGNORE_INDEX)
+    positions = torch.arange(length).repeat(len(rows), 1)
+    for row, examples in enumerate(rows):
+        start = 0
+        for tokens, trained in examples:
+            here = slice(start, start := start + len(tokens) - 1)
+            inputs[row, here] = torch.from_numpy(tokens[:-1])
+            labels[row, here] = torch.from_numpy(np.where(trained[1:], tokens[1:], IGNORE_INDEX))
+            positions[row, here] = torch.arange(len(tokens) - 1)
+        positions[row, start:] = torch.arange(length - start)
+    return {"input": inputs, **({"positions": positions} if packing else {})}, labels
+
+
+class Loader(BaseDataLoader):
+    """The batches of one rank, without end; the state is where all ranks are together."""
+
+    def __init__(self, examples: list[Example], settings: JobConfig, rank: int, ranks: int):
+        self._examples, self._settings, self._rank, self._ranks = examples, settings, rank, ranks
+        self._lengths = np.array([len(example.tokens) - 1 for example in examples])
+        self.load_state_dict({"epoch": 0, "row": 0})
+
+    def __iter__(self) -> Iterator[Batch]:
+        training, packing = self._settings.training, self._settings.fine_tuning.packing
+        while True:
+            rows = [self._next() for _ in range(self._ranks * training.local_batch_size)]
+            mine = [[self._examples[i] for i in row] for row in rows[self._rank :: self._ranks]]
+            yield to_batch(mine, packing, training.seq_len)
+
+    def _next(self) -> list[int]:
+        if self._row == len(self._rows):
+            self.load_state_dict({"epoch": self._epoch + 1, "row": 0})
+        self._row += 1
+        return self._rows[self._row - 1]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self._epoch, "row": self._row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._epoch, self._row = state["epoch"], state["row"]
+        order = np.random.default_rng([self._settings.debug.seed, self._epoch]).permutation(len(self._examples))
+        packing, room = self._settings.fine_tuning.packing, self._settings.training.seq_len
+        self._rows = rows_of_epoch(self._lengths, order, packing, room)
+
+
+def build_loader(dp_world_size: int, dp_rank: int, tokenizer: HuggingFaceTokenizer, job_config: JobConfig) -> Loader:
+    """Make the training batches of one data-parallel rank."""
+    return Loader(read_examples(tokenizer, job_config, "train"), job_config, dp_rank, dp_world_size)
+
+
+def validation_rows(tokenizer: HuggingFaceTokenizer, job_config: JobConfig, mine: slice) -> list[Batch]:
+    """Read the batches of one rank of the validation set, an example a row; the first `windows` of the set.
+
+    Raises UserError where the set holds fewer.
+    """
+    validation, training = job_config.validation, job_config.training
+    examples = read_examples(tokenizer, job_config, "validation")
+    if len(examples) < validation.windows:
+        raise UserError(
+            f"validation.windows must be at most the {len(examples)} examples that "
+            f"{validation.dataset_path or validation.dataset} holds for validation; got {validation.windows}"
+        )
+    rows = [[example] for example in examples[: validation.windows][mine]]
+    size = validation.local_batch_size
+    packing = job_config.fine_tuning.packing  # the model then wants positions
+    return [to_batch(rows[start : start + size], packing, training.seq_len) for start in range(0, len(rows), size)]
