@@ -17,7 +17,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torchtitan.components.dataloader import BaseDataLoader
-from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 
 from common import UserError, one_line
 from common.corpus import local_files
@@ -161,7 +161,6 @@ def to_batch(rows: np.ndarray) -> Batch:
 
 def build_loader(dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig) -> Loader:
     """Make the training batches of one data-parallel rank."""
-    check_tokenizer(tokenizer, job_config)
     training = job_config.training
     source = open_source(training.dataset, training.dataset_path, "train")
 
@@ -194,14 +193,23 @@ def validation_windows(
     return batches, lane.bytes_read / lane.tokens_read
 
 
-def check_tokenizer(tokenizer: BaseTokenizer, job_config: JobConfig) -> None:
-    """Refuse a tokenizer with tokens that the model does not have."""
-    size, model = tokenizer.get_vocab_size(), shape_of(job_config.model).vocab_size
-    if size > model:
+def build_tokenizer(job_config: JobConfig) -> HuggingFaceTokenizer:
+    """Read the tokenizer of model.hf_assets_path; UserError where there is none, or one that the model cannot use."""
+    folder, model = Path(job_config.model.hf_assets_path), job_config.model
+    missing = [name for name in ("tokenizer.json", "tokenizer_config.json") if not (folder / name).is_file()]
+    if missing:
         raise UserError(
-            f"the tokenizer of model.hf_assets_path must have at most the {model} tokens of {job_config.model.name} "
-            f"{job_config.model.flavor}; {job_config.model.hf_assets_path} has {size}: name the model's own tokenizer"
+            f"model.hf_assets_path must hold tokenizer.json and tokenizer_config.json; {folder} has no {missing[0]}: "
+            "download them (hf download meta-llama/... --local-dir FOLDER), or make some (python -m Llama.prepare)"
         )
+    tokenizer = HuggingFaceTokenizer(str(folder))
+    size, most = tokenizer.get_vocab_size(), shape_of(model).vocab_size
+    if size > most:
+        raise UserError(
+            f"the tokenizer of model.hf_assets_path must have at most the {most} tokens of {model.name} "
+            f"{model.flavor}; {folder} has {size}: name the model's own tokenizer"
+        )
+    return tokenizer
 
 
 # ---- Data sets

@@ -22,7 +22,7 @@ from common import UserError, one_line
 from common.corpus import TABLES, local_files
 from common.launch import process_rank
 from Llama.config import JobConfig
-from Llama.data import SPLIT_FILES, Batch, check_tokenizer
+from Llama.data import SPLIT_FILES, Batch
 from Llama.templates import ROLES, TEMPLATES, Messages, Template
 
 MATH_INSTRUCT = "TIGER-Lab/MathInstruct"  # on the Hugging Face Hub; has a training split only
@@ -73,7 +73,6 @@ def read_examples(tokenizer: HuggingFaceTokenizer, settings: JobConfig, split: s
     Raises UserError for a template that the tokenizer has no tokens for, rows that are no conversation, and a hub
     that cannot be reached.
     """
-    check_tokenizer(tokenizer, settings)
     template = TEMPLATES[settings.fine_tuning.template]
     check_tokens(tokenizer, template, settings)
     section = settings.training if split == "train" else settings.validation

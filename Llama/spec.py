@@ -5,7 +5,6 @@ from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import OptimizersContainer
-from torchtitan.components.tokenizer import build_hf_tokenizer
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3 import parallelize_llama
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
@@ -61,7 +60,7 @@ for name, flavors in FLAVORS.items():
             build_optimizers_fn=Optimizers,
             build_lr_schedulers_fn=build_lr_schedulers,
             build_dataloader_fn=build_loader,
-            build_tokenizer_fn=build_hf_tokenizer,
+            build_tokenizer_fn=data.build_tokenizer,
             build_loss_fn=build_cross_entropy_loss,
             build_validator_fn=FixedSequences,
             build_metrics_processor_fn=MetricsProcessor,

@@ -35,7 +35,7 @@ def local_files(source: Path) -> tuple[Path, list[Path]]:
     if source.is_file():
         return source.parent, [source]
     if not source.is_dir():
-        raise FileNotFoundError(f"the source must be stdlib, openwebtext, a file or a folder: no {source} here")
+        raise FileNotFoundError(f"the source must be a file, a folder or a name that --help lists: no {source} here")
     files = [path for path in source.rglob("*") if path.is_file() and path.stat().st_size]
     files = [path for path in files if not any(p.startswith(".") for p in path.relative_to(source).parts)]
     if not files:

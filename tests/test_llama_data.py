@@ -5,7 +5,6 @@ import itertools
 import datasets
 import numpy as np
 import pytest
-import torch
 
 from common import UserError
 from Llama.config import parse_config
@@ -14,11 +13,13 @@ from Llama.data import (
     Loader,
     LocalDocuments,
     StreamedDocuments,
-    check_tokenizer,
+    build_tokenizer,
     open_source,
     read,
     validation_windows,
 )
+from Llama.model import FLAVORS
+from Llama.prepare import Prepare, prepare
 
 LENGTH, LANES = 7, 4
 TEXTS = [chr(97 + i % 26) * (i % 11 + 1) for i in range(40)]
@@ -143,16 +144,14 @@ def test_data_that_cannot_be_read_refuses_in_one_line(tmp_path, monkeypatch):
         open_source("c4", None, "train")
 
 
-def test_tokenizer_with_more_tokens_than_the_model_refuses(monkeypatch):
-    settings = parse_config(["--model.flavor", "debug", "--optimizer.lr", "1"])
-    check_tokenizer(Bytes(), settings)
-    monkeypatch.setattr(Bytes, "get_vocab_size", lambda self: 5000)
-    with pytest.raises(UserError, match="at most the 4096 tokens of llama2 debug; data/llama2 has 5000"):
-        check_tokenizer(Bytes(), settings)
-
-
-def test_batches_match_their_windows_shifted_by_one_token():
-    inputs, labels = next(iter(loader(local(), 0, 1)))
-    assert inputs["input"].dtype == labels.dtype == torch.int64
-    assert inputs["input"].shape == labels.shape == (1, LENGTH)
-    torch.testing.assert_close(inputs["input"][0, 1:], labels[0, :-1])
+def test_tokenizer_that_is_missing_or_has_more_tokens_than_the_model_refuses(tmp_path, monkeypatch):
+    settings = parse_config(["--model.flavor", "debug", "--model.hf_assets_path", str(tmp_path), "--optimizer.lr", "1"])
+    with pytest.raises(UserError, match=r"must hold tokenizer.json .*; .* has no tokenizer.json: download them"):
+        build_tokenizer(settings)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.txt").write_text("some text\n" * 9)
+    settings.model.hf_assets_path = str(prepare(Prepare(str(tmp_path / "text"), tmp_path / "made", vocab_size=260)))
+    assert build_tokenizer(settings).get_vocab_size() == 260
+    monkeypatch.setattr(FLAVORS["llama2"]["debug"], "vocab_size", 259)
+    with pytest.raises(UserError, match=r"at most the 259 tokens of llama2 debug; .*made has 260"):
+        build_tokenizer(settings)

@@ -7,8 +7,8 @@ import pytest
 
 from common.corpus import library_files, split_files
 from Llama.config import parse_config
+from Llama.data import build_tokenizer
 from Llama.prepare import Prepare, prepare
-from Llama.spec import build_hf_tokenizer
 
 ANY = ("--model.flavor", "debug", "--optimizer.lr", "1")
 
@@ -44,7 +44,7 @@ def test_documents_of_a_long_text_match_it_cut_at_ends_of_lines(source, tmp_path
 
 def test_tokenizer_matches_the_text_it_encodes_and_decodes(source, tmp_path):
     folder = prepare(Prepare(str(source), tmp_path / "out", vocab_size=300))
-    tokenizer = build_hf_tokenizer(parse_config(["--model.hf_assets_path", str(folder), *ANY]))
+    tokenizer = build_tokenizer(parse_config(["--model.hf_assets_path", str(folder), *ANY]))
     text = "text 7 of\n\tthe files, and é 漢 \x00"
     tokens = tokenizer.encode(text, add_bos=True, add_eos=True)
     assert (tokens[0], tokens[-1]) == (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
@@ -76,7 +76,7 @@ def test_prepare_refuses_what_it_cannot_use_in_one_line(source, tmp_path):
             prepare(Prepare(str(source), tmp_path / "out", **options))
     with pytest.raises(ValueError, match=r"has no meta.json: choose another --out"):
         prepare(Prepare(str(source), source))
-    with pytest.raises(FileNotFoundError, match="the source must be stdlib"):
+    with pytest.raises(FileNotFoundError, match="the source must be a file"):
         prepare(Prepare(str(tmp_path / "nowhere"), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

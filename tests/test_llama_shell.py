@@ -62,10 +62,38 @@ def test_script_of_the_7b_run_starts_its_config_on_all_gpus_and_stops_where_that
     assert prepare == f"8 -m Llama.prepare {config} --training.steps 9 --job.group llama2_7b"
     assert "-m common.torchrun --nproc-per-node 8 --nnodes 1 " in train
     assert train.endswith(f"-m Llama.train {config} --optimizer.name olion --training.steps 9 --job.group llama2_7b")
-    assert draw.endswith("-m scripts.figures runs/llama/llama2_7b --out images/llama_llama2_7b.png")
+    assert draw.endswith("-m scripts.figures runs/llama/llama2_7b --out images/llama_llama2_7b.png --metric val/loss")
     done = bash(checkout, script, REFUSED="Llama.prepare", **environment)
     assert done.returncode == 1
     assert "-m Llama.prepare" in (checkout / "asked").read_text().splitlines()[-1]
+
+
+def test_script_of_fine_tuning_pretrains_once_and_starts_from_what_it_finds(checkout):
+    """With an interpreter that writes down what it is asked, and leaves a finished run where one is trained."""
+    python = checkout / "python"
+    base = checkout / "runs/llama/sft_base/adamw-lr1e-3-s1"
+    python.write_text(
+        f'#!/bin/sh\necho "$*" >> {checkout}/asked\ncase "$*" in *Llama.train*sft_base*)\n'
+        f"  mkdir -p {base}; echo > {base}/finished.json ;;\nesac\n"
+    )
+    python.chmod(0o755)
+    script = str(checkout / "Llama/run_sft.sh")
+    environment = {"PYTHON": str(python), "NGPU": "2", "OMP_NUM_THREADS": "1", "OPTIMIZERS": "muon"}
+    tuned = "Llama/train_configs/sft_arithmetic.toml --optimizer.name muon --checkpoint.initial_load_path "
+    for attempt, base_runs in enumerate((1, 1)):
+        done = bash(checkout, script, "--training.steps", "9", **environment)
+        assert done.returncode == 0, done.stderr
+        asked = (checkout / "asked").read_text().splitlines()
+        assert (
+            sum("Llama.train " in line and "stdlib.toml --optimizer.name adamw" in line for line in asked) == base_runs
+        )
+        assert (
+            sum(tuned + "runs/llama/sft_base/adamw-lr1e-3-s1 --training.steps 9" in line for line in asked)
+            == attempt + 1
+        )
+    assert asked[-1].endswith("--metric val/loss val/exact_match val/pretrain_loss")
+    bash(checkout, script, BASE="weights", **environment)
+    assert tuned + "weights --job.group sft_arithmetic" in (checkout / "asked").read_text()
 
 
 def test_torchrun_matches_the_exit_status_of_the_rank_that_failed(checkout):

@@ -237,7 +237,7 @@ def test_diverged_run_and_missing_tokenizer_refuse_on_all_ranks_and_leave_the_ru
     before = (run / "metrics.jsonl").read_text()
     with Ranks(2) as ranks:
         for settings, error in [
-            ({"model__hf_assets_path": "nowhere"}, "Tokenizer path"),
+            ({"model__hf_assets_path": "nowhere"}, "model.hf_assets_path must hold tokenizer.json"),
             ({"job__group": "diverged", "optimizer__lr": 1e30}, "training needs finite losses and gradients, and step"),
         ]:
             for said in ranks(_refused, quick(folder, ranks=2, **{"job__group": "alone"} | settings)):
@@ -247,6 +247,6 @@ def test_diverged_run_and_missing_tokenizer_refuse_on_all_ranks_and_leave_the_ru
 
 
 def _refused(settings: JobConfig) -> str:
-    with pytest.raises((Diverged, FileNotFoundError)) as refused:
+    with pytest.raises((Diverged, UserError)) as refused:
         _train(settings)
     return str(refused.value)

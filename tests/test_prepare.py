@@ -218,7 +218,7 @@ def test_command_refuses_a_missing_source_in_one_line(tmp_path):
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: the source must be stdlib, openwebtext, a file or a folder")
+    assert done.stderr.startswith("error: the source must be a file, a folder or a name that --help lists")
     assert done.stderr.count("\n") == 1
 
 
