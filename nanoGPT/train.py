@@ -22,14 +22,15 @@ from torch import nn
 from tqdm import tqdm
 
 from common import Diverged, UserError, checkpoint, config, launch
+from common.checkpoint_folder import CheckpointConfig
 from common.config import at_least
 from common.optimizer_config import OptimizerConfig
+from common.parallel import ParallelConfig, autocast, clip_gradient, distribute, synchronizing
 from common.runlog import RunLog, move_aside, run_name, write_end
-from common.schedule import multiplier
+from common.schedule import ScheduleConfig, multiplier
 from common.timer import Timer
 from nanoGPT import data
 from nanoGPT.model import GPT, GPTConfig
-from nanoGPT.parallel import ParallelConfig, autocast, clip_gradient, distribute, synchronizing
 from optimizers import RuleOptimizer, build_optimizer, count_bytes
 from optimizers.rule import rule_named
 
@@ -62,22 +63,6 @@ class Optimizer(OptimizerConfig):
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
-    """The learning rate over the run, as a multiple of the peak."""
-
-    warmup: int = 2000
-    """Steps of linear warm-up."""
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up."""
-    floor: float = 0.1
-    """Fraction of the peak at the end; a fraction, so that a swept rate scales its whole schedule."""
-
-    def __post_init__(self):
-        at_least(0, self, "warmup")
-        multiplier(0, steps=1, **vars(self))  # refuses the rest
-
-
-@dataclass(frozen=True)
 class EvalConfig:
     """Validation, always on the same windows."""
 
@@ -88,20 +73,6 @@ class EvalConfig:
 
     def __post_init__(self):
         at_least(1, self, "every", "windows")
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """What can be resumed."""
-
-    every: int = 1000
-    """Steps between checkpoints, and one at the end; 0 writes none."""
-    keep: int = 2
-    """Newest checkpoints that are kept."""
-
-    def __post_init__(self):
-        at_least(0, self, "every")
-        at_least(1, self, "keep")
 
 
 @dataclass(frozen=True)

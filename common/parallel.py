@@ -1,4 +1,4 @@
-"""How a GPT lies on the ranks: whole on each (DDP), in shards (FSDP), or in shards within groups of ranks (HSDP).
+"""How a model lies on the ranks: whole on each (DDP), in shards (FSDP), or in shards within groups of ranks (HSDP).
 
     network = distribute(model, settings, ranks, torch.bfloat16)
     with synchronizing(network, last_micro_batch), autocast(network, torch.bfloat16, ranks): ...
@@ -20,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import UserError, launch
 from common.config import ConfigError, at_least
-from nanoGPT.model import GPT
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,9 @@ class ParallelConfig:
 
 
 def distribute(
-    model: GPT, settings: ParallelConfig, ranks: launch.Launch, dtype: torch.dtype, compile: bool = False
+    model: nn.Module, settings: ParallelConfig, ranks: launch.Launch, dtype: torch.dtype, compile: bool = False
 ) -> nn.Module:
-    """Put the model on the ranks' devices; returns the network to train: itself, compiled, or under DDP.
+    """Put a model with `blocks` on the ranks' devices; returns the network to train: itself, compiled, or under DDP.
 
     A single process holds all, whatever the mode. In shards the parameters are DTensors; a block's are gathered in
     `dtype` while it computes, and gradients are averaged in fp32 or more.
@@ -67,7 +66,7 @@ def _mesh(settings: ParallelConfig, ranks: launch.Launch) -> DeviceMesh:
     return launch.device_mesh(ranks, replicate=ranks.world_size // shard, shard=shard)
 
 
-def _shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype, compile: bool) -> GPT:
+def _shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, compile: bool) -> nn.Module:
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
     for block in model.blocks:
         if compile:
@@ -92,7 +91,7 @@ def autocast(network: nn.Module, dtype: torch.dtype, ranks: launch.Launch) -> Ab
     return torch.autocast(ranks.device.type, dtype, enabled=enabled)
 
 
-def clip_gradient(model: GPT, limit: float) -> float:
+def clip_gradient(model: nn.Module, limit: float) -> float:
     """Scale the gradient down to this norm, where it is larger; returns the norm before, the same on every rank."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
