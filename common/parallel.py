@@ -8,7 +8,7 @@ Optimizer and checkpoints need not be told: parameters in shards are DTensors, w
 
 import contextlib
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -37,10 +37,17 @@ class ParallelConfig:
             raise ConfigError(f"parallel.shard is of mode hsdp; got {self.shard} with {self.mode}: leave it 0")
 
 
-def distribute(
+def precision(dtype: str, ranks: launch.Launch) -> torch.dtype:
+    """Return the dtype that a config's word means; auto is bfloat16 on GPUs and float32 elsewhere."""
+    if dtype == "auto":
+        return torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    return getattr(torch, dtype)
+
+
+def place(
     model: nn.Module, settings: ParallelConfig, ranks: launch.Launch, dtype: torch.dtype, compile: bool = False
 ) -> nn.Module:
-    """Put a model with `blocks` on the ranks' devices; returns the network to train: itself, compiled, or under DDP.
+    """Put a model with `blocks` on the ranks' devices, whole or in shards, as is enough where nothing trains it.
 
     A single process holds all, whatever the mode. In shards the parameters are DTensors; a block's are gathered in
     `dtype` while it computes, and gradients are averaged in fp32 or more.
@@ -49,11 +56,18 @@ def distribute(
     """
     if settings.mode != "ddp" and ranks.world_size > 1:
         return _shard(model, _mesh(settings, ranks), dtype, compile)
-    network = model.to(ranks.device)
-    if compile:
-        network = torch.compile(network)
-    if ranks.world_size > 1:
-        network = DistributedDataParallel(network, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
+    model = model.to(ranks.device)
+    return torch.compile(model) if compile else model
+
+
+def distribute(
+    model: nn.Module, settings: ParallelConfig, ranks: launch.Launch, dtype: torch.dtype, compile: bool = False
+) -> nn.Module:
+    """Place a model; returns the network to train: itself, compiled, or under DDP."""
+    network = place(model, settings, ranks, dtype, compile)
+    if settings.mode == "ddp" and ranks.world_size > 1:
+        devices = [ranks.device] if ranks.device.type == "cuda" else None
+        network = DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)  # they are constants
     return network
 
 
@@ -72,8 +86,8 @@ def _shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, compile: bool
         if compile:
             block.compile()  # inside the gathering, which torch.compile cannot trace
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    # The rest is one group, so that the embedding and the head stay one tensor.
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    # The rest is one group, so that the embedding and the head stay one tensor; times (SiT's) go in unrounded.
+    return fully_shard(model, mesh=mesh, mp_policy=replace(policy, cast_forward_inputs=False))
 
 
 def synchronizing(network: nn.Module, synchronize: bool) -> AbstractContextManager:
