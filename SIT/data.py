@@ -144,7 +144,8 @@ def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
 
 def take(items: Items, indices: Sequence[int], seed: int) -> dict[str, Tensor]:
     """Fetch chosen items, with randomness that (seed, index) fixes: validation on what stays the same."""
-    return items.fetch(indices, [(seed, index) for index in indices])
+    # Four numbers, the last not 0: to numpy (3, 1) is (3, 1, 0), the seed of a training row.
+    return items.fetch(indices, [(seed, index, 0, 1) for index in indices])
 
 
 def move(fetched: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:

@@ -52,9 +52,6 @@ class Convert:
     workers: int = CORE_COUNT
     """Threads."""
 
-    def __post_init__(self):
-        at_least(1, self, "size", "workers")
-
 
 @dataclass(frozen=True)
 class Encode:
@@ -77,9 +74,6 @@ class Encode:
     workers: int = 8
     """Threads of a rank that read images."""
 
-    def __post_init__(self):
-        at_least(1, self, "batch_size", "workers")
-
 
 @dataclass(frozen=True)
 class Digits:
@@ -94,6 +88,7 @@ class Digits:
 
 def convert(config: Convert) -> Path:
     """Write DIR/images, and return it; raises UserError for a source without class folders or with a corrupt image."""
+    at_least(1, config, "size", "workers")
     folder = config.out / IMAGES
     sources = list_files(config.source, IMAGE_SUFFIXES)
     outside = sorted(file for file in sources.values() if "/" not in file)
@@ -161,13 +156,14 @@ def encode(config: Encode, vae: VAE | None = None) -> Path:
     vae: instead of the one that the config names.
     Raises UserError for images that are missing, corrupt or not of one shape, and where the disk is too small.
     """
+    at_least(1, config, "batch_size", "workers")
     ranks = launch.start(config.device, timeout_s=LONGEST_WAIT_S)
-    vae = (vae or load_vae(config.vae, config.vae_folder)).to(ranks.device)
     folder = (config.out or config.folder) / (FLIPPED if config.flip else LATENTS)
     labels = sorted(read_labels(config.folder / IMAGES)[0].values())  # (path, class) of each image
     files = [file for file, _ in labels]
     batches = [files[start : start + config.batch_size] for start in range(0, len(files), config.batch_size)]
     shape = read_image(config.folder / IMAGES / files[0]).shape  # (3, side, side)
+    vae = (vae or load_vae(config.vae, config.vae_folder)).to(ranks.device)
     todo = launch.on_main(lambda: plan(config, vae, folder, batches, shape))  # before any rank writes
     mine = [batches[number] for number in todo[ranks.rank :: ranks.world_size]]
     for batch, pixels in read_images(config, mine, shape, ranks.is_main):

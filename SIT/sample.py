@@ -4,7 +4,8 @@
     torchrun --standalone --nproc-per-node 8 -m SIT.sample RUN --count 50000 --method sde --steps 250 \
         --guidance 1.8 --interval 0 0.7 --npz                            # and the file that ADM's evaluator reads
 
-Image i has its own noise, drawn from (seed, i), and the class i mod n_class, so that neither depends on the ranks.
+Image i has noise of its own, drawn from (seed, i), and the class i mod n_class: it depends neither on the ranks nor on
+the batch, up to rounding.
 """
 
 import json
@@ -71,10 +72,13 @@ def labels_of(numbers: list[int], n_class: int) -> Tensor:
     return torch.tensor([number % n_class for number in numbers])
 
 
-def noise_of(numbers: list[int], shape: tuple[int, ...], seed: int) -> Tensor:
-    """Draw each image's own noise: (len(numbers), *shape)."""
-    generators = (torch.Generator().manual_seed(seed * 2**32 + number) for number in numbers)
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+def seeded(*place: int) -> torch.Generator:
+    """Return the generator of a place in the project's numbers, such as (seed, step).
+
+    They are mixed into the 32 bits that torch's generator on the CPU reads of a seed; of seed * 2**32 + step it would
+    read the step alone.
+    """
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
 
 @torch.no_grad()
@@ -88,15 +92,16 @@ def draw(
     config: ModelConfig = model.config
     path, prediction = transport.Path(objective["path"]), objective["prediction"]
     y = labels_of(numbers, config.n_class).to(device)
-    noise = noise_of(numbers, (config.channels, config.input_size, config.input_size), seed).to(device)
+    generators = [seeded(seed, number) for number in numbers]
+    shape = (len(numbers), config.channels, config.input_size, config.input_size)
+    noise = transport.normal_like(torch.zeros(shape, device=device), generators)
 
     def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return transport.to_velocity(model(x, t, y)[0], x, t, path, prediction)
 
     guided = transport.guided(velocity, y, config.n_class, sampler.guidance, sampler.interval)
     if sampler.method == "sde":
-        generator = torch.Generator().manual_seed(seed * 2**32 + 2**31 + numbers[0])
-        return transport.sample_sde(guided, noise, sampler.steps, path, generator)
+        return transport.sample_sde(guided, noise, sampler.steps, path, generators)
     return transport.sample_ode(guided, noise, sampler.steps, sampler.method)
 
 
@@ -126,9 +131,10 @@ def open_decoder(kind: str, vae_folder: str, device: torch.device) -> Decode:
 def load_run(folder: Path, device: torch.device) -> tuple[SiT, dict[str, Any]]:
     """Read a run's config and its newest average of weights, whichever layout it was trained in."""
     record = folder / "config.json"
-    if not record.is_file() or json.loads(record.read_text())["experiment"] != "sit":
-        raise UserError(f"what is sampled is the folder of a SIT run; {folder} is none (it needs config.json)")
-    settings = json.loads(record.read_text())["config"]
+    content = json.loads(record.read_text()) if record.is_file() else {}
+    if content.get("experiment") != "sit":
+        raise UserError(f"need the folder of a SIT run, with config.json and checkpoints; {folder} is none")
+    settings = content["config"]
     config = ModelConfig(**settings["model"])
     both = nn.ModuleDict({"model": SiT(config), "average": SiT(config)})
     if checkpoint.load(folder / "checkpoints", both) is None:
@@ -140,42 +146,49 @@ def load_run(folder: Path, device: torch.device) -> tuple[SiT, dict[str, Any]]:
 
 def sample(options: Options, ranks: launch.Launch) -> Path:
     """Draw the images, each rank its share, and write them; returns the picture's path."""
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as in training
     model, settings = load_run(options.run, ranks.device)
     decode = open_decoder(settings["data"]["kind"], options.vae or settings["data"]["vae"], ranks.device)
     out = options.out or options.run / "samples.png"
-    numbers = range(ranks.rank, options.count, ranks.world_size)
-    batches = [list(numbers[i : i + options.batch_size]) for i in range(0, len(numbers), options.batch_size)]
-    found = {}
-    for batch in tqdm(batches, disable=not ranks.is_main, desc="sampling", unit="batch"):
-        images = decode(draw(model, batch, options, settings["objective"], options.seed, ranks.device)).cpu()
-        found |= dict(zip(batch, images.numpy(), strict=True))
-    everything = gather(found, ranks)
+    together = options.batch_size * ranks.world_size
+    everything = []  # on rank 0: (B, side, side, 1 or 3) each
+    for start in tqdm(range(0, options.count, together), disable=not ranks.is_main, desc="sampling", unit="round"):
+        first = start + options.batch_size * ranks.rank
+        mine = list(range(first, min(first + options.batch_size, options.count)))  # the last round may leave none
+        images = None
+        if mine:
+            images = decode(draw(model, mine, options, settings["objective"], options.seed, ranks.device))
+            images = images.permute(0, 2, 3, 1).cpu().numpy()  # (B, side, side, 1 or 3)
+        everything += [part for part in gather(images, ranks) if part is not None]
     if ranks.is_main:
-        images = np.stack([everything[number] for number in range(options.count)])  # (count, channels, side, side)
         out.parent.mkdir(parents=True, exist_ok=True)
-        columns = max(1, round(min(options.count, 100) ** 0.5))
-        picture(torch.from_numpy(images[:100]), columns).save(out)
+        images = np.concatenate(everything)  # (count, side, side, 1 or 3)
+        shown = torch.from_numpy(images[:100]).permute(0, 3, 1, 2)
+        picture(shown, columns=max(1, round(len(shown) ** 0.5))).save(out)
         if options.npz:
             labels = labels_of(list(range(options.count)), model.config.n_class).numpy()
-            np.savez(out.with_suffix(".npz"), np.ascontiguousarray(images.transpose(0, 2, 3, 1)), labels)
+            np.savez(out.with_suffix(".npz"), images.repeat(3 // images.shape[-1], axis=-1), labels)
         print(f"{options.count} images: {out}" + (f", {out.with_suffix('.npz')}" if options.npz else ""))
     return out
 
 
-def gather(found: dict[int, np.ndarray], ranks: launch.Launch) -> dict[int, np.ndarray]:
-    """Bring all ranks' images to rank 0."""
+def gather(images: np.ndarray | None, ranks: launch.Launch) -> list[np.ndarray | None]:
+    """Bring all ranks' images to rank 0, in the order of the ranks."""
     if not dist.is_initialized():
-        return found
+        return [images]
     parts = [None] * ranks.world_size if ranks.is_main else None
-    dist.gather_object(found, parts)
-    return {number: image for part in parts or [] for number, image in part.items()}
+    dist.gather_object(images, parts)
+    return parts or []
 
 
-def preview(average: nn.Module, decode: Decode, count: int, steps: int, settings: Any, ranks: launch.Launch) -> "Image":
+def preview(average: nn.Module, decode: Decode, settings: Any, ranks: launch.Launch, out: Path) -> None:
     """Draw a few images in the middle of training; under FSDP every rank takes part, and all draw the same."""
     objective = {"path": settings.objective.path, "prediction": settings.objective.prediction}
-    drawn = draw(average, list(range(count)), Sampler(steps=steps), objective, 0, ranks.device)
-    return picture(decode(drawn), max(1, round(count**0.5)))
+    count, sampler = settings.eval.preview, Sampler(steps=settings.eval.preview_steps)
+    drawn = draw(average, list(range(count)), sampler, objective, 0, ranks.device)
+    if ranks.is_main:
+        out.parent.mkdir(exist_ok=True)
+        picture(decode(drawn), columns=max(1, round(count**0.5))).save(out)
 
 
 def main() -> None:

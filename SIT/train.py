@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -38,10 +37,11 @@ from SIT import data
 from SIT.encoders import Encoder, load_encoder
 from SIT.latents import Latents
 from SIT.model import ModelConfig, SiT, tensor_roles
-from SIT.sample import open_decoder, preview
+from SIT.sample import open_decoder, preview, seeded
 from SIT.transport import Path as NoisePath
 from SIT.transport import denoising_loss, interpolate, projection_loss, target, times
 
+TRAINING, VALIDATION = 1, 2  # what noise and times are drawn for: never the same ones for both
 MAX_SKIPPED = 10  # non-finite steps in a row after which a run is lost; fp16's loss scale recovers within these
 
 
@@ -110,7 +110,7 @@ class EvalConfig:
     every: int = 1000
     """Steps between validations; there is one at step 0 and one at the end."""
     images: int = 1024
-    """Validation images, at most; of a latents folder the last ones, which training leaves out."""
+    """Validation images, at most; of a latents folder they are drawn once for all, and kept from training."""
     preview: int = 16
     """Images sampled at each validation, by the averaged model, into samples/; 0 draws none."""
     preview_steps: int = 50
@@ -162,7 +162,7 @@ class Config:
 
     def __post_init__(self):
         at_least(1, self, "steps", "log_every")
-        at_least(0, self, "clip")
+        at_least(0, self, "clip", "seed")
         if not 0 <= self.ema < 1:
             raise config.ConfigError(f"ema must be in [0, 1), got {self.ema}; 0.9999 is SiT's")
 
@@ -191,10 +191,10 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
     lr = settings.optimizer.peak_lr()
     name = run_name(settings.optimizer.name, lr, settings.seed, settings.optimizer.adamw_lr)
     folder = Path(settings.out, settings.group, name)
-    launch.seed_all(settings.seed)
     items = open_items(settings, ranks)
     encoder = open_encoder(settings, ranks)
     decode = open_decoder(settings.data.kind, settings.data.vae, ranks.device) if settings.eval.preview else None
+    launch.seed_all(settings.seed)  # after all else that may draw: the weights depend on nothing but the seed
     model, average, network = build_model(settings, items["train"], encoder, ranks)
     both = nn.ModuleDict({"model": model, "average": average})  # what a checkpoint holds
     optimizer = build(settings.optimizer, model, network)
@@ -266,11 +266,7 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
             if step % settings.eval.every == 0 or last:
                 metrics |= evaluate(average, items["val"], encoder, settings, ranks)
                 if decode:
-                    pictures = preview(
-                        average, decode, settings.eval.preview, settings.eval.preview_steps, settings, ranks
-                    )
-                    if ranks.is_main:
-                        pictures.save(folder / f"samples-{step:08}.png")
+                    preview(average, decode, settings, ranks, folder / "samples" / f"{step:08d}.png")
             if metrics:
                 runlog.log(step, {"images": step * settings.data.batch_size, **metrics})
                 shown |= {key: f"{metrics[key]:.4f}" for key in ("train/loss", "val/loss") if key in metrics}
@@ -365,10 +361,9 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def draw(seed: tuple[int, ...], count: int, shape: tuple[int, ...], settings: ObjectiveConfig) -> Draws:
+def draw(place: tuple[int, ...], count: int, shape: tuple[int, ...], settings: ObjectiveConfig) -> Draws:
     """Draw for a whole global batch, the same on every rank, which takes its rows of it."""
-    (state,) = np.random.SeedSequence(seed).generate_state(1, np.uint64)
-    generator = torch.Generator().manual_seed(int(state >> 1))
+    generator = seeded(*place)
     t = times(count, settings.times, generator, NoisePath(settings.path))
     dropped = torch.rand(count, generator=generator) < settings.label_dropout
     return Draws(torch.randn(count, *shape, generator=generator), t, dropped)
@@ -403,8 +398,8 @@ def accumulate_gradient(
     pieces = -(-batch_size // (shares * settings.data.micro_batch))  # a rank's: the same number on all, for FSDP
     first = ranks.rank * pieces
     bounds = [batch_size * piece // (shares * pieces) for piece in range(first, first + pieces + 1)]
-    drawn = draw((settings.seed, step), batch_size, items.shape, settings.objective)
-    totals = torch.zeros(2, device=ranks.device)  # denoising, projection
+    drawn = draw((TRAINING, settings.seed, step), batch_size, items.shape, settings.objective)
+    totals = 0  # then (2,): of the denoising and the projection loss
     for number, (start, stop) in enumerate(itertools.pairwise(bounds), start=1):
         rows = slice(start, max(stop, start + 1))  # an empty piece takes part too, with a weight of 0
         batch = data.batch(items, seed=settings.seed, step=step, rows=rows, global_batch=batch_size)
@@ -416,7 +411,7 @@ def accumulate_gradient(
             parts = torch.stack([each.mean() for each in losses]) * ((stop - start) * shares / batch_size)
             loss = parts[0] + settings.objective.projection_weight * parts[1]
             scaler.scale(loss).backward()
-        totals += parts.detach()
+        totals = totals + parts.detach()
     denoising, projection = launch.all_reduce_sum((totals / shares).tolist(), ranks)
     loss = denoising + settings.objective.projection_weight * projection
     return {"train/loss": loss, "train/denoising_loss": denoising, "train/projection_loss": projection}
@@ -428,7 +423,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the losses of the averaged model on the validation images, with noise and times that stay the same."""
     count = min(settings.eval.images, len(items))
-    drawn = draw((0,), count, items.shape, settings.objective)
+    drawn = draw((VALIDATION,), count, items.shape, settings.objective)
     drawn = drawn._replace(dropped=torch.zeros_like(drawn.dropped))
     together = settings.data.micro_batch * ranks.world_size
     totals = torch.zeros(2, dtype=torch.float64)
@@ -459,10 +454,11 @@ def same_experiment(saved: dict | None, settings: Config) -> None:
         return
     was, now = saved["config"], config.to_dict(settings)
     pairs = {name: (was.get(name), now[name]) for name in ("clip", "dtype", "ema")}
+    pairs["eval.images"] = was["eval"].get("images"), now["eval"]["images"]  # what is left to train on
     for section in ("model", "data", "objective", "optimizer", "schedule"):
         pairs |= {f"{section}.{key}": (was[section].get(key), value) for key, value in now[section].items()}
-    for name in ("data.micro_batch", "data.on_corrupt", "optimizer.lr", "optimizer.tuned_lr"):  # the name has the rate
-        del pairs[name]
+    for name in ("data.micro_batch", "data.on_corrupt", "data.vae", "optimizer.lr", "optimizer.tuned_lr"):
+        del pairs[name]  # of the last two, the rate is in the run's name
     for name, (old, new) in pairs.items():
         if old != new:
             raise UserError(

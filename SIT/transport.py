@@ -5,7 +5,7 @@ a' x + s' e, its score -e / s (SiT, Ma et al., arXiv 2401.08740). Letters: B sam
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -189,7 +189,7 @@ def sample_sde(
     noise: Tensor,
     steps: int,
     path: Path = LINEAR,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     last_step: float = 0.04,
 ) -> Tensor:
     """Follow the reverse diffusion from noise (B, ...) at t = 1 to data at t = 0 by Euler-Maruyama: (B, ...).
@@ -197,14 +197,13 @@ def sample_sde(
     dx = (v - w / 2 score) dt + sqrt(w) dW with w = 2 s, which is REPA's 2 t on the linear path. It has the velocity's
     marginals for any w; with this one the drift is v + e, finite at t = 0. The state is in float64, as in sample_ode.
 
-    generator: of the noise that is added, on its own device. last_step: the last step's length, which adds none; the
+    generator: of the noise that is added, as in normal_like. last_step: the last step's length, which adds none; the
     others are equal. 0.04 is SiT's and REPA's.
     """
     _refuse_no_steps(steps)
     if not 0 < last_step < 1:
         raise ValueError(f"last_step must be between 0 and 1, got {last_step}")
     state = _state(noise)
-    device = generator.device if generator is not None else state.device
     for now, later in pairwise([*torch.linspace(1, last_step, steps, dtype=torch.float64).tolist(), 0.0]):
         t = torch.full((len(state),), now, dtype=state.dtype, device=state.device)  # (B,)
         v = _evaluate(velocity, state, now, noise)
@@ -212,9 +211,19 @@ def sample_sde(
         state = state + (later - now) * (v + e)
         if later > 0:
             _, s, _, _ = path.coefficients(t[0])
-            added = torch.randn(state.shape, dtype=state.dtype, device=device, generator=generator).to(state.device)
-            state = state + torch.sqrt(2 * s * (now - later)) * added
+            state = state + torch.sqrt(2 * s * (now - later)) * normal_like(state, generator)
     return state.to(noise.dtype).to(noise.device)
+
+
+def normal_like(x: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
+    """Draw standard normal noise (B, ...) for samples x (B, ...), on the generator's device.
+
+    generator: one for all, or one for each sample, which then does not depend on the others of its batch.
+    """
+    if isinstance(generator, Sequence):
+        return torch.stack([normal_like(sample, own) for sample, own in zip(x, generator, strict=True)])
+    device = generator.device if generator is not None else x.device
+    return torch.randn(x.shape, dtype=x.dtype, device=device, generator=generator).to(x.device)
 
 
 def _refuse_no_steps(steps: int) -> None:

@@ -7,6 +7,7 @@ Optimizer and checkpoints need not be told: parameters in shards are DTensors, w
 """
 
 import contextlib
+import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -45,9 +46,14 @@ def precision(dtype: str, ranks: launch.Launch) -> torch.dtype:
 
 
 def place(
-    model: nn.Module, settings: ParallelConfig, ranks: launch.Launch, dtype: torch.dtype, compile: bool = False
+    model: nn.Module,
+    settings: ParallelConfig,
+    ranks: launch.Launch,
+    dtype: torch.dtype,
+    compile: bool = False,
+    trained: bool = False,
 ) -> nn.Module:
-    """Put a model with `blocks` on the ranks' devices, whole or in shards, as is enough where nothing trains it.
+    """Put a model with `blocks` on the ranks' devices, whole or in shards, as is enough where it is not `trained`.
 
     A single process holds all, whatever the mode. In shards the parameters are DTensors; a block's are gathered in
     `dtype` while it computes, and gradients are averaged in fp32 or more.
@@ -55,7 +61,7 @@ def place(
     Raises UserError when the shards of hsdp do not divide the ranks.
     """
     if settings.mode != "ddp" and ranks.world_size > 1:
-        return _shard(model, _mesh(settings, ranks), dtype, compile)
+        return _shard(model, _mesh(settings, ranks), dtype, compile, trained)
     model = model.to(ranks.device)
     return torch.compile(model) if compile else model
 
@@ -64,7 +70,7 @@ def distribute(
     model: nn.Module, settings: ParallelConfig, ranks: launch.Launch, dtype: torch.dtype, compile: bool = False
 ) -> nn.Module:
     """Place a model; returns the network to train: itself, compiled, or under DDP."""
-    network = place(model, settings, ranks, dtype, compile)
+    network = place(model, settings, ranks, dtype, compile, trained=True)
     if settings.mode == "ddp" and ranks.world_size > 1:
         devices = [ranks.device] if ranks.device.type == "cuda" else None
         network = DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)  # they are constants
@@ -80,14 +86,19 @@ def _mesh(settings: ParallelConfig, ranks: launch.Launch) -> DeviceMesh:
     return launch.device_mesh(ranks, replicate=ranks.world_size // shard, shard=shard)
 
 
-def _shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, compile: bool) -> nn.Module:
+def _shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, compile: bool, trained: bool) -> nn.Module:
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
+    # A warning about outputs, which nothing here writes into in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     for block in model.blocks:
         if compile:
             block.compile()  # inside the gathering, which torch.compile cannot trace
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # The rest is one group, so that the embedding and the head stay one tensor; times (SiT's) go in unrounded.
-    return fully_shard(model, mesh=mesh, mp_policy=replace(policy, cast_forward_inputs=False))
+    policy = replace(policy, cast_forward_inputs=False)
+    # It stays gathered until its backward pass, by default: where none comes, what is written into the shards
+    # meanwhile would be lost on the next forward pass.
+    return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=None if trained else True)
 
 
 def synchronizing(network: nn.Module, synchronize: bool) -> AbstractContextManager:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from common import UserError
 from SIT import digits, files, prepare
@@ -101,19 +103,18 @@ def test_centre_crop_matches_repeated_halving_and_the_middle_of_the_longer_side(
     assert np.array_equal(prepare.centre_crop(tall, 8), slow_halving(slow_halving(tall))[:, 2:10])
     assert np.array_equal(prepare.centre_crop(image, 32), image[:, :, 8:40])
     assert np.array_equal(prepare.centre_crop(image[:, :, :47], 32), image[:, :, 7:39])  # of 15 pixels, 7 to the left
+    assert np.array_equal(prepare.centre_crop(tall[:, :47], 32), tall[:, 7:39])
 
 
-@pytest.mark.parametrize(("height", "width"), [(20, 31), (9, 9), (63, 40), (10, 200)])
-def test_centre_crop_keeps_proportions_at_any_size(height, width):
-    columns = np.broadcast_to(np.linspace(0, 255, width), (3, height, width)).round().astype(np.uint8)
-    cropped = prepare.centre_crop(columns, 16)
-    assert cropped.shape == (3, 16, 16)
-    shorter = min(height, width)
-    centre = (width - 1) / 2 + (np.arange(16) - 7.5) * shorter / 16  # of each pixel, in the source
-    expected = np.interp(centre, np.arange(width), np.linspace(0, 255, width))
-    # A ramp survives any resampling but for its ends, half a pixel of each rounding and where the crop is placed.
-    error = np.abs(cropped[0, 8, 2:-2] - expected[2:-2])
-    assert error.max() < 2 + 1.5 * 255 / (width - 1) * shorter / 16
+@pytest.mark.parametrize(("height", "width"), [(20, 31), (9, 9), (31, 17), (10, 200)])
+def test_centre_crop_matches_torchs_antialiased_bicubic_where_nothing_is_halved(height, width):
+    image = np.random.default_rng(0).integers(256, size=(3, height, width), dtype=np.uint8)
+    scaled = [round(side * 16 / min(height, width)) for side in (height, width)]
+    resized = F.interpolate(torch.from_numpy(image)[None], scaled, mode="bicubic", antialias=True)[0]
+    top, left = (scaled[0] - 16) // 2, (scaled[1] - 16) // 2
+    expected = resized[:, top : top + 16, left : left + 16].numpy()
+    # Both round and clip after each direction; their weights are rounded differently.
+    assert np.abs(prepare.centre_crop(image, 16).astype(int) - expected).max() <= 1
 
 
 def test_convert_again_continues_where_it_was_interrupted(source, tmp_path, monkeypatch):
@@ -252,16 +253,26 @@ def test_encode_again_leaves_what_is_there_alone(converted, capsys):
 
 
 def encode_on_rank(folder, out):
-    os.environ.update(RANK=str(torch.distributed.get_rank()), WORLD_SIZE="2", LOCAL_RANK="0")
-    encode(folder, out=out)
-    return sorted(path.name for path in out.rglob("*.npy"))
+    """Encode with rank 1 the slower one; returns whether dataset.json was there before this rank was done."""
+    rank, tiny, early = torch.distributed.get_rank(), tiny_vae(), []
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")
+    encode_batch = tiny.encode
+
+    def slow_encode(images):
+        time.sleep(0.2 * rank)
+        early.append((out / "vae-sd/dataset.json").exists())
+        return encode_batch(images)
+
+    tiny.encode = slow_encode
+    prepare.encode(Encode(folder, out=out, batch_size=7, device="cpu", workers=2), tiny)
+    return early
 
 
 def test_encode_on_two_ranks_matches_one_process_bit_for_bit(converted, tmp_path):
     expected = contents(encode(converted, out=tmp_path / "one"))
     with Ranks(2) as ranks:
-        seen = ranks(encode_on_rank, converted, tmp_path / "two")
-    assert len(seen[0]) == 40 and seen[0] == seen[1]  # neither returned before the other had written its part
+        early = ranks(encode_on_rank, converted, tmp_path / "two")
+    assert early == [[False] * 3, [False] * 3]  # six batches, and dataset.json only after all of them
     assert contents(tmp_path / "two/vae-sd") == expected
 
 
@@ -333,6 +344,8 @@ def test_command_line_converts_and_encodes_with_a_vae_from_a_folder(source, tmp_
     done = run("encode", tmp_path / "data", "--vae-folder", tmp_path / "vae", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert len(Latents(tmp_path / "data", n_class=4)) == 40
+    refused = run("convert", source, "--out", tmp_path / "data", "--size", 0)
+    assert refused.stderr.splitlines() == ["error: size must be 1 or more; got 0"]
     refused = run("encode", tmp_path / "data", "--vae-folder", source, "--device", "cpu")
     assert refused.returncode == 1
     assert refused.stderr.splitlines()[-1].startswith(f"error: {source} must hold stabilityai/sd-vae-ft-mse's")
