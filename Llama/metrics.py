@@ -11,7 +11,8 @@ from torchtitan.tools.utils import device_type
 from common import Diverged, config, launch
 from common.runlog import RunLog, run_name, write_end
 from common.timer import Timer
-from Llama.config import JobConfig, is_fine_tuning
+from Llama.checks import is_fine_tuning
+from Llama.config import JobConfig
 
 # Sections that make no other run: figures must not tell runs apart by them.
 BOOKKEEPING = ("job", "profiling", "metrics", "comm", "memory_estimation", "fault_tolerance", "experimental", "debug")
@@ -89,7 +90,8 @@ class _Logger(titan.BaseLogger):
             self._end(step, {})
             raise Diverged(
                 f"training needs finite losses and gradients, and step {step} had loss {finite[0]} and gradient norm "
-                f"{finite[1]}; start anew with a lower learning rate, or resume from the last checkpoint with one"
+                f"{finite[1]}; start anew with a lower learning rate, or with one from the weights of an earlier step: "
+                "--checkpoint.initial_load_path RUN/checkpoint/step-N"
             )
 
     def _end(self, step: int, validation: dict[str, float]) -> None:

@@ -209,6 +209,15 @@ def test_fine_tuning_starts_from_the_loss_that_pretraining_ended_with(tuned):
     assert run["val/pretrain_loss", STEPS] != run["val/pretrain_loss", 0]
 
 
+def test_resume_beside_an_incomplete_checkpoint_still_starts_from_the_weights(tuned):
+    base = run_of(tuned, "alone", "adamw")
+    run = tuned / "runs/killed" / run_of(tuned, "tuned alone", "adamw").name
+    (run / "checkpoint/step-1").mkdir(parents=True)  # killed in its first save
+    with Ranks(1) as rank:
+        rank(_train, tuning(tuned, base, "--job.resume", job__group="killed"))
+    assert losses(run) == pytest.approx(losses(run_of(tuned, "tuned alone", "adamw")), abs=1e-6)
+
+
 def test_smallest_flavor_of_the_7b_config_trains_and_saves_on_four_ranks(folder):
     """bfloat16, activation checkpoints and asynchronous saving; compilation is for GPUs."""
     flags = "--model.flavor debug --compile.no-enable --training.dataset text --validation.dataset text".split()
