@@ -84,8 +84,8 @@ def check_steps(settings: "JobConfig") -> None:
         )
     if settings.checkpoint.load_step != -1 and not settings.job.resume:
         raise ConfigError(
-            f"checkpoint.load_step needs job.resume, got {settings.checkpoint.load_step} without it: an earlier run would "
-            "be moved aside"
+            f"checkpoint.load_step needs job.resume, without which an earlier run is moved aside; got "
+            f"{settings.checkpoint.load_step} alone"
         )
     if settings.comm.mode == "local_tensor":
         raise ConfigError("comm.mode must be default or fake_backend; got 'local_tensor', which does not train")

@@ -43,7 +43,9 @@ class Example(NamedTuple):
 def encode(conversations: list[Messages], tokenizer: HuggingFaceTokenizer, template: Template) -> list[Example]:
     """Tokenize conversations; a prompt and a response never share a token, as in decoding they cannot."""
     segments = [list(template.segments(messages)) for messages in conversations]
-    texts = [text for each in segments for text, _ in each]
+    # SentencePiece's tokenizers begin every text with a space of their own.
+    own_space = tokenizer.tokenizer.encode("x", add_special_tokens=False).tokens[0].startswith("▁")
+    texts = [text.removeprefix(" ") if own_space and response else text for each in segments for text, response in each]
     encodings = iter(tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False))
     end = tokenizer.eos_id if template.end is None else tokenizer.token_to_id(template.end)
     examples = []

@@ -1,5 +1,6 @@
 """torchtitan's metrics in the run log of this repository, under the keys that all experiments share."""
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ def name_of(settings: JobConfig) -> str:
 def record_of(settings: JobConfig) -> dict[str, Any]:
     """Return what of a config tells runs apart, for config.json."""
     sections = {key: value for key, value in config.to_dict(settings).items() if key not in BOOKKEEPING}
-    return {"seed": settings.debug.seed, **sections}
+    tokenizer = Path(settings.model.hf_assets_path, "tokenizer.json")  # a prepared one may be made anew, and otherwise
+    digest = hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else None
+    return {"seed": settings.debug.seed, "tokenizer": digest, **sections}
 
 
 def work(settings: JobConfig) -> tuple[str, int]:

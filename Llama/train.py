@@ -141,6 +141,11 @@ def same_experiment(folder: Path, settings: JobConfig) -> None:
     names += ["model.name", "model.flavor", "training.max_norm"]
     names += [f"training.{key}" for key in ("dataset", "dataset_path", "lanes", "seq_len", "global_batch_size")]
     names += ["fine_tuning.template", "fine_tuning.packing"]
+    if was.get("tokenizer") != now["tokenizer"]:
+        raise UserError(
+            f"--job.resume needs the tokenizer that the run began with; {settings.model.hf_assets_path} holds another: "
+            "put that back, or start anew without --job.resume"
+        )
     for name in sorted(set(names) - {"optimizer.lr", "optimizer.tuned_lr", "lr_scheduler.total_steps"}):
         section, key = name.split(".")
         old, new = was.get(section, {}).get(key), now[section][key]
