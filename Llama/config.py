@@ -10,16 +10,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 import torchtitan.config.job_config as titan
 from torch import nn
 
 from common.config import ConfigError, at_least
 from common.config import parse_config as parse
 from common.optimizer_config import OptimizerConfig
-from Llama.cpu import CPU, on_cpu
-from Llama.model import FLAVORS, Llama, Shape
-from Llama.templates import TEMPLATES
+from Llama.checks import (
+    check_batches,
+    check_data,
+    check_flavor,
+    check_steps,
+    check_unread,
+    data_ranks,
+    is_fine_tuning,
+    shape_of,
+)
 from Llama.weights import check_weights, find_weights
 from optimizers import build_optimizer
 from optimizers.rule import rule_named
@@ -56,7 +62,7 @@ class Training(titan.Training):
     lanes: int = 64
     """Parts that a text's documents are dealt into; ranks share them evenly: any divisor of it resumes a run."""
     local_batch_size: int = 1
-    """Sequences that one rank takes through the model at once; the result does not depend on it."""
+    """Sequences that one rank takes through the model at once, at most; the result does not depend on it."""
     global_batch_size: int = 8
     """Sequences a step, over all ranks and micro-batches."""
 
@@ -68,6 +74,8 @@ class Training(titan.Training):
 class Validation(titan.Validation):
     enable: bool = True
     """Validate at step 0, every `freq` steps and at the end."""
+    dataset: str | None = None
+    """As training.dataset; None is training's, with its path."""
     freq: int = 500
     """Steps between validations."""
     windows: int = 512
@@ -132,54 +140,40 @@ class JobConfig(titan.JobConfig):
     debug: Debug = field(default_factory=Debug)
 
 
-BYTES_A_PARAMETER = 12  # of a run on CPUs: weight, gradient and one momentum in float32; AdamW has another
-
-# What torchtitan reads and this repository does not, with what stands in its place.
-NOT_READ = {
-    "job.custom_config_module": "Llama/config.py is the config",
-    "experimental.custom_args_module": "Llama/config.py is the config",
-    "metrics.enable_wandb": "set metrics.wandb",
-    "model.tokenizer_path": "set model.hf_assets_path",
-    "training.dataloader": "batches are made in the training process",
-    "validation.dataloader": "windows are read once, before training",
-    "validation.steps": "set validation.windows",
-    "fault_tolerance.enable": "checkpoints resume on another number of ranks",
-    "checkpoint.initial_load_in_hf": "checkpoint.initial_load_path tells by its files",
-    "checkpoint.initial_load_in_hf_quantized": "quantized weights are not trained here",
-    "checkpoint.last_save_in_hf": "export with python -m Llama.weights, and keep what can be resumed",
-}
-
-
 def parse_config(argv: list[str] | None = None) -> JobConfig:
     """Read `[CONFIG.toml ...] [--section.key value ...]`, checked in itself; see common.config.
 
     Raises ConfigError, one line, for what is unknown, unread, of a wrong type, or impossible with this many ranks.
     """
     settings = parse(JobConfig, argv)
-    defaults = JobConfig()
-    for name, instead in NOT_READ.items():
-        section, key = name.split(".")
-        if getattr(getattr(settings, section), key) != getattr(getattr(defaults, section), key):
-            raise ConfigError(f"{name} must be left out, since nothing here reads it; {instead}")
-    validation = replace(
-        settings.validation,
-        seq_len=settings.validation.seq_len or settings.training.seq_len,
-        local_batch_size=settings.validation.local_batch_size or settings.training.local_batch_size,
-    )
-    settings = replace(settings, validation=validation)
-    fake = settings.comm.mode != "default"  # torchtitan's dry runs: one process, as if there were NGPU
+    check_unread(settings, JobConfig())
+    fake = settings.comm.mode == "fake_backend"  # torchtitan's dry run: one process, as if there were NGPU
     ranks = int(os.environ.get("NGPU" if fake else "WORLD_SIZE", 1))
     check_flavor(settings)
+    check_data(settings)
+    check_steps(settings)
     check_batches(settings, ranks)
-    if settings.fine_tuning.template not in TEMPLATES:
-        names = ", ".join(TEMPLATES)
-        raise ConfigError(f"fine_tuning.template must be one of {names}; got {settings.fine_tuning.template!r}")
-    if settings.fine_tuning.packing and not is_fine_tuning(settings):
-        raise ConfigError("fine_tuning.packing is for instructions; texts are always packed, leave it out")
+    settings = filled_in(settings, data_ranks(settings, ranks))
     rule_named(settings.optimizer.name)
     # Refuses on a stand-in what it would refuse on the model.
     build_optimizer(nn.Linear(2, 2), settings.optimizer.name, **settings.optimizer.options())
     return with_weights(settings)
+
+
+def filled_in(settings: JobConfig, ranks: int) -> JobConfig:
+    """Put values where a config leaves them to others."""
+    training, validation = settings.training, settings.validation
+    share = training.global_batch_size // ranks
+    most = min(training.local_batch_size, share)
+    training = replace(training, local_batch_size=next(size for size in range(most, 0, -1) if share % size == 0))
+    if validation.dataset is None:
+        validation = replace(validation, dataset=training.dataset, dataset_path=training.dataset_path)
+    validation = replace(
+        validation,
+        seq_len=validation.seq_len or training.seq_len,
+        local_batch_size=validation.local_batch_size or training.local_batch_size,
+    )
+    return replace(settings, training=training, validation=validation)
 
 
 def with_weights(settings: JobConfig) -> JobConfig:
@@ -201,75 +195,3 @@ def with_weights(settings: JobConfig) -> JobConfig:
     check_weights(folder, is_hf, shape_of(model), f"{model.name} {model.flavor}")
     checkpoint = replace(settings.checkpoint, initial_load_path=str(folder), initial_load_in_hf=is_hf)
     return replace(settings, checkpoint=checkpoint)
-
-
-def is_fine_tuning(settings: JobConfig) -> bool:
-    """Whether the data are instructions, and not text."""
-    return settings.training.dataset in ("instructions", "mathinstruct")
-
-
-def shape_of(model: Model) -> Shape:
-    """Return the shape that a config names; ConfigError where it names none."""
-    if model.name not in FLAVORS:
-        raise ConfigError(f"model.name must be one of {', '.join(FLAVORS)}; got {model.name!r}")
-    flavors = FLAVORS[model.name]
-    if model.flavor not in flavors:
-        raise ConfigError(f"model.flavor must be one of {', '.join(flavors)} for {model.name}; got {model.flavor!r}")
-    return flavors[model.flavor]
-
-
-def check_flavor(settings: JobConfig) -> None:
-    """Refuse a model that does not exist, or that is too large for a machine without GPUs."""
-    shape = shape_of(settings.model)
-    if not on_cpu() or settings.comm.mode != "default":
-        return
-    with torch.device("meta"):
-        count = sum(param.numel() for param in Llama(shape).parameters())
-    needed, there = count * BYTES_A_PARAMETER / 1e9, CPU.get_device_properties().total_memory / 1e9
-    if needed > there:
-        raise ConfigError(
-            f"{settings.model.name} {settings.model.flavor} needs about {needed:,.0f} GB for weights, gradients and "
-            f"momentum; this machine has no GPU and {there:,.0f} GB of memory: use GPUs, or run the small one, bash "
-            "Llama/run.sh"
-        )
-
-
-def data_ranks(settings: JobConfig, world_size: int) -> int:
-    """Return the number of ranks that see different sequences; ConfigError where the parallelism does not fit."""
-    parallelism = settings.parallelism
-    if parallelism.pipeline_parallel_degree > 1:
-        raise ConfigError(
-            f"pipeline_parallel_degree must be 1, got {parallelism.pipeline_parallel_degree}: torchtitan 0.2.2's "
-            "pipelines leave gradients as sums over tokens, which clipping then cuts down; use FSDP and tensor degrees"
-        )
-    if parallelism.context_parallel_degree > 1:
-        raise ConfigError(
-            f"context_parallel_degree must be 1, got {parallelism.context_parallel_degree}: it is not tested here, and "
-            "4,096 tokens fit a GPU; use FSDP and tensor degrees"
-        )
-    model_ranks = parallelism.tensor_parallel_degree
-    replicas, shards = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
-    if world_size % model_ranks:
-        raise ConfigError(f"tensor_parallel_degree must divide the {world_size} ranks; got {model_ranks}")
-    ranks = world_size // model_ranks
-    wanted = replicas * shards if shards > 0 else ranks // replicas * replicas
-    if wanted != ranks:
-        raise ConfigError(
-            f"[parallelism] must use the {world_size} ranks there are; data_parallel_replicate_degree {replicas} and "
-            f"data_parallel_shard_degree {shards} make {wanted} of {ranks}; set NGPU or the degrees (-1: what is left)"
-        )
-    return ranks
-
-
-def check_batches(settings: JobConfig, world_size: int) -> None:
-    """Refuse batches, lanes and validation windows that the ranks cannot share evenly."""
-    ranks = data_ranks(settings, world_size)
-    training = settings.training
-    for name, value, unit in [
-        ("training.global_batch_size", training.global_batch_size, ranks * training.local_batch_size),
-        ("training.lanes", 0 if is_fine_tuning(settings) else training.lanes, ranks),
-        ("validation.windows", settings.validation.windows, ranks),
-    ]:
-        if value % unit:
-            micro = f" x local_batch_size {training.local_batch_size}" if unit != ranks else ""
-            raise ConfigError(f"{name} must be a multiple of {unit} ({ranks} data-parallel ranks{micro}); got {value}")

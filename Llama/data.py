@@ -21,7 +21,8 @@ from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 
 from common import UserError, one_line
 from common.corpus import local_files
-from Llama.config import JobConfig, shape_of
+from Llama.checks import shape_of
+from Llama.config import JobConfig
 
 Batch = tuple[dict[str, Tensor], Tensor]  # {"input": (b, T)}, labels (b, T), int64, as torchtitan wants them
 Source = datasets.Dataset | datasets.IterableDataset
@@ -163,6 +164,11 @@ def build_loader(dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job
     """Make the training batches of one data-parallel rank."""
     training = job_config.training
     source = open_source(training.dataset, training.dataset_path, "train")
+    if isinstance(source, datasets.Dataset) and len(source) < training.lanes:
+        raise UserError(
+            f"training.lanes must be at most the {len(source)} documents of {training.dataset_path}; got "
+            f"{training.lanes}: lower it, or cut long texts into documents (python -m Llama.prepare)"
+        )
 
     def lane(number: int) -> Lane:
         return Lane(read(source, number, training.lanes, job_config.debug.seed), tokenizer, training.seq_len)
@@ -204,10 +210,10 @@ def build_tokenizer(job_config: JobConfig) -> HuggingFaceTokenizer:
         )
     tokenizer = HuggingFaceTokenizer(str(folder))
     size, most = tokenizer.get_vocab_size(), shape_of(model).vocab_size
-    if size > most:
+    if size > most or (size < most and model.flavor != "debug"):  # a published model has its own
         raise UserError(
-            f"the tokenizer of model.hf_assets_path must have at most the {most} tokens of {model.name} "
-            f"{model.flavor}; {folder} has {size}: name the model's own tokenizer"
+            f"the tokenizer of model.hf_assets_path must have the {most} tokens of {model.name} {model.flavor}; "
+            f"{folder} has {size}: name the model's own tokenizer"
         )
     return tokenizer
 
@@ -251,11 +257,20 @@ def open_c4(path: str, split: str) -> datasets.IterableDataset:
         ) from error
 
 
+def split_of(path: Path, split: str) -> Path:
+    """Return a folder's file of one split, or a path without such files; UserError where only the other is there."""
+    present = [name for name in SPLIT_FILES.values() if (path / name).is_file()]
+    if present and SPLIT_FILES[split] not in present:
+        raise UserError(
+            f"{path} must have {SPLIT_FILES[split]} beside {present[0]}, has none: add it, or name a folder or file of "
+            f"its own as {'training' if split == 'train' else 'validation'}.dataset_path"
+        )
+    return path / SPLIT_FILES[split] if present else path
+
+
 def open_text(path: Path, split: str) -> datasets.Dataset:
     """Open a file, a folder of files, or one that Llama.prepare wrote."""
-    if (path / SPLIT_FILES[split]).is_file():
-        path = path / SPLIT_FILES[split]
-    _, files = local_files(path)
+    _, files = local_files(split_of(path, split))
     suffix = next((suffix for suffix in (".jsonl", ".parquet") if any(file.suffix == suffix for file in files)), None)
     names = [str(file) for file in files if suffix is None or file.suffix == suffix]
     kind = {".jsonl": "json", ".parquet": "parquet", None: "text"}[suffix]

@@ -10,7 +10,6 @@ text to go on with. What lm-eval writes is below the model's folder, eval/SHOTS-
 import gc
 import json
 import re
-import shutil
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ METRICS = {"gsm8k": "exact_match,flexible-extract", "minerva_math": "math_verify
 @dataclass(frozen=True)
 class Options:
     models: tuple[Path, ...]
-    """Folders of Hugging Face weights, or of runs, whose newest checkpoint is exported to RUN/exported."""
+    """Folders of Hugging Face weights, or of runs, whose newest checkpoint is exported to RUN/exported-step-N."""
     tasks: tuple[str, ...]
     """TASK-SHOTS: a task of lm-eval or of Llama/tasks, and how many worked examples precede a problem."""
     data: Path | None = None
@@ -58,9 +57,8 @@ def hf_folder(model: Path) -> Path:
     found, is_hf = weights.find_weights(model)
     if is_hf:
         return model
-    folder, record = model / "exported", model / "config.json"
-    if not folder.is_dir() or folder.stat().st_mtime < found.stat().st_mtime:
-        shutil.rmtree(folder, ignore_errors=True)
+    folder, record = model / f"exported-{found.name}", model / "config.json"
+    if not folder.is_dir():
         training = json.loads(record.read_text())["config"]["training"] if record.is_file() else {}
         # What it was trained in: in bfloat16, the small Llama, trained in float32, lost 4 of 133 right answers.
         weights.export(weights.Options(model, folder, dtype=training.get("mixed_precision_param", "bfloat16")))

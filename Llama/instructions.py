@@ -22,7 +22,7 @@ from common import UserError, one_line
 from common.corpus import TABLES, local_files
 from common.launch import process_rank
 from Llama.config import JobConfig
-from Llama.data import SPLIT_FILES, Batch
+from Llama.data import Batch, split_of
 from Llama.templates import ROLES, TEMPLATES, Messages, Template
 
 MATH_INSTRUCT = "TIGER-Lab/MathInstruct"  # on the Hugging Face Hub; has a training split only
@@ -43,7 +43,9 @@ class Example(NamedTuple):
 def encode(conversations: list[Messages], tokenizer: HuggingFaceTokenizer, template: Template) -> list[Example]:
     """Tokenize conversations; a prompt and a response never share a token, as in decoding they cannot."""
     segments = [list(template.segments(messages)) for messages in conversations]
-    texts = [text for each in segments for text, _ in each]
+    # SentencePiece's tokenizers begin every text with a space of their own.
+    own_space = tokenizer.tokenizer.encode("x", add_special_tokens=False).tokens[0].startswith("▁")
+    texts = [text.removeprefix(" ") if own_space and response else text for each in segments for text, response in each]
     encodings = iter(tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False))
     end = tokenizer.eos_id if template.end is None else tokenizer.token_to_id(template.end)
     examples = []
@@ -116,10 +118,11 @@ def open_conversations(name: str, path: str | None, split: str, held_out: int) -
     """Read the conversations of "mathinstruct", or the "instructions" of local files."""
     if name == "instructions":
         return (conversation(row, where) for where, row in local_rows(path, split))
-    rows = load_math_instruct(path or MATH_INSTRUCT).train_test_split(held_out, seed=0)[
-        "train" if split == "train" else "test"
-    ]
-    return (conversation(row, f"{path or MATH_INSTRUCT}, row {i}") for i, row in enumerate(rows))
+    path = path or MATH_INSTRUCT
+    rows = load_math_instruct(path)
+    order = np.random.default_rng(0).permutation(len(rows))
+    chosen = order[held_out:] if split == "train" else order[:held_out]
+    return (conversation(rows[int(i)], f"{path}, row {i}") for i in chosen)
 
 
 def load_math_instruct(path: str) -> Any:
@@ -141,8 +144,7 @@ def local_rows(path: str | None, split: str) -> Iterator[tuple[str, Any]]:
         raise UserError(
             "the data set instructions needs its files; set training.dataset_path and validation.dataset_path"
         )
-    folder = Path(path)
-    _, files = local_files(folder / SPLIT_FILES[split] if (folder / SPLIT_FILES[split]).is_file() else folder)
+    _, files = local_files(split_of(Path(path), split))
     tables = [file for file in files if file.suffix in TABLES]
     if not tables:
         raise UserError(f"{path} must hold .jsonl or .parquet files of instructions, holds none")
@@ -155,6 +157,8 @@ def local_rows(path: str | None, split: str) -> Iterator[tuple[str, Any]]:
             continue
         with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
                 try:
                     yield f"{file}, line {number}", json.loads(line)
                 except json.JSONDecodeError as error:
@@ -167,11 +171,12 @@ def conversation(row: Any, where: str) -> Messages:
         raise UserError(f'{where} must be an object with "instruction" and "output", or "messages"; got {row!r:.60}')
     messages = row.get("messages")
     if messages is None:
-        missing = [key for key in ("instruction", "output") if not isinstance(row.get(key), str)]
+        texts = {"instruction": row.get("instruction"), "output": row.get("output"), "input": row.get("input") or ""}
+        missing = [key for key, text in texts.items() if not isinstance(text, str)]
         if missing:
             raise UserError(
-                f'{where} must have "instruction" and "output" texts, or "messages"; {missing[0]!r} is missing from '
-                f"{sorted(row)}"
+                f'{where} must have "instruction" and "output" texts, or "messages"; {missing[0]!r} is missing or no '
+                f"text, of {sorted(row)}"
             )
         question = "\n".join(filter(None, [row["instruction"], row.get("input")]))
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]

@@ -1,5 +1,6 @@
 """torchtitan's metrics in the run log of this repository, under the keys that all experiments share."""
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from torchtitan.tools.utils import device_type
 from common import Diverged, config, launch
 from common.runlog import RunLog, run_name, write_end
 from common.timer import Timer
-from Llama.config import JobConfig, is_fine_tuning
+from Llama.checks import is_fine_tuning
+from Llama.config import JobConfig
 
 # Sections that make no other run: figures must not tell runs apart by them.
 BOOKKEEPING = ("job", "profiling", "metrics", "comm", "memory_estimation", "fault_tolerance", "experimental", "debug")
@@ -26,7 +28,9 @@ def name_of(settings: JobConfig) -> str:
 def record_of(settings: JobConfig) -> dict[str, Any]:
     """Return what of a config tells runs apart, for config.json."""
     sections = {key: value for key, value in config.to_dict(settings).items() if key not in BOOKKEEPING}
-    return {"seed": settings.debug.seed, **sections}
+    tokenizer = Path(settings.model.hf_assets_path, "tokenizer.json")  # a prepared one may be made anew, and otherwise
+    digest = hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else None
+    return {"seed": settings.debug.seed, "tokenizer": digest, **sections}
 
 
 def work(settings: JobConfig) -> tuple[str, int]:
@@ -89,7 +93,8 @@ class _Logger(titan.BaseLogger):
             self._end(step, {})
             raise Diverged(
                 f"training needs finite losses and gradients, and step {step} had loss {finite[0]} and gradient norm "
-                f"{finite[1]}; start anew with a lower learning rate, or resume from the last checkpoint with one"
+                f"{finite[1]}; start anew with a lower learning rate, or with one from the weights of an earlier step: "
+                "--checkpoint.initial_load_path RUN/checkpoint/step-N"
             )
 
     def _end(self, step: int, validation: dict[str, float]) -> None:

@@ -27,7 +27,8 @@ _PLAIN_ROPE = RoPEScalingArgs(scaling_factor=1.0)
 
 
 def _llama2(**sizes) -> Shape:
-    return Shape(**{"vocab_size": 32_000, "rope_theta": 10_000, "rope_scaling_args": _PLAIN_ROPE, **sizes})
+    plain = {"vocab_size": 32_000, "rope_theta": 10_000, "rope_scaling_args": _PLAIN_ROPE, "max_seq_len": 4096}
+    return Shape(**plain | sizes)
 
 
 def _llama3(**sizes) -> Shape:
@@ -39,7 +40,7 @@ def _llama3(**sizes) -> Shape:
 # (Llama-2: 11,008, 13,824, 28,672) follow from multiple_of and ffn_dim_multiplier. debug is ours.
 FLAVORS = {
     "llama2": {
-        "debug": _llama2(dim=128, n_layers=4, n_heads=4, multiple_of=32, vocab_size=4096),
+        "debug": _llama2(dim=128, n_layers=4, n_heads=4, multiple_of=32, vocab_size=4096, max_seq_len=256),
         "7B": _llama2(dim=4096, n_layers=32, n_heads=32, multiple_of=256),
         "13B": _llama2(dim=5120, n_layers=40, n_heads=40, multiple_of=256),
         "70B": _llama2(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, multiple_of=4096, ffn_dim_multiplier=1.3),

@@ -7,16 +7,17 @@ from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3 import parallelize_llama
-from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
 from common.optimizer_config import OptimizerConfig
 from Llama import data, instructions
-from Llama.config import JobConfig, is_fine_tuning
+from Llama.checks import is_fine_tuning
+from Llama.config import JobConfig
 from Llama.cpu import adapt_model
 from Llama.metrics import MetricsProcessor
 from Llama.model import FLAVORS, Llama
 from Llama.validate import FixedSequences
+from Llama.weights import Adapter
 from optimizers import build_optimizer
 
 
@@ -64,6 +65,6 @@ for name, flavors in FLAVORS.items():
             build_loss_fn=build_cross_entropy_loss,
             build_validator_fn=FixedSequences,
             build_metrics_processor_fn=MetricsProcessor,
-            state_dict_adapter=Llama3StateDictAdapter,
+            state_dict_adapter=Adapter,
         ),
     )

@@ -12,6 +12,7 @@ replaces; --help lists them.
 import json
 import logging
 import os
+import shutil
 import sys
 import warnings
 from dataclasses import replace
@@ -23,10 +24,11 @@ from torchtitan.tools.logging import init_logger
 
 import Llama.spec  # noqa: F401  (registers the TrainSpec)
 from common import UserError, launch
-from common.runlog import move_aside
+from common.runlog import END, move_aside
 from Llama.config import JobConfig, parse_config
 from Llama.cpu import on_cpu
 from Llama.metrics import name_of, record_of
+from Llama.weights import CHECKPOINTS, newest_checkpoint
 
 
 class Trainer(titan.Trainer):
@@ -44,8 +46,10 @@ class Trainer(titan.Trainer):
     def batch_generator(self, data_iterable):
         """Begin: torchtitan calls this once, when the checkpoint is loaded and before the first step."""
         self.metrics_processor.open(self.step)
-        if self.step == 0 and self.job_config.validation.enable:
-            self.validator.validate(self.model_parts, 0)
+        unfinished = not Path(self.job_config.job.dump_folder, END).exists()
+        killed_before_its_end = self.step == self.job_config.training.steps and unfinished
+        if self.job_config.validation.enable and (self.step == 0 or killed_before_its_end):
+            self.validator.validate(self.model_parts, self.step)
         return super().batch_generator(data_iterable)
 
     def forward_backward_step(self, *, global_valid_tokens: torch.Tensor, **batch) -> torch.Tensor:
@@ -63,10 +67,18 @@ class Trainer(titan.Trainer):
             return False
         if not self.stop_request.agreed(self.ranks):
             return True
-        if self.step % self.job_config.checkpoint.interval:  # else it is saved
+        settings = self.job_config.checkpoint
+        if self.step % settings.interval:  # else it is saved
             self.checkpointer.save(self.step, last_step=True)
-        titan.logger.warning(f"stopped after step {self.step}; the same command with --job.resume goes on")
+        saved = settings.enable and not settings.load_only
+        after = "the same command with --job.resume goes on" if saved else "checkpoints are off"
+        titan.logger.info(f"stopped after step {self.step}; {after}")
         return False
+
+    def close(self) -> None:
+        if future := getattr(self.checkpointer, "save_future", None):  # asynchronous, and not on the disk yet
+            future.result()
+        super().close()
 
 
 def main() -> None:
@@ -94,23 +106,26 @@ def start_logging() -> None:
     init_logger()
     logger = logging.getLogger()
     logger.setLevel(logging.INFO if os.environ["RANK"] == "0" else logging.WARNING)
-    noise = ("Building llama2",)  # the whole shape, on twenty lines
+    noise = ("Building llama",)  # the whole shape, on twenty lines
     if on_cpu():  # where there is no peak to look up
         noise += ("Error running lspci", "Peak flops undefined", "Peak FLOPS used")
         warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype is not supported")
         warnings.filterwarnings("ignore", message="Set timeout is now only supported for either nccl or gloo")
+    noise += ("model.safetensors.index.json not found",)  # only torchtitan's own export would read it
     logger.handlers[0].addFilter(lambda entry: not entry.getMessage().startswith(noise))
 
 
 def train(settings: JobConfig) -> None:
     """Train to the end."""
     torch.set_flush_denormal(True)  # saturated attention is subnormal: see nanoGPT/train.py
-    trainer = None
+    trainer, folder = None, Path(settings.job.dump_folder)
     try:
         with launch.StopRequest() as stop_request:
             trainer = Trainer(settings, stop_request)
             if not settings.job.resume:
-                launch.on_main(lambda: move_aside(Path(settings.job.dump_folder)))
+                launch.on_main(lambda: move_aside(folder))
+            elif newest_checkpoint(folder) is None:  # torchtitan would take an incomplete one for a reason to load none
+                launch.on_main(lambda: shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True))
             trainer.train()
     finally:
         if trainer:
@@ -126,6 +141,11 @@ def same_experiment(folder: Path, settings: JobConfig) -> None:
     names += ["model.name", "model.flavor", "training.max_norm"]
     names += [f"training.{key}" for key in ("dataset", "dataset_path", "lanes", "seq_len", "global_batch_size")]
     names += ["fine_tuning.template", "fine_tuning.packing"]
+    if was.get("tokenizer") != now["tokenizer"]:
+        raise UserError(
+            f"--job.resume needs the tokenizer that the run began with; {settings.model.hf_assets_path} holds another: "
+            "put that back, or start anew without --job.resume"
+        )
     for name in sorted(set(names) - {"optimizer.lr", "optimizer.tuned_lr", "lr_scheduler.total_steps"}):
         section, key = name.split(".")
         old, new = was.get(section, {}).get(key), now[section][key]

@@ -10,7 +10,8 @@ from torchtitan.components.validate import BaseValidator, Validator
 from torchtitan.distributed.utils import dist_sum
 from torchtitan.tools.utils import device_type
 
-from Llama.config import JobConfig, is_fine_tuning
+from Llama.checks import is_fine_tuning
+from Llama.config import JobConfig
 from Llama.data import Batch, validation_windows
 from Llama.instructions import validation_rows
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 import torch.distributed.checkpoint as dcp
 import tyro
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 
 from common import UserError
@@ -31,6 +33,17 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 CHECKPOINTS = "checkpoint"  # torchtitan's folder of them, below a run's
+FINE_TUNING = ("instructions", "mathinstruct")  # the data sets that are no text
+
+
+class Adapter(Llama3StateDictAdapter):
+    """torchtitan's translation to Hugging Face's names, for weights that are cut within an attention head, too."""
+
+    def _permute(self, weight: Tensor, *sizes: int) -> Tensor:
+        # A view of a shard would mix heads, without an error where their number happens to divide.
+        if isinstance(weight, DTensor):
+            weight = weight.redistribute(placements=[Replicate()] * weight.device_mesh.ndim)
+        return super()._permute(weight, *sizes)
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,7 @@ def check_weights(path: Path, is_hf: bool, shape: Shape, name: str) -> None:
     """Refuse weights that are another model's, naming what differs. `name`: what a config calls the model."""
     expected = _weights_on_meta(shape)
     if is_hf:
-        expected = Llama3StateDictAdapter(shape, None).to_hf(expected)
+        expected = Adapter(shape, None).to_hf(expected)
         found = _hf_sizes(path)
         if (path / "config.json").is_file():
             _check_config(path, shape, name)
@@ -93,7 +106,7 @@ def check_weights(path: Path, is_hf: bool, shape: Shape, name: str) -> None:
             )
 
 
-def _weights_on_meta(shape: Shape) -> dict[str, torch.Tensor]:
+def _weights_on_meta(shape: Shape) -> dict[str, Tensor]:
     with torch.device("meta"):
         return Llama(shape).state_dict()
 
@@ -168,20 +181,21 @@ def export(options: Options) -> Path:
     weights = {name: torch.empty_like(w, dtype=dtype, device="cpu") for name, w in _weights_on_meta(shape).items()}
     dcp.load(weights, checkpoint_id=checkpoint)
     with written_aside(options.out) as partial:
-        write_hf(partial, weights, shape, assets)
-        if settings["training"]["dataset"] in ("instructions", "mathinstruct"):
-            template = TEMPLATES[settings["fine_tuning"]["template"]]
+        tuned = settings["training"]["dataset"] in FINE_TUNING
+        template = TEMPLATES[settings["fine_tuning"]["template"]] if tuned else None
+        write_hf(partial, weights, shape, assets, ends=(template.end,) if template and template.end else ())
+        if template:
             (partial / "chat_template.jinja").write_text(template.jinja())
     print(f"{options.out}: {checkpoint}, in {options.dtype}")
     return options.out
 
 
-def write_hf(folder: Path, weights: dict[str, torch.Tensor], shape: Shape, assets: Path) -> None:
-    """Write weights of Llama.model, their config, and the tokenizer of `assets`."""
+def write_hf(folder: Path, weights: dict[str, Tensor], shape: Shape, assets: Path, ends: tuple[str, ...] = ()) -> None:
+    """Write weights of Llama.model, their config, and the tokenizer of `assets`; `ends`: more tokens to stop at."""
     from huggingface_hub import save_torch_state_dict
     from tokenizers import Tokenizer
 
-    save_torch_state_dict(Llama3StateDictAdapter(shape, None).to_hf(weights), folder)
+    save_torch_state_dict(Adapter(shape, None).to_hf(weights), folder)
     for name in TOKENIZER_FILES:
         if (assets / name).is_file():
             shutil.copy(assets / name, folder)
@@ -192,6 +206,8 @@ def write_hf(folder: Path, weights: dict[str, torch.Tensor], shape: Shape, asset
         token = tokens.get(f"{kind}_token")
         token = token["content"] if isinstance(token, dict) else token  # the Hub has both spellings
         ids[f"{kind}_token_id"] = token and tokenizer.token_to_id(token)
+    if ends:
+        ids["eos_token_id"] = [ids["eos_token_id"], *map(tokenizer.token_to_id, ends)]
     dtype = next(iter(weights.values())).dtype
     hf_config(shape, dtype=dtype, **ids).save_pretrained(folder)
 

@@ -207,8 +207,8 @@ def main_guard(main: Callable[[], None]) -> None:
             raise
         print(
             f"error: rank {process_rank()} lost another rank, which ended or hangs: see that rank's own error, then "
-            f"the same command with --resume goes on from the last checkpoint, on any number of ranks "
-            f"({one_line(error)})",
+            "the same command with --resume (Llama: --job.resume) goes on from the last checkpoint, on any number of "
+            f"ranks ({one_line(error)})",
             file=sys.stderr,
             flush=True,
         )

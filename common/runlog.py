@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from common import one_line, warn
 
 METRICS_FILE = "metrics.jsonl"
+END = "finished.json"
 WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # the cloud's, before wandb 0.31 and since
 WANDB_TIMEOUT_S = 30  # wandb waits 90 s for its server, which is most of a short run
 
@@ -66,7 +67,7 @@ def move_aside(folder: Path) -> None:
 def write_end(folder: Path, step: int, metrics: dict[str, float]) -> None:
     """Mark a run as over, with its last validation; without metrics, as diverged. scripts/sweep.py reads it."""
     end = {"step": step, "val_loss": metrics.get("val/loss"), "bits_per_byte": metrics.get("val/bits_per_byte")}
-    (folder / "finished.json").write_text(json.dumps({**end, "diverged": not metrics}) + "\n")
+    (folder / END).write_text(json.dumps({**end, "diverged": not metrics}) + "\n")
 
 
 class RunLog:

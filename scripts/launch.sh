@@ -20,7 +20,9 @@ share_cores() {
   export OMP_NUM_THREADS=$((cores > NGPU ? cores / NGPU : 1))
 }
 
-# A signal reaches the training, which saves and leaves; then this script leaves too.
+# A signal reaches the training, which saves and leaves; then this script leaves too. torchrun would kill it after 30 s,
+# but a step and a save of a large model take minutes.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 stopped=""
 child=""
 trap 'stopped=yes; [[ -z "$child" ]] || kill -TERM "$child" 2>/dev/null || true' INT TERM

@@ -11,7 +11,8 @@ import Llama.cpu
 from common import UserError
 from common.config import ConfigError
 from common.optimizer_config import OptimizerConfig
-from Llama.config import NOT_READ, JobConfig, parse_config
+from Llama.checks import NOT_READ
+from Llama.config import JobConfig, parse_config
 from optimizers import build_optimizer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "Llama/train_configs"
@@ -21,7 +22,7 @@ STDLIB, PAPER, TUNED = (str(CONFIGS / f"{name}.toml") for name in ("stdlib", "ll
 @pytest.fixture
 def eight_gpus(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setattr("Llama.config.on_cpu", lambda: False)
+    monkeypatch.setattr("Llama.checks.on_cpu", lambda: False)
 
 
 def test_paper_config_matches_the_papers_settings(eight_gpus):
@@ -61,7 +62,16 @@ def test_misspelt_key_of_a_file_refuses_with_the_nearest_key(tmp_path):
         (["--optimizer.name", "olio"], "did you mean 'olion'"),
         (["--optimizer.betas", "0.9", "1.5"], r"betas must be in \[0, 1\)"),
         (["--model.flavor", "7C"], "model.flavor must be one of debug, 7B"),
-        (["--training.global_batch_size", "6"], r"global_batch_size must be a multiple of 4 .* got 6"),
+        (["--training.dataset", "instruction"], "training.dataset must be one of c4, .*; got 'instruction'"),
+        (["--validation.dataset", "mathinstruct"], "validation.dataset must be one of c4, .*; got 'mathinstruct'"),
+        (["--validation.pretrain_dataset", "text"], "pretrain_dataset is for fine-tuning"),
+        (["--lr_scheduler.total_steps", "9"], "total_steps must be training.steps 400 or more"),
+        (["--checkpoint.keep_latest_k", "1"], "keep_latest_k must be 0"),
+        (["--checkpoint.load_step", "3"], "load_step needs job.resume, .* got 3 alone"),
+        (["--comm.mode", "local_tensor"], "does not train"),
+        (["--checkpoint.interval", "0"], "interval must be 1 or more"),
+        (["--parallelism.tensor_parallel_degree", "0"], "tensor_parallel_degree must be 1 or more"),
+        (["--parallelism.tensor_parallel_degree", "8"], "must divide the 4 key and value heads"),
         (["--parallelism.tensor_parallel_degree", "2"], "tensor_parallel_degree must divide the 1 ranks"),
         (["--parallelism.data_parallel_shard_degree", "2"], "must use the 1 ranks there are"),
         (["--parallelism.pipeline_parallel_degree", "2"], "pipelines leave gradients"),
@@ -69,7 +79,10 @@ def test_misspelt_key_of_a_file_refuses_with_the_nearest_key(tmp_path):
         (["--model.name", "llama3"], "model.name must be one of llama2, llama3.1; got 'llama3'"),
         (["--fine_tuning.template", "chatml"], "template must be one of question, alpaca, llama3; got 'chatml'"),
         (["--fine_tuning.packing"], "packing is for instructions"),
-        (["--training.dataset", "instructions"], "fine-tuning needs weights to start from"),
+        (
+            ["--training.dataset", "instructions", "--validation.dataset", "instructions"],
+            "fine-tuning needs weights to start from",
+        ),
         (["--checkpoint.initial_load_path", "nowhere"], "weights are .*; nowhere does not exist"),
         (["--validation.freq", "0"], "freq must be 1 or more"),
     ],
@@ -81,7 +94,7 @@ def test_impossible_setting_refuses_in_one_line(flags, message):
 
 
 def test_large_model_without_gpus_refuses_with_its_memory_and_the_small_command(monkeypatch):
-    monkeypatch.setattr("Llama.config.on_cpu", lambda: True)
+    monkeypatch.setattr("Llama.checks.on_cpu", lambda: True)
     monkeypatch.setattr(Llama.cpu.CPU, "get_device_properties", lambda: type("Small", (), {"total_memory": 24e9}))
     with pytest.raises(ConfigError, match=r"needs about 81 GB .* 24 GB .* bash Llama/run.sh"):
         parse_config([PAPER])
@@ -91,8 +104,9 @@ def test_large_model_without_gpus_refuses_with_its_memory_and_the_small_command(
 def test_key_that_torchtitan_reads_and_this_repository_does_not_refuses(name, tmp_path):
     section, key = name.split(".")
     value = {"dataloader": "{num_workers = 2}", "steps": "3"}.get(key, '"x"')
-    if isinstance(getattr(getattr(JobConfig(), section), key), bool):
-        value = "true"
+    default = getattr(getattr(JobConfig(), section), key)
+    if isinstance(default, int):
+        value = "true" if isinstance(default, bool) else "3"
     (tmp_path / "c.toml").write_text(f"[{section}]\n{key} = {value}\n")
     with pytest.raises(ConfigError, match=f"{re.escape(name)} must be left out, since nothing here reads it"):
         parse_config([STDLIB, str(tmp_path / "c.toml")])
@@ -100,8 +114,16 @@ def test_key_that_torchtitan_reads_and_this_repository_does_not_refuses(name, tm
 
 def test_ranks_that_cannot_share_the_lanes_refuse(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ConfigError, match=r"training.lanes must be a multiple of 3 .* got 8"):
+    with pytest.raises(ConfigError, match=r"training.lanes must be a multiple of the 3 .* got 8"):
         parse_config([STDLIB, "--training.global_batch_size", "12"])
+    with pytest.raises(ConfigError, match=r"global_batch_size must be a multiple of the 3 .* got 8"):
+        parse_config([STDLIB])
+
+
+@pytest.mark.parametrize(("ranks", "local"), [(1, 4), (2, 4), (4, 2), (8, 1)])
+def test_micro_batches_match_what_a_rank_has_of_the_global_batch(ranks, local, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    assert parse_config([STDLIB]).training.local_batch_size == local
 
 
 def test_every_optimizer_key_matches_what_the_rule_is_built_with():

@@ -152,6 +152,10 @@ def test_tokenizer_that_is_missing_or_has_more_tokens_than_the_model_refuses(tmp
     (tmp_path / "text/a.txt").write_text("some text\n" * 9)
     settings.model.hf_assets_path = str(prepare(Prepare(str(tmp_path / "text"), tmp_path / "made", vocab_size=260)))
     assert build_tokenizer(settings).get_vocab_size() == 260
+    settings.model.flavor = "7B"
+    with pytest.raises(UserError, match=r"must have the 32000 tokens of llama2 7B; .*made has 260"):
+        build_tokenizer(settings)
+    settings.model.flavor = "debug"
     monkeypatch.setattr(FLAVORS["llama2"]["debug"], "vocab_size", 259)
-    with pytest.raises(UserError, match=r"at most the 259 tokens of llama2 debug; .*made has 260"):
+    with pytest.raises(UserError, match=r"must have the 259 tokens of llama2 debug; .*made has 260"):
         build_tokenizer(settings)

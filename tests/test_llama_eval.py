@@ -278,12 +278,10 @@ def test_run_is_exported_once_and_again_when_its_checkpoint_is_newer(assets, mod
     dcp.save(model.state_dict(), checkpoint_id=run / "checkpoint/step-3")
     (run / "config.json").write_text(json.dumps({"config": settings}))
     folder = evaluate.hf_folder(run)
-    assert folder == run / "exported" and evaluate.has_template(folder)
+    assert folder == run / "exported-step-3" and evaluate.has_template(folder)
     (folder / "mark").touch()
     assert evaluate.hf_folder(run) == folder and (folder / "mark").exists()
     dcp.save({name: weight + 1 for name, weight in model.state_dict().items()}, checkpoint_id=run / "checkpoint/step-4")
-    later = folder.stat().st_mtime + 60
-    os.utime(run / "checkpoint/step-4", (later, later))
     head = LlamaForCausalLM.from_pretrained(evaluate.hf_folder(run)).lm_head.weight
     torch.testing.assert_close(head, model.output.weight + 1, atol=0, rtol=0)  # in the precision of training
     assert evaluate.hf_folder(folder) == folder
@@ -365,7 +363,7 @@ def fake_python(path: Path, asked: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         f'#!/bin/sh\necho "$*" >> {asked}\n'
-        f'case "$*" in *find_spec*) [ -n "$LM_EVAL" ] || grep -q "pip install" {asked} ;; esac\n'
+        f'case "$*" in *math_verify*) [ -n "$LM_EVAL" ] || grep -q "pip install" {asked} ;; esac\n'
     )
     path.chmod(0o755)
     return path

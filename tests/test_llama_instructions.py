@@ -201,7 +201,7 @@ def test_rows_that_are_no_conversation_refuse_with_their_line(tmp_path):
         {"role": "assistant", "content": "b"},
     ]
     for bad, message in [
-        ({"instruction": "a", "answer": "b"}, "line 2 must have .*'output' is missing from"),
+        ({"instruction": "a", "answer": "b"}, "line 2 must have .*'output' is missing or no text, of"),
         ({"instruction": "a", "output": None}, "line 2 must have .*'output' is missing"),
         ({"messages": [{"role": "user", "content": "a"}]}, "line 2: .*one be the assistant's"),
         ({"messages": [{"from": "human", "value": "a"}]}, 'line 2: each of "messages" must have a "role"'),

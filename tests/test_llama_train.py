@@ -209,11 +209,25 @@ def test_fine_tuning_starts_from_the_loss_that_pretraining_ended_with(tuned):
     assert run["val/pretrain_loss", STEPS] != run["val/pretrain_loss", 0]
 
 
+def test_resume_beside_an_incomplete_checkpoint_still_starts_from_the_weights(tuned):
+    base = run_of(tuned, "alone", "adamw")
+    run = tuned / "runs/killed" / run_of(tuned, "tuned alone", "adamw").name
+    (run / "checkpoint/step-1").mkdir(parents=True)  # killed in its first save
+    with Ranks(1) as rank:
+        rank(_train, tuning(tuned, base, "--job.resume", job__group="killed"))
+    assert losses(run) == pytest.approx(losses(run_of(tuned, "tuned alone", "adamw")), abs=1e-6)
+
+
 def test_smallest_flavor_of_the_7b_config_trains_and_saves_on_four_ranks(folder):
     """bfloat16, activation checkpoints and asynchronous saving; compilation is for GPUs."""
     flags = "--model.flavor debug --compile.no-enable --training.dataset text --validation.dataset text".split()
     with Ranks(4) as ranks:
-        settings = {"training__global_batch_size": 8, "validation__local_batch_size": 2, "optimizer__lr": 1e-2}
+        settings = {
+            "training__global_batch_size": 8,
+            "training__lanes": 8,
+            "validation__local_batch_size": 2,
+            "optimizer__lr": 1e-2,
+        }
         ranks(_train, quick(folder, *flags, ranks=4, config=PAPER, job__group="7b", **settings))
     run = run_of(folder, "7b", "olion")
     found = losses(run)
@@ -223,7 +237,7 @@ def test_smallest_flavor_of_the_7b_config_trains_and_saves_on_four_ranks(folder)
 
 def test_resume_refuses_another_experiment_in_one_line(folder):
     run = run_of(folder, "alone", "adamw")
-    same_experiment(run, quick(folder, optimizer__name="adamw", training__steps=9))
+    same_experiment(run, quick(folder, optimizer__name="adamw", training__steps=9, lr_scheduler__total_steps=9))
     for settings in ({"training__seq_len": 16}, {"optimizer__weight_decay": 0.2}, {"lr_scheduler__warmup_steps": 2}):
         (name,) = (key.replace("__", ".") for key in settings)
         with pytest.raises(

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from common import UserError
@@ -14,6 +16,7 @@ from Llama import weights
 from Llama.model import FLAVORS, Llama, Shape
 from Llama.prepare import Prepare, prepare
 from Llama.templates import TEMPLATES
+from tests.ranks import Ranks
 
 # Grouped queries, and wavelengths both shorter and longer than those that Llama-3.1 stretches.
 SMALL = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 300, "max_seq_len": 128}
@@ -61,11 +64,26 @@ def test_imported_logits_match_transformers(name, tmp_path):
     folder, is_hf = weights.find_weights(tmp_path)
     weights.check_weights(folder, is_hf, SHAPES[name], name)
     model = model_of(SHAPES[name])
-    adapter = weights.Llama3StateDictAdapter(SHAPES[name], None)
+    adapter = weights.Adapter(SHAPES[name], None)
     states = adapter.to_hf(model.state_dict())
     dcp.load(states, storage_reader=adapter.get_hf_storage_reader(str(folder)))  # as torchtitan loads them
     model.load_state_dict(adapter.from_hf(states))
     torch.testing.assert_close(model(TOKENS), theirs(TOKENS).logits, atol=2e-4, rtol=0)
+
+
+def test_weights_cut_within_a_head_translate_as_whole_ones():
+    with Ranks(4) as ranks:
+        assert all(ranks(_cut_within_a_head))
+
+
+def _cut_within_a_head() -> bool:
+    shape = SHAPES["llama2"]
+    whole = torch.arange(32 * 64.0).view(32, 64)  # keys of 2 heads of 16, on 4 ranks
+    adapter, name = weights.Adapter(shape, None), "layers.0.attention.wk.weight"
+    cut = distribute_tensor(whole, init_device_mesh("cpu", (4,)), [Shard(0)])
+    (there,) = adapter.to_hf({name: cut}).values()
+    (expected,) = weights.Llama3StateDictAdapter(shape, None).to_hf({name: whole}).values()
+    return torch.equal(there.full_tensor(), expected)
 
 
 def run_with(folder: Path, shape: Shape, assets: Path, **settings) -> Llama:
@@ -94,6 +112,7 @@ def test_export_of_a_run_matches_its_newest_checkpoint_tokenizer_and_template(as
         [{"role": "user", "content": "who?"}], tokenize=False, add_generation_prompt=1
     )
     assert asked == "<s>Question: who?\nAnswer:"
+    assert LlamaForCausalLM.from_pretrained(out).generation_config.eos_token_id == 1
     half = weights.export(weights.Options(tmp_path / "run", tmp_path / "half", step=3))
     first = LlamaForCausalLM.from_pretrained(half)
     assert first.dtype == torch.bfloat16
