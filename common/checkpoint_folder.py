@@ -12,13 +12,29 @@ import json
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common import one_line, warn
+from common.config import at_least
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the folder; to be raised when this code would misread a newer one
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What can be resumed."""
+
+    every: int = 1000
+    """Steps between checkpoints, and one at the end; 0 writes none."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+
+    def __post_init__(self):
+        at_least(0, self, "every")
+        at_least(1, self, "keep")
 
 
 def survey(folder: Path) -> tuple[list[tuple[Path, dict[str, Any]]], bool]:

@@ -1,8 +1,28 @@
-"""Learning-rate schedule: step -> multiplier of the peak rate."""
+"""Learning-rate schedule: step -> multiplier of the peak rate; and its section of a config."""
 
 import math
+from dataclasses import dataclass
+from typing import Literal
+
+from common.config import at_least
 
 DECAYS = ("cosine", "linear", "constant")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the run, as a multiple of the peak."""
+
+    warmup: int = 2000
+    """Steps of linear warm-up."""
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    floor: float = 0.1
+    """Fraction of the peak at the end; a fraction, so that a swept rate scales its whole schedule."""
+
+    def __post_init__(self):
+        at_least(0, self, "warmup")
+        multiplier(0, steps=1, **vars(self))  # refuses the rest
 
 
 def multiplier(step: int, *, steps: int, warmup: int, decay: str = "cosine", floor: float = 0.1) -> float:

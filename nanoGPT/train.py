@@ -22,14 +22,15 @@ from torch import nn
 from tqdm import tqdm
 
 from common import Diverged, UserError, checkpoint, config, launch
+from common.checkpoint_folder import CheckpointConfig
 from common.config import at_least
 from common.optimizer_config import OptimizerConfig
+from common.parallel import ParallelConfig, autocast, clip_gradient, distribute, precision, synchronizing
 from common.runlog import RunLog, move_aside, run_name, write_end
-from common.schedule import multiplier
+from common.schedule import ScheduleConfig, multiplier
 from common.timer import Timer
 from nanoGPT import data
 from nanoGPT.model import GPT, GPTConfig
-from nanoGPT.parallel import ParallelConfig, autocast, clip_gradient, distribute, synchronizing
 from optimizers import RuleOptimizer, build_optimizer, count_bytes
 from optimizers.rule import rule_named
 
@@ -62,22 +63,6 @@ class Optimizer(OptimizerConfig):
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
-    """The learning rate over the run, as a multiple of the peak."""
-
-    warmup: int = 2000
-    """Steps of linear warm-up."""
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up."""
-    floor: float = 0.1
-    """Fraction of the peak at the end; a fraction, so that a swept rate scales its whole schedule."""
-
-    def __post_init__(self):
-        at_least(0, self, "warmup")
-        multiplier(0, steps=1, **vars(self))  # refuses the rest
-
-
-@dataclass(frozen=True)
 class EvalConfig:
     """Validation, always on the same windows."""
 
@@ -88,20 +73,6 @@ class EvalConfig:
 
     def __post_init__(self):
         at_least(1, self, "every", "windows")
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """What can be resumed."""
-
-    every: int = 1000
-    """Steps between checkpoints, and one at the end; 0 writes none."""
-    keep: int = 2
-    """Newest checkpoints that are kept."""
-
-    def __post_init__(self):
-        at_least(0, self, "every")
-        at_least(1, self, "keep")
 
 
 @dataclass(frozen=True)
@@ -168,7 +139,7 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
     optimizer = build(settings.optimizer, network)
     peaks = [group["lr"] for group in optimizer.param_groups]
     launch.seed_all(settings.seed + ranks.rank)  # the weights are drawn; dropout differs from rank to rank
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision(settings, ranks) == torch.float16)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision(settings.dtype, ranks) == torch.float16)
 
     step, skipped, in_a_row = 0, 0, 0
     if settings.resume:
@@ -287,7 +258,7 @@ def build_model(settings: Config, ranks: launch.Launch) -> tuple[GPT, nn.Module]
         model = GPT(settings.model)
     if settings.init_from and model.config != settings.model:
         raise UserError(f"[model] must describe {settings.init_from}: {model.config}; got {settings.model}")
-    dtype = precision(settings, ranks)
+    dtype = precision(settings.dtype, ranks)
     if dtype == torch.float64:
         model = model.double()
     return model, distribute(model, settings.parallel, ranks, dtype, settings.compile)
@@ -297,13 +268,6 @@ def build(settings: Optimizer, network: nn.Module) -> RuleOptimizer:
     """Build the optimizer; every option that is set reaches the rule, which refuses what it does not have."""
     blocks = {"*.c_attn.weight": 3} if settings.split_qkv else None
     return build_optimizer(network, settings.name, qkv_split=blocks, **settings.options())
-
-
-def precision(settings: Config, ranks: launch.Launch) -> torch.dtype:
-    """Return the dtype that the model computes in."""
-    if settings.dtype == "auto":
-        return torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-    return getattr(torch, settings.dtype)
 
 
 def accumulate_gradient(
@@ -332,7 +296,7 @@ def accumulate_gradient(
             device=ranks.device,
         )
         with synchronizing(network, number == pieces):  # the ranks' gradients meet once a step
-            with autocast(network, precision(settings, ranks), ranks):
+            with autocast(network, precision(settings.dtype, ranks), ranks):
                 _, loss = network(inputs, targets)
             loss = loss * ((stop - start) * shares / batch_size)  # the gradients' mean over the ranks is taken
             scaler.scale(loss).backward()
@@ -352,7 +316,7 @@ def evaluate(network: nn.Module, tokens: data.TokenFile, settings: Config, ranks
         mine = offsets[start : start + together][ranks.rank :: ranks.world_size]
         taken = mine if len(mine) else offsets[:1]  # FSDP needs every rank in every pass
         inputs, targets = data.windows(tokens, taken, context, ranks.device)
-        with autocast(network, precision(settings, ranks), ranks):
+        with autocast(network, precision(settings.dtype, ranks), ranks):
             _, loss = network(inputs, targets)
         total += loss.item() * len(mine)
     loss = launch.all_reduce_sum([total], ranks)[0] / len(offsets)

@@ -32,6 +32,8 @@ NAMES = {
     "val/bits_per_byte": "validation loss, bits a byte",
     "val/exact_match": "responses repeated exactly, share",
     "val/pretrain_loss": "loss on the pretraining text, nats a token",
+    "val/denoising_loss": "denoising loss on validation images",
+    "val/projection_loss": "projection loss on validation images",
     "train/loss": "training loss, nats a token",
     "step_ms": "time a step, ms",
     "optimizer_ms": "time in the optimizer, ms",

@@ -19,10 +19,10 @@ from tiny_gpt import ROOT, write_config, write_corpus
 from common import UserError, launch
 from common.config import parse_config
 from common.launch import Launch
+from common.parallel import ParallelConfig, distribute
 from common.runlog import read_metrics
 from nanoGPT import train as training
 from nanoGPT.model import GPT, GPTConfig
-from nanoGPT.parallel import ParallelConfig, distribute
 from nanoGPT.sample import Sample, sample
 from nanoGPT.train import Config
 

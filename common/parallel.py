@@ -1,4 +1,4 @@
-"""How a GPT lies on the ranks: whole on each (DDP), in shards (FSDP), or in shards within groups of ranks (HSDP).
+"""How a model lies on the ranks: whole on each (DDP), in shards (FSDP), or in shards within groups of ranks (HSDP).
 
     network = distribute(model, settings, ranks, torch.bfloat16)
     with synchronizing(network, last_micro_batch), autocast(network, torch.bfloat16, ranks): ...
@@ -7,8 +7,9 @@ Optimizer and checkpoints need not be told: parameters in shards are DTensors, w
 """
 
 import contextlib
+import warnings
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,7 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import UserError, launch
 from common.config import ConfigError, at_least
-from nanoGPT.model import GPT
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,22 @@ class ParallelConfig:
             raise ConfigError(f"parallel.shard is of mode hsdp; got {self.shard} with {self.mode}: leave it 0")
 
 
-def distribute(
-    model: GPT, settings: ParallelConfig, ranks: launch.Launch, dtype: torch.dtype, compile: bool = False
+def precision(dtype: str, ranks: launch.Launch) -> torch.dtype:
+    """Return the dtype that a config's word means; auto is bfloat16 on GPUs and float32 elsewhere."""
+    if dtype == "auto":
+        return torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    return getattr(torch, dtype)
+
+
+def place(
+    model: nn.Module,
+    settings: ParallelConfig,
+    ranks: launch.Launch,
+    dtype: torch.dtype,
+    compile: bool = False,
+    trained: bool = False,
 ) -> nn.Module:
-    """Put the model on the ranks' devices; returns the network to train: itself, compiled, or under DDP.
+    """Put a model with `blocks` on the ranks' devices, whole or in shards, as is enough where it is not `trained`.
 
     A single process holds all, whatever the mode. In shards the parameters are DTensors; a block's are gathered in
     `dtype` while it computes, and gradients are averaged in fp32 or more.
@@ -49,12 +61,19 @@ def distribute(
     Raises UserError when the shards of hsdp do not divide the ranks.
     """
     if settings.mode != "ddp" and ranks.world_size > 1:
-        return _shard(model, _mesh(settings, ranks), dtype, compile)
-    network = model.to(ranks.device)
-    if compile:
-        network = torch.compile(network)
-    if ranks.world_size > 1:
-        network = DistributedDataParallel(network, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
+        return _shard(model, _mesh(settings, ranks), dtype, compile, trained)
+    model = model.to(ranks.device)
+    return torch.compile(model) if compile else model
+
+
+def distribute(
+    model: nn.Module, settings: ParallelConfig, ranks: launch.Launch, dtype: torch.dtype, compile: bool = False
+) -> nn.Module:
+    """Place a model; returns the network to train: itself, compiled, or under DDP."""
+    network = place(model, settings, ranks, dtype, compile, trained=True)
+    if settings.mode == "ddp" and ranks.world_size > 1:
+        devices = [ranks.device] if ranks.device.type == "cuda" else None
+        network = DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)  # they are constants
     return network
 
 
@@ -67,14 +86,19 @@ def _mesh(settings: ParallelConfig, ranks: launch.Launch) -> DeviceMesh:
     return launch.device_mesh(ranks, replicate=ranks.world_size // shard, shard=shard)
 
 
-def _shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype, compile: bool) -> GPT:
+def _shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, compile: bool, trained: bool) -> nn.Module:
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
+    # A warning about outputs, which nothing here writes into in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     for block in model.blocks:
         if compile:
             block.compile()  # inside the gathering, which torch.compile cannot trace
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    # The rest is one group, so that the embedding and the head stay one tensor.
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    # The rest is one group, so that the embedding and the head stay one tensor; times (SiT's) go in unrounded.
+    policy = replace(policy, cast_forward_inputs=False)
+    # It stays gathered until its backward pass, by default: where none comes, what is written into the shards
+    # meanwhile would be lost on the next forward pass.
+    return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=None if trained else True)
 
 
 def synchronizing(network: nn.Module, synchronize: bool) -> AbstractContextManager:
@@ -92,7 +116,7 @@ def autocast(network: nn.Module, dtype: torch.dtype, ranks: launch.Launch) -> Ab
     return torch.autocast(ranks.device.type, dtype, enabled=enabled)
 
 
-def clip_gradient(model: GPT, limit: float) -> float:
+def clip_gradient(model: nn.Module, limit: float) -> float:
     """Scale the gradient down to this norm, where it is larger; returns the norm before, the same on every rank."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

@@ -1,0 +1,1 @@
+"""SiT image generation with representation alignment: prepare latents, train, sample, evaluate."""

@@ -1,0 +1,173 @@
+"""What SiT trains on, handwritten digits as pixels or the latents of a folder; and the order in which items come.
+
+Letters in the shape comments: B images, C channels, H and W the sides of a latent, or of a digit.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import UserError
+
+
+class Items(Protocol):
+    """What batches are drawn from; x is in the model's space: pixels in [-1, 1], or scaled latents."""
+
+    shape: tuple[int, int, int]  # of one x: (C, H, W)
+    n_class: int
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, indices: Sequence[int], draws: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Read x (B, C, H, W) float32, y (B,) int64 and, if wanted, images (B, 1 or 3, side, side) uint8.
+
+        A draw is the seed of what is random in its item.
+        """
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Images in memory: (n, C, H, W) uint8, with labels (n,) int64."""
+
+    images: Tensor
+    labels: Tensor
+    n_class: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return tuple(self.images.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fetch(self, indices: Sequence[int], draws: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        rows = torch.as_tensor(indices)
+        return {"x": to_pixels(self.images[rows]), "y": self.labels[rows], "images": self.images[rows]}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the items, given by their indices."""
+
+    items: Items
+    indices: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.items.shape
+
+    @property
+    def n_class(self) -> int:
+        return self.items.n_class
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def fetch(self, indices: Sequence[int], draws: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        return self.items.fetch(self.indices[list(indices)].tolist(), draws)
+
+
+def hold_out(items: Items, count: int) -> dict[str, Part]:
+    """Leave items out for validation: "train" and "val", of `count` items at most, and of a tenth at most.
+
+    The same ones always, drawn at random: the last by name would all be of one class. Raises UserError for fewer than
+    two items.
+    """
+    if len(items) < 2:
+        raise UserError(f"need an item to train on and one to validate, there is {len(items)}: prepare more images")
+    order = np.random.default_rng(0).permutation(len(items))
+    count = min(count, max(len(items) // 10, 1))
+    return {"train": Part(items, np.sort(order[count:])), "val": Part(items, np.sort(order[:count]))}
+
+
+# ---- Digits and pixels
+
+
+def digits(val_fraction: float = 0.2) -> dict[str, Pixels]:
+    """Load scikit-learn's 1797 handwritten digits, (1, 8, 8), as "train" and "val", each class divided alike."""
+    from sklearn.datasets import load_digits  # seconds to import, and latents go without
+
+    source = load_digits()  # grey values 0 to 16
+    images = torch.from_numpy(np.round(source.images * 255 / 16).astype(np.uint8)[:, None])  # (n, 1, 8, 8)
+    labels = torch.from_numpy(source.target.astype(np.int64))  # (n,)
+    shuffled = np.random.default_rng(0).permutation(len(labels))
+    parts = {"train": [], "val": []}
+    for label in range(10):
+        rows = shuffled[source.target[shuffled] == label]
+        cut = round(val_fraction * len(rows))
+        parts["val"].append(rows[:cut])
+        parts["train"].append(rows[cut:])
+    rows = {
+        split: np.sort(np.concatenate(chosen)) for split, chosen in parts.items()
+    }  # the writers' order mixes digits
+    return {split: Pixels(images[rows[split]], labels[rows[split]], 10) for split in rows}
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Turn uint8 images into float32 pixels in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_images(pixels: Tensor) -> Tensor:
+    """Turn pixels in [-1, 1], and what lies beyond, into uint8 images."""
+    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+# ---- Batches
+
+
+def batch(items: Items, *, seed: int, step: int, rows: slice, global_batch: int) -> dict[str, Tensor]:
+    """Fetch the rows `rows` of a step's global batch, on the CPU.
+
+    (seed, step, row) fixes an item and its randomness, so that the batch is the same however many ranks and
+    accumulation steps share it, and a resumed run goes on as it would have. Each epoch has an order of its own; a step
+    may lie across two, and so none of its items is left out.
+    """
+    numbers, indices = range(global_batch)[rows], []
+    for number in numbers:
+        epoch, place = divmod(step * global_batch + number, len(items))
+        indices.append(int(epoch_order(len(items), seed, epoch)[place]))
+    return items.fetch(indices, [(seed, step, number) for number in numbers])
+
+
+@lru_cache(maxsize=2)  # a step lies in two epochs at most, unless there are fewer items than rows
+def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
+    """Shuffle the indices of `length` items for one epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(length)
+
+
+def take(items: Items, indices: Sequence[int], seed: int) -> dict[str, Tensor]:
+    """Fetch chosen items, with randomness that (seed, index) fixes: validation on what stays the same."""
+    # Four numbers, the last not 0: to numpy (3, 1) is (3, 1, 0), the seed of a training row.
+    return items.fetch(indices, [(seed, index, 0, 1) for index in indices])
+
+
+def move(fetched: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """Bring a batch to a device."""
+    if torch.device(device).type == "cuda":
+        fetched = {name: tensor.pin_memory() for name, tensor in fetched.items()}  # a pinned copy need not wait
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in fetched.items()}
+
+
+def read_ahead(function: Callable[[Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:
+    """Give function(argument) for each argument in turn, while a thread already works on the next one.
+
+    Call `move` on what comes, not in `function`: the current GPU of a new thread is the first one, on every rank.
+
+    Example: `for fetched in read_ahead(lambda step: batch(items, step=step, ...), range(start, steps)): ...`
+    """
+    with ThreadPoolExecutor(1) as pool:
+        pending = None
+        for argument in arguments:
+            following = pool.submit(function, argument)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()

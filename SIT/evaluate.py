@@ -1,0 +1,219 @@
+"""Measure how good a run's samples are.
+
+    python -m SIT.evaluate runs/sit/digits                       # every run of digits below: a table and a picture
+    python -m SIT.evaluate samples.npz --reference images/       # FID, by torch-fidelity (pip install torch-fidelity)
+
+Digits: 1,000 are drawn from each run, without guidance. A judge, a network that was trained apart, says which share is
+recognised as the class asked for, and gives the features in which the Frechet distance to the training digits is
+taken. The same measures of the validation digits stand beside them: no model needs to be better.
+"""
+
+import json
+import re
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from common import UserError, launch, warn
+from common.config import at_least
+from common.figure import FAINT, INK, markdown, mean_and_spread, new_figure, save, style_of
+from SIT.data import Pixels, digits
+from SIT.digits import FOLDER, JUDGE_FILE, DigitsCNN, load_digits_cnn
+from SIT.sample import Sampler, draw, labels_of, load_run, open_decoder, picture
+
+COLUMNS, LINES = 20, 2  # of the digits that the picture shows of a method; the classes take turns, two a line
+EDGE = 1  # pixels around a digit
+DRAWN_AT_ONCE = 250
+
+
+@dataclass(frozen=True)
+class Options:
+    samples: tyro.conf.Positional[tuple[Path, ...]]
+    """Runs, or folders of runs, of digits; or one .npz that SIT.sample wrote."""
+    reference: Path | None = None
+    """Of a .npz: a folder of images, or another .npz, that FID compares with."""
+    count: int = 1000
+    """Digits that are drawn."""
+    steps: int = 50
+    """Steps of Heun's method."""
+    out: Path = Path("images/sit_digits_samples.png")
+    """Picture of each method's first digits; beside it, as JSON, the measures of every run."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was drawn from a run, and measured."""
+
+    folder: str
+    optimizer: str
+    images: Tensor  # (n, 1, 8, 8) uint8
+    recognised: float
+    frechet: float
+
+    @property
+    def method(self) -> str:
+        """What runs have in common that differ in their seed alone: group, optimizer and rates."""
+        return re.sub(r"-s\d+$", "", self.folder)
+
+
+def frechet(first: Tensor, second: Tensor) -> float:
+    """Return the Frechet distance of two sets of features (n, D) and (m, D), seen as Gaussians, in float64.
+
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), Heusel et al., arXiv 1706.08500.
+    """
+    first, second = first.double(), second.double()
+    covariances = first.T.cov(), second.T.cov()
+    # The eigenvalues of C1 C2 are those of a positive semi-definite matrix; rounding may leave them below zero.
+    roots = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt()
+    traces = covariances[0].trace() + covariances[1].trace() - 2 * roots.sum()
+    return ((first.mean(0) - second.mean(0)).square().sum() + traces).item()
+
+
+@torch.no_grad()
+def measure(images: Tensor, labels: Tensor, judge: DigitsCNN, reference: Pixels) -> dict[str, float]:
+    """Return the share of images (n, 1, 8, 8) recognised as their labels (n,), and the Frechet distance."""
+    recognised = (judge(images).argmax(1) == labels).double().mean().item()
+    return {"recognised": recognised, "frechet": frechet(judge.features(images), judge.features(reference.images))}
+
+
+def find_runs(folders: tuple[Path, ...]) -> list[Path]:
+    """Find the runs that have a checkpoint, but for what diverged or was moved aside by a later run."""
+    found = []
+    for run in sorted({path.parent for folder in folders for path in folder.rglob("config.json")}):
+        end = run / "finished.json"
+        if end.is_file() and json.loads(end.read_text())["diverged"]:
+            warn(f"{run} diverged, and is left out")
+        elif any(run.glob("checkpoints/step-*")) and not run.parent.name.endswith(".old"):
+            found.append(run)
+    if not found:
+        raise UserError(f"need the folders of runs with checkpoints; {', '.join(map(str, folders))} has none")
+    return found
+
+
+def draw_digits(run: Path, options: Options) -> tuple[Tensor, Tensor, str]:
+    """Draw a run's digits; returns images (n, 1, 8, 8), the labels asked for (n,) and the optimizer's name."""
+    device = torch.device("cpu")  # they are small
+    model, settings = load_run(run, device)
+    if settings["data"]["kind"] != "digits":
+        raise UserError(f"{run} is no run of digits; draw its images with SIT.sample --npz, and give that file")
+    decode, parts = open_decoder("digits", "", device), []
+    for start in range(0, options.count, DRAWN_AT_ONCE):
+        numbers = list(range(start, min(start + DRAWN_AT_ONCE, options.count)))
+        parts.append(decode(draw(model, numbers, Sampler(options.steps), settings["objective"], 0, device)))
+    labels = labels_of(list(range(options.count)), model.config.n_class)
+    return torch.cat(parts), labels, settings["optimizer"]["name"]
+
+
+def evaluate_digits(options: Options) -> str:
+    """Measure all runs; writes the picture and its JSON, and returns the table."""
+    at_least(COLUMNS * LINES, options, "count")
+    at_least(1, options, "steps")
+    folders, splits, judge = find_runs(options.samples), digits(), load_digits_cnn(FOLDER / JUDGE_FILE)
+    methods: dict[str, list[Run]] = defaultdict(list)
+    for folder in tqdm(folders, desc="evaluating", unit="run"):
+        images, labels, optimizer = draw_digits(folder, options)
+        measures = measure(images, labels, judge, splits["train"])
+        run = Run(f"{folder.absolute().parent.name}/{folder.name}", optimizer, images, **measures)
+        methods[run.method].append(run)
+    best_first = sorted(methods.values(), key=lambda runs: statistics.fmean(run.frechet for run in runs))
+    real = measure(splits["val"].images, splits["val"].labels, judge, splits["train"])
+    draw_picture(best_first, splits["val"], options)
+    runs = [{name: vars(run)[name] for name in ("folder", "optimizer", *real)} for runs in best_first for run in runs]
+    record = {"count": options.count, "steps": options.steps, "validation": real, "runs": runs}
+    options.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    return f"{table(best_first, real)}\n\ndigits of each: {options.out}"
+
+
+def table(methods: list[list[Run]], real: dict[str, float]) -> str:
+    """Return a row for each method, with mean and spread over its seeds, after the validation digits'."""
+    rows = [["validation digits", "", *(f"{value:.3f}" for value in real.values())]]
+    for runs in methods:
+        measures = [mean_and_spread([vars(run)[name] for run in runs]) for name in real]
+        rows.append([style_of(runs[0].optimizer).label, runs[0].method, *measures])
+    return markdown(["optimizer", "runs", "recognised", "Frechet distance"], rows)
+
+
+def draw_picture(methods: list[list[Run]], real: Pixels, options: Options) -> None:
+    """Draw the first digits of each method's first run, below real ones; the names at the left."""
+    optimizers = [runs[0].optimizer for runs in methods]
+    several = len(set(optimizers)) < len(optimizers)  # of one optimizer
+    rows = [("real", INK, "normal", examples(real))]
+    for runs in methods:
+        style, run = style_of(runs[0].optimizer), runs[0]
+        name = f"{run.method if several else style.label}\n{run.recognised:.1%}"
+        rows.append((name, style.color, style.weight, run.images[: COLUMNS * LINES]))
+    cell = real.shape[-1] + 2 * EDGE  # pixels
+    height, gap = LINES * cell, cell // 3
+    blocks = [picture(pad(images, [EDGE] * 4), COLUMNS, least_side=cell) for *_, images in rows]
+    canvas = np.concatenate([np.pad(block, ((0, gap), (0, 0))) for block in blocks])
+    groups = ", ".join(sorted({run.folder.split("/")[0] for runs in methods for run in runs}))
+    subtitle = f"of {options.count:,} digits, the share that a judge recognises as the class asked for"
+    figure, (panel,) = new_figure(f"sit, {groups}: samples", subtitle)
+    longest = max(len(line) for name, *_ in rows for line in name.split("\n"))
+    figure.subplots_adjust(left=0.035 + 0.0125 * longest, right=0.98, bottom=0.02)  # a letter is 1.2 % of the width
+    panel.imshow(canvas, cmap="gray_r", interpolation="nearest")
+    panel.set_anchor("NW")
+    panel.grid(False)
+    panel.spines[:].set_visible(False)
+    panel.tick_params(length=0, labeltop=True, labelbottom=False)
+    classes = [number % real.n_class for number in range(COLUMNS)]
+    panel.set_xticks(cell * (np.arange(COLUMNS) + 0.5) - 0.5, labels=classes, color=FAINT)
+    panel.set_yticks((height + gap) * np.arange(len(rows)) + height / 2 - 0.5, labels=[name for name, *_ in rows])
+    for label, (_, color, weight, _) in zip(panel.get_yticklabels(), rows, strict=True):
+        label.set(color=color, fontweight=weight)
+    save(figure, options.out)
+
+
+def examples(items: Pixels) -> Tensor:
+    """Return as many of these as the picture shows of a method, (n, 1, 8, 8), the classes in turn."""
+    of_class = [items.images[items.labels == label][: COLUMNS * LINES // 10] for label in range(items.n_class)]
+    return torch.stack(of_class, dim=1).flatten(0, 1)
+
+
+def fid(samples: Path, reference: Path | None) -> float:
+    """Return the FID of the images of a .npz by torch-fidelity."""
+    if reference is None or not reference.exists():
+        raise UserError(f"FID needs --reference, a folder of images or a .npz that exists; got {reference}")
+    try:
+        from torch_fidelity import calculate_metrics
+    except ImportError as error:
+        raise UserError(f"FID needs torch-fidelity ({error}): pip install torch-fidelity torchvision") from error
+    inputs = [ImagesOf(path) if path.suffix == ".npz" else str(path) for path in (samples, reference)]
+    metrics = calculate_metrics(input1=inputs[0], input2=inputs[1], fid=True, cuda=torch.cuda.is_available())
+    return metrics["frechet_inception_distance"]
+
+
+class ImagesOf(Dataset):
+    """The images of a .npz (n, side, side, 3), one by one, as torch-fidelity takes them: uint8 (3, side, side)."""
+
+    def __init__(self, path: Path):
+        self.images = np.load(path)["arr_0"]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(self.images[index]).permute(2, 0, 1).contiguous()
+
+
+def main() -> None:
+    options = tyro.cli(Options, prog="python -m SIT.evaluate", description=__doc__)
+    if not options.samples:
+        raise UserError("need runs of digits, or a .npz, to measure; none is named")
+    if options.samples[0].suffix == ".npz":
+        print(f"FID of {options.samples[0]}: {fid(options.samples[0], options.reference):.3f}")
+    else:
+        print(evaluate_digits(options))
+
+
+if __name__ == "__main__":
+    launch.main_guard(main)

@@ -1,0 +1,62 @@
+"""Large folders made file by file: for one purpose, with room on the disk, and every file whole or not there."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+from common import UserError
+
+REQUEST = "request.json"  # what a folder is made of: an interrupted one goes on with nothing else
+BLOCK_BYTES = 4096  # of most file systems: a file takes whole ones
+
+
+def claim(folder: Path, request: dict) -> None:
+    """Make a folder for one purpose, or find one that was made for it; refuses a folder of anything else."""
+    path = folder / REQUEST
+    if not path.is_file():
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} must be new, or made by SIT.prepare; has files but no {REQUEST}: choose another")
+        write_json(path, request)
+    found = json.loads(path.read_text())
+    for key, value in request.items():
+        if found.get(key) != value:
+            raise UserError(
+                f"{folder} was made with {key} = {found.get(key)}, asked for is {value}: remove it, or choose another"
+            )
+
+
+def check_space(folder: Path, count: int, bytes_each: int) -> None:
+    """Refuse to begin where a disk has no room for `count` more files of so many bytes."""
+    blocks = bytes_each // BLOCK_BYTES + 1  # with the header
+    needed, free = count * blocks * BLOCK_BYTES, shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder} needs {needed / 1e9:.1f} GB for {count:,} files, the disk has {free / 1e9:.1f} GB: make room, "
+            "or choose another --out"
+        )
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file that is either whole or not there; list_files passes over what an interruption leaves."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as opened:
+        write(opened)
+    partial.replace(path)
+
+
+def write_json(path: Path, record: dict) -> None:
+    """Write a record as JSON, whole or not at all."""
+    write_whole(path, lambda opened: opened.write(json.dumps(record).encode() + b"\n"))
+
+
+def map_in_groups(function: Callable[[str], str | None], arguments: list[str], workers: int) -> Iterator[str | None]:
+    """Call a function on threads, and give its results in order; `map` alone would line up a million calls at once."""
+    remaining = iter(arguments)
+    with ThreadPoolExecutor(workers) as pool:
+        while group := list(islice(remaining, 16 * workers)):
+            yield from pool.map(function, group)

@@ -1,0 +1,29 @@
+"""Published models, from the Hugging Face Hub, its cache, or a folder."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from common import UserError
+
+
+def load_published(model_class: Any, name: str, folder: str | Path | None = None) -> nn.Module:
+    """Load a model of transformers or diffusers, in float32, from `folder` or else by its name on the Hub.
+
+    Raises UserError where it is not there, or lacks weights, which these libraries would draw at random.
+    """
+    try:
+        model, found = model_class.from_pretrained(str(folder or name), output_loading_info=True)
+    except (OSError, ValueError) as error:  # as they raise whatever goes wrong, the Hub's failures included
+        where = f"{folder} must hold {name}'s config.json and weights, does not"
+        if not folder:
+            where = f"{name} is neither in the Hugging Face cache nor to be downloaded"
+        raise UserError(
+            f"{where} ({type(error).__name__}): where there is internet, run `hf download {name} --local-dir FOLDER`, "
+            "copy FOLDER here, and name it in the config or on the command line"
+        ) from error
+    if found["missing_keys"]:
+        lacking = sorted(found["missing_keys"])
+        raise UserError(f"{folder or name} must hold all weights, lacks {len(lacking)}, as {lacking[0]}: load it again")
+    return model.float()

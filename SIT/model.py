@@ -1,0 +1,249 @@
+"""SiT (Ma et al., arXiv 2401.08740): DiT's transformer (Peebles and Xie, arXiv 2212.09748), predicting velocities.
+
+With a projector for representation alignment (REPA, Yu et al., arXiv 2410.06940). Letters in the shape comments:
+B images, H = W side, N patches (tokens), P side of a patch, C width, D width of a head, Z encoder features.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from SIT.tokens import FREQUENCIES, patchify, sincos_positions, timestep_waves, unpatchify
+
+# DiT's table 1, which SiT keeps: letter -> depth, width, heads.
+LETTERS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+SIZES = {
+    f"SiT-{letter}/{patch}": {"patch_size": patch, "depth": depth, "width": width, "n_head": n_head}
+    for letter, (depth, width, n_head) in LETTERS.items()
+    for patch in (2, 4, 8)
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a SiT; the defaults are SiT-B/2 on 256 x 256 ImageNet latents, aligned with DINOv2-B."""
+
+    size: str = "SiT-B/2"
+    """SiT-S, B, L or XL, with patches of 2, 4 or 8, as "SiT-XL/4"; "" leaves the four fields below to be set."""
+    patch_size: int = 0
+    """Side of a patch, in pixels of the input; 0 is the size's own, here and in the next three."""
+    depth: int = 0
+    """Blocks."""
+    width: int = 0
+    """Width C, a multiple of n_head and of 4."""
+    n_head: int = 0
+    """Attention heads of a block."""
+    input_size: int = 32
+    """Side of the square input: of the latent, an eighth of the image's, or of the image itself."""
+    channels: int = 4
+    """Channels of the input: 4 of a Stable Diffusion latent."""
+    mlp_ratio: float = 4.0
+    """Width of a block's hidden layer, in widths C."""
+    n_class: int = 1000
+    """Classes; the label n_class itself means none, for classifier-free guidance."""
+    encoder_depth: int = 4
+    """Blocks before the projector: the paper aligns after 4, REPA after 8."""
+    projector_width: int = 2048
+    """Width of the projector's two hidden layers (REPA)."""
+    z_dim: int = 768
+    """Features of the encoder to align with, for each token; 0 builds no projector."""
+
+    def __post_init__(self):
+        shape = self._shape()
+        at_least_one = shape | {name: getattr(self, name) for name in ("input_size", "channels", "n_class")}
+        if self.z_dim:
+            at_least_one |= {name: getattr(self, name) for name in ("encoder_depth", "projector_width", "z_dim")}
+        for name, value in at_least_one.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}: set it; a size sets {', '.join(shape)}")
+        if shape["width"] % shape["n_head"] or shape["width"] % 4:  # 4: sine and cosine of row and column
+            raise ValueError(f"width must be a multiple of n_head ({shape['n_head']}) and 4, got {shape['width']}")
+        if self.input_size % shape["patch_size"]:
+            raise ValueError(
+                f"input_size must be a multiple of patch_size, got {self.input_size} and {shape['patch_size']}"
+            )
+        if self.z_dim and self.encoder_depth > shape["depth"]:
+            raise ValueError(f"encoder_depth must be at most depth {shape['depth']}, got {self.encoder_depth}")
+        if not self.mlp_ratio * shape["width"] >= 1:
+            raise ValueError(f"mlp_ratio must make a hidden layer, got {self.mlp_ratio}: DiT's is 4")
+
+    def _shape(self) -> dict[str, int]:
+        if self.size and self.size not in SIZES:
+            raise ValueError(f"size must be one of {', '.join(SIZES)}, or empty; got {self.size!r}")
+        names = ("patch_size", "depth", "width", "n_head")
+        return {name: getattr(self, name) or SIZES.get(self.size, {}).get(name, 0) for name in names}
+
+    def resolved(self) -> "ModelConfig":
+        """Return this config with what `size` stands for filled in."""
+        return dataclasses.replace(self, **self._shape())
+
+    @property
+    def grid(self) -> int:
+        """Tokens a side."""
+        return self.input_size // self._shape()["patch_size"]
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, n_head: int):
+        super().__init__()
+        self.n_head = n_head
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D) each
+        y = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D)
+        return self.proj(y.transpose(1, 2).reshape(B, N, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))  # (B, N, C); DiT was trained with the tanh form
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Normalize tokens (B, N, C), then scale and shift them by the condition's (B, 1, C); eps is DiT's."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def modulation(width: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, outputs * width))
+
+
+class Block(nn.Module):
+    """A transformer block whose norms and residual branches are modulated by the condition (adaLN-Zero)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attn = Attention(config.width, config.n_head)
+        self.mlp = MLP(config.width, int(config.mlp_ratio * config.width))
+        self.adaLN_modulation = modulation(config.width, 6)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        modulations = self.adaLN_modulation(condition)[:, None].chunk(6, dim=-1)  # (B, 1, C) each
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulations
+        x = x + gate_attn * self.attn(modulate(x, shift_attn, scale_attn))  # (B, N, C)
+        return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))  # (B, N, C)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width: int, outputs: int):
+        super().__init__()
+        self.linear = nn.Linear(width, outputs)
+        self.adaLN_modulation = modulation(width, 2)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)  # (B, 1, C) each
+        return self.linear(modulate(x, shift, scale))  # (B, N, outputs)
+
+
+class SiT(nn.Module):
+    """A SiT, with the module names of the published ones as far as they are modules here.
+
+    Example: `prediction, projected = SiT(ModelConfig(size="SiT-S/2"))(x, t, y)`. Where only the prediction is wanted,
+    as in sampling, `model.projector = None` saves the projector's work.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        config = self.config = config.resolved()
+        patch = config.patch_size**2 * config.channels
+        self.x_embedder = nn.Linear(patch, config.width)  # a convolution of stride P, as a matrix
+        self.register_buffer("pos_embed", torch.empty(1, config.grid**2, config.width))  # in checkpoints: published
+        self.t_embedder = nn.Sequential(
+            nn.Linear(2 * FREQUENCIES, config.width), nn.SiLU(), nn.Linear(config.width, config.width)
+        )
+        self.y_embedder = nn.Embedding(config.n_class + 1, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.projector = _projector(config) if config.z_dim else None
+        self.final_layer = FinalLayer(config.width, patch)
+        self.recompute = False  # in training: keep the blocks' inputs only, and run them again in the backward pass
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draw the weights as DiT does; modulations and output at zero, so that a block starts as the identity."""
+        self.pos_embed.copy_(sincos_positions(self.config.width, self.config.grid))
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                if "adaLN_modulation" in name or name == "final_layer.linear":
+                    nn.init.zeros_(module.weight)
+                elif name.startswith("t_embedder"):
+                    nn.init.normal_(module.weight, std=0.02)
+                else:
+                    nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.y_embedder.weight, std=0.02)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Predict from noisy inputs x (B, channels, H, W) at times t (B,) in [0, 1] with labels y (B,).
+
+        Returns the prediction, shaped as x, and the projected tokens (B, N, Z), or None without a projector; tokens
+        are in row-major order.
+
+        Raises ValueError for an x of another shape than the config's.
+        """
+        config = self.config
+        if x.shape[1:] != (config.channels, config.input_size, config.input_size):
+            wanted = f"(B, {config.channels}, {config.input_size}, {config.input_size})"
+            raise ValueError(f"x must be {wanted}, got {tuple(x.shape)}: set input_size and channels to the data's")
+        # Weights may be in bf16 (FSDP) where x and t are not; under autocast, all of them are fp32 here.
+        patches = patchify(x, config.patch_size).to(self.x_embedder.weight.dtype)  # (B, N, P P channels)
+        waves = timestep_waves(t).to(self.t_embedder[0].weight.dtype)  # (B, 2 FREQUENCIES)
+        condition = self.t_embedder(waves) + self.y_embedder(y)  # (B, C)
+        tokens = self.x_embedder(patches) + self.pos_embed  # (B, N, C)
+        projected = None
+        for number, block in enumerate(self.blocks, start=1):
+            if self.recompute and self.training:
+                tokens = checkpoint(block, tokens, condition, use_reentrant=False)  # (B, N, C)
+            else:
+                tokens = block(tokens, condition)  # (B, N, C)
+            if number == config.encoder_depth and self.projector is not None:
+                projected = self.projector(tokens)  # (B, N, Z)
+        prediction = self.final_layer(tokens, condition)  # (B, N, P P channels)
+        return unpatchify(prediction, config.patch_size, config.channels), projected
+
+    def num_parameters(self) -> int:
+        """Count what is trained: the positions are not."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _projector(config: ModelConfig) -> nn.Sequential:
+    hidden = config.projector_width
+    first, second, last = nn.Linear(config.width, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, config.z_dim)
+    return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
+
+
+def modulation_names(model: SiT) -> list[str]:
+    """Return the names of the modulation weights, which turn the condition into shifts, scales and gates."""
+    return [name for name, weight in model.named_parameters() if "adaLN_modulation" in name and weight.ndim == 2]
+
+
+def tensor_roles(model: SiT, modulation: Literal["matrix", "adamw"] = "matrix") -> dict[str, str]:
+    """Say the roles that differ from what optimizers.roles_of finds by itself: `build_optimizer(..., roles=these)`.
+
+    patches       embedding   the first layer reads data, as a table reads tokens
+    outputs       head        the last layers, of the prediction and of the projector, write data or its features
+    modulation    matrix      hidden weights that see a dense condition; or, by "adamw", embedding: AdamW with the
+                              decay of a matrix, so that the choice changes the rule and nothing else
+
+    What remains is found right: attention, MLPs, the timestep's MLP (dense waves in) and the projector's hidden layers
+    are matrices, the labels' table an embedding, biases vectors.
+    """
+    roles = {"x_embedder.weight": "embedding", "final_layer.linear.weight": "head"}
+    if model.projector is not None:
+        roles[f"projector.{len(model.projector) - 1}.weight"] = "head"
+    role = {"matrix": "matrix", "adamw": "embedding"}[modulation]
+    return roles | dict.fromkeys(modulation_names(model), role)

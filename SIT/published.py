@@ -1,0 +1,79 @@
+"""Weights of published SiT (github.com/willisma/SiT) and REPA (github.com/sihyun-yu/REPA) checkpoints."""
+
+from collections.abc import KeysView, Mapping
+
+import torch
+from torch import Tensor
+
+from SIT.model import SiT
+from SIT.tokens import timestep_frequencies
+
+RENAMED = {  # the start of a published name -> ours; every other name is the same
+    "x_embedder.proj.": "x_embedder.",
+    "t_embedder.mlp.": "t_embedder.",
+    "y_embedder.embedding_table.": "y_embedder.",
+    "projectors.0.": "projector.",
+}
+
+
+def load_published(model: SiT, state_dict: Mapping) -> None:
+    """Copy a published checkpoint's weights into a model of the same shape.
+
+    state_dict: published names -> tensors, or a REPA checkpoint, of which the average ("ema") is taken. SiT's own
+    checkpoints, told by outputs that are doubled (the second half, a variance, is unused there), predict the velocity
+    of a time that runs from noise to data; they are converted exactly to a time from data to noise, as REPA's have it.
+    A projector is left out where the model has none.
+
+    Raises ValueError for what is missing, not known, or of another shape.
+    """
+    state = {_renamed(name): tensor for name, tensor in state_dict.get("ema", state_dict).items()}
+    if model.projector is None:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("projector.")}
+    expected = model.state_dict()
+    _refuse_other_names(state.keys(), expected.keys())
+    if state["x_embedder.weight"].ndim == 4:  # a convolution's (C, channels, P, P)
+        state["x_embedder.weight"] = state["x_embedder.weight"].permute(0, 2, 3, 1).flatten(1)  # (C, P P channels)
+    if len(state["final_layer.linear.bias"]) == 2 * len(expected["final_layer.linear.bias"]):
+        _halve_outputs(state, model.config.channels)
+        _reverse_time(state)
+    for name, tensor in expected.items():
+        if state[name].shape != tensor.shape:
+            wanted, came = tuple(tensor.shape), tuple(state[name].shape)
+            raise ValueError(f"{name} must be {wanted}, got {came}: build the model with the checkpoint's shape")
+    model.load_state_dict(state)
+
+
+def _renamed(name: str) -> str:
+    for theirs, ours in RENAMED.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def _refuse_other_names(came: KeysView[str], expected: KeysView[str]) -> None:
+    missing, unknown = sorted(expected - came), sorted(came - expected)
+    if missing:
+        remedy = "z_dim = 0 builds none" if missing[0].startswith("projector.") else "is it a SiT of this depth?"
+        raise ValueError(f"the checkpoint must have {missing[0]}, which is missing ({len(missing)} such): {remedy}")
+    if unknown:
+        remedy = "is it a SiT of this depth, without qk_norm and with one projector?"
+        raise ValueError(f"the checkpoint must be a SiT's, got {unknown[0]} ({len(unknown)} such): {remedy}")
+
+
+def _halve_outputs(state: dict[str, Tensor], channels: int) -> None:
+    """Keep the first half of the output channels, which vary fastest in an output patch."""
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        halves = state[name].unflatten(0, (-1, 2, channels))  # (P P, 2, channels, ...)
+        state[name] = halves[:, 0].flatten(0, 1)  # (P P channels, ...)
+
+
+def _reverse_time(state: dict[str, Tensor]) -> None:
+    """Make v(x, t) of the network u(x, 1 - t): v = -u, and cos f(1 - t), sin f(1 - t) are turns of cos ft, sin ft."""
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        state[name] = -state[name]
+    weight = state["t_embedder.0.weight"]
+    of_cosine, of_sine = weight.double().chunk(2, dim=1)  # (C, FREQUENCIES) each
+    frequencies = timestep_frequencies(torch.float64, weight.device)
+    cosine, sine = frequencies.cos(), frequencies.sin()
+    turned = [of_cosine * cosine + of_sine * sine, of_cosine * sine - of_sine * cosine]
+    state["t_embedder.0.weight"] = torch.cat(turned, dim=1).to(weight.dtype)  # (C, 2 FREQUENCIES)

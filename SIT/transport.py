@@ -1,0 +1,243 @@
+"""Paths between data and noise, what a network may predict on them, the losses, and the samplers.
+
+At time t a point is x_t = a x + s e of data x and standard normal noise e; t = 0 is data, t = 1 noise. Its velocity is
+a' x + s' e, its score -e / s (SiT, Ma et al., arXiv 2401.08740). Letters: B samples, N tokens, Z features; t is (B,).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+PREDICTIONS = ("velocity", "noise", "data", "score")
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (x (B, ...), t (B,)) -> (B, ...)
+
+# Where a or s is 0 a prediction of noise does not determine the data, nor one of data or score the noise. SiT leaves
+# out as much of the time at either end; here the divisor stays as large.
+SMALLEST_DIVISOR = 1e-3
+
+# Of the logarithm of s / a in log-normal times: EDM's (Karras et al., arXiv 2206.00364, table 1), as REPA takes them.
+LOGNORMAL_MEAN, LOGNORMAL_STD = -1.2, 1.2
+
+
+@dataclass(frozen=True)
+class Path:
+    """A way from data to noise."""
+
+    name: Literal["linear", "cosine"] = "linear"
+    """linear: a = 1 - t, s = t; cosine: a = cos(pi t / 2), s = sin(pi t / 2)."""
+
+    def __post_init__(self):
+        if self.name not in ("linear", "cosine"):
+            raise ValueError(f"a path must be linear or cosine, got {self.name!r}")
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return a, s, a' and s' at times t, each shaped as t."""
+        if self.name == "linear":
+            return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+        half_pi = math.pi / 2
+        cosine, sine = torch.cos(half_pi * t), torch.sin(half_pi * t)
+        return cosine, sine, -half_pi * sine, half_pi * cosine
+
+    def time_of(self, ratio: Tensor) -> Tensor:
+        """Return the times at which s / a has these values."""
+        return ratio / (1 + ratio) if self.name == "linear" else ratio.atan() * (2 / math.pi)
+
+
+LINEAR = Path("linear")
+COSINE = Path("cosine")
+
+
+def _coefficients(path: Path, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return path.coefficients(t.reshape(-1, *[1] * (x.ndim - 1)))  # (B, 1, ...) each
+
+
+def interpolate(x: Tensor, e: Tensor, t: Tensor, path: Path = LINEAR) -> Tensor:
+    """Return the points x_t (B, ...) between data x and noise e at times t (B,)."""
+    a, s, _, _ = _coefficients(path, t, x)
+    return a * x + s * e
+
+
+def target(x: Tensor, e: Tensor, t: Tensor, path: Path = LINEAR, prediction: str = "velocity") -> Tensor:
+    """Return what a network that predicts velocity, noise, data or score should say of (x, e) at t: (B, ...)."""
+    _, s, da, ds = _coefficients(path, t, x)
+    if prediction == "velocity":
+        return da * x + ds * e
+    if prediction == "noise":
+        return e
+    if prediction == "data":
+        return x
+    if prediction == "score":
+        return -e / s.clamp(min=SMALLEST_DIVISOR)
+    raise ValueError(f"a prediction must be one of {', '.join(PREDICTIONS)}; got {prediction!r}")
+
+
+def endpoints(value: Tensor, x_t: Tensor, t: Tensor, path: Path, prediction: str) -> tuple[Tensor, Tensor]:
+    """Return the data and the noise (B, ...) that a network's output `value` at x_t amounts to."""
+    a, s, da, ds = _coefficients(path, t, x_t)
+    if prediction == "velocity":
+        determinant = a * ds - s * da  # of (x, e) -> (x_t, v): 1 on the linear path, pi / 2 on the cosine one
+        return (ds * x_t - s * value) / determinant, (a * value - da * x_t) / determinant
+    if prediction == "data":
+        return value, (x_t - a * value) / s.clamp(min=SMALLEST_DIVISOR)
+    if prediction in ("noise", "score"):
+        e = value if prediction == "noise" else -s.clamp(min=SMALLEST_DIVISOR) * value
+        return (x_t - s * e) / a.clamp(min=SMALLEST_DIVISOR), e
+    raise ValueError(f"a prediction must be one of {', '.join(PREDICTIONS)}; got {prediction!r}")
+
+
+def to_velocity(value: Tensor, x_t: Tensor, t: Tensor, path: Path = LINEAR, prediction: str = "velocity") -> Tensor:
+    """Turn a network's output at x_t into the velocity there."""
+    if prediction == "velocity":
+        return value  # to the bit
+    return target(*endpoints(value, x_t, t, path, prediction), t, path, "velocity")
+
+
+def to_score(value: Tensor, x_t: Tensor, t: Tensor, path: Path = LINEAR, prediction: str = "velocity") -> Tensor:
+    """Turn a network's output at x_t into the score there, the gradient of the log density of x_t."""
+    return target(*endpoints(value, x_t, t, path, prediction), t, path, "score")
+
+
+def times(batch: int, how: str = "uniform", generator: torch.Generator | None = None, path: Path = LINEAR) -> Tensor:
+    """Draw times (B,) for training, on the generator's device; lognormal: s / a is, with EDM's mean and width."""
+    device = generator.device if generator is not None else None
+    if how == "uniform":
+        return torch.rand(batch, generator=generator, device=device)
+    if how == "lognormal":
+        normal = torch.randn(batch, generator=generator, device=device)
+        return path.time_of((LOGNORMAL_MEAN + LOGNORMAL_STD * normal).exp())
+    raise ValueError(f"times must be uniform or lognormal, got {how!r}")
+
+
+def denoising_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared error of each sample, (B, ...) -> (B,), in fp32 or more."""
+    return (_precise(prediction) - _precise(target)).square().flatten(1).mean(1)
+
+
+def projection_loss(projected: Tensor, features: Tensor) -> Tensor:
+    """Return minus the mean cosine of each sample's tokens with the encoder's, (B, N, Z) -> (B,), in fp32 or more.
+
+    Source: REPA, Yu et al., arXiv 2410.06940.
+    """
+    cosines = F.cosine_similarity(_precise(projected), _precise(features), dim=-1)  # (B, N)
+    return -cosines.mean(1)
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def guided(
+    model_velocity: Callable[[Tensor, Tensor, Tensor], Tensor],
+    y: Tensor,
+    null_class: int,
+    scale: float,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> Velocity:
+    """Bind labels y (B,) to model_velocity(x, t, y), guided away from what it says without a class.
+
+    scale: 1 is no guidance, 0 no class (Ho and Salimans, arXiv 2207.12598). interval: the times, both ends included,
+    at which to guide (Kynkaanniemi et al., arXiv 2404.07724); elsewhere, and at scale 1, the model runs on B samples
+    rather than 2 B. All times of a call are taken to be its first one's.
+
+    Raises ValueError for an interval outside 0 <= low <= high <= 1.
+    """
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"a guidance interval must be 0 <= low <= high <= 1, got {low} and {high}")
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        if scale == 1 or not low <= t[0] <= high:
+            return model_velocity(x, t, y)
+        labels = torch.cat([y, torch.full_like(y, null_class)])  # (2 B,)
+        both = _precise(model_velocity(torch.cat([x, x]), torch.cat([t, t]), labels))  # (2 B, ...)
+        of_class, of_none = both.chunk(2)
+        return of_none + scale * (of_class - of_none)
+
+    return velocity
+
+
+@torch.no_grad()
+def sample_ode(velocity: Velocity, noise: Tensor, steps: int, method: Literal["euler", "heun"] = "euler") -> Tensor:
+    """Follow a velocity from noise (B, ...) at t = 1 to data at t = 0 in equal steps: (B, ...).
+
+    Velocities are asked for in the dtype of `noise`; the state between them is in float64. Heun takes two a step, but
+    one in the last, as EDM does: at t = 0 a velocity made from another prediction is singular.
+    """
+    if method not in ("euler", "heun"):
+        raise ValueError(f"method must be euler or heun, got {method!r}")
+    _refuse_no_steps(steps)
+    state = _state(noise)
+    for now, later in pairwise(torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()):
+        slope = _evaluate(velocity, state, now, noise)
+        following = state + (later - now) * slope
+        if method == "heun" and later > 0:
+            slope = (slope + _evaluate(velocity, following, later, noise)) / 2
+            following = state + (later - now) * slope
+        state = following
+    return state.to(noise.dtype).to(noise.device)
+
+
+@torch.no_grad()
+def sample_sde(
+    velocity: Velocity,
+    noise: Tensor,
+    steps: int,
+    path: Path = LINEAR,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    last_step: float = 0.04,
+) -> Tensor:
+    """Follow the reverse diffusion from noise (B, ...) at t = 1 to data at t = 0 by Euler-Maruyama: (B, ...).
+
+    dx = (v - w / 2 score) dt + sqrt(w) dW with w = 2 s, which is REPA's 2 t on the linear path. It has the velocity's
+    marginals for any w; with this one the drift is v + e, finite at t = 0. The state is in float64, as in sample_ode.
+
+    generator: of the noise that is added, as in normal_like. last_step: the last step's length, which adds none; the
+    others are equal. 0.04 is SiT's and REPA's.
+    """
+    _refuse_no_steps(steps)
+    if not 0 < last_step < 1:
+        raise ValueError(f"last_step must be between 0 and 1, got {last_step}")
+    state = _state(noise)
+    for now, later in pairwise([*torch.linspace(1, last_step, steps, dtype=torch.float64).tolist(), 0.0]):
+        t = torch.full((len(state),), now, dtype=state.dtype, device=state.device)  # (B,)
+        v = _evaluate(velocity, state, now, noise)
+        _, e = endpoints(v, state, t, path, "velocity")
+        state = state + (later - now) * (v + e)
+        if later > 0:
+            _, s, _, _ = path.coefficients(t[0])
+            state = state + torch.sqrt(2 * s * (now - later)) * normal_like(state, generator)
+    return state.to(noise.dtype).to(noise.device)
+
+
+def normal_like(x: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
+    """Draw standard normal noise (B, ...) for samples x (B, ...), on the generator's device.
+
+    generator: one for all, or one for each sample, which then does not depend on the others of its batch.
+    """
+    if isinstance(generator, Sequence):
+        return torch.stack([normal_like(sample, own) for sample, own in zip(x, generator, strict=True)])
+    device = generator.device if generator is not None else x.device
+    return torch.randn(x.shape, dtype=x.dtype, device=device, generator=generator).to(x.device)
+
+
+def _refuse_no_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+
+
+def _state(noise: Tensor) -> Tensor:
+    """Copy the noise to float64; to the CPU from Apple's GPU, which has none."""
+    return (noise.cpu() if noise.device.type == "mps" else noise).double()
+
+
+def _evaluate(velocity: Velocity, state: Tensor, t: float, like: Tensor) -> Tensor:
+    """Ask for the velocity of a float64 state at one time, in the dtype and on the device of `like`."""
+    x = state.to(like.dtype).to(like.device)
+    value = velocity(x, torch.full((len(x),), t, dtype=like.dtype, device=like.device))
+    return value.to(state.device).double()

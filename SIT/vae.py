@@ -1,0 +1,70 @@
+"""The autoencoder between images and latents: Stable Diffusion's, through diffusers."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from common import UserError
+from SIT.data import to_images, to_pixels
+from SIT.hub import load_published
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+DEFAULT = "stabilityai/sd-vae-ft-mse"  # on the Hugging Face Hub; SiT's and REPA's
+
+
+class VAE:
+    """A frozen AutoencoderKL between uint8 images (B, 3, side, side) and latents (B, C, H, W).
+
+    Example: `VAE.decode(z)`, where z is in the model's space: scaled, as training sees latents.
+    """
+
+    def __init__(self, autoencoder: "AutoencoderKL"):
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self.scaling = float(autoencoder.config.scaling_factor)  # 0.18215 of Stable Diffusion 1's and 2's
+
+    def to(self, device: torch.device | str) -> "VAE":
+        """Move it to a device."""
+        self.autoencoder.to(device)
+        return self
+
+    def latent_shape(self, side: int) -> tuple[int, int, int]:
+        """Return (C, H, W) of the latent of an image of this side; raises UserError where the side does not divide."""
+        shape = self.autoencoder.config
+        factor = 2 ** (len(shape.block_out_channels) - 1)  # each block but the last halves the side
+        if side % factor:
+            raise UserError(
+                f"the VAE needs images whose side is a multiple of {factor}, got {side}: convert them again"
+            )
+        return shape.latent_channels, side // factor, side // factor
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Return, not scaled, the mean of the latents and on it their standard deviation: (B, 2C, H, W) float32."""
+        posterior = self.autoencoder.encode(to_pixels(images)).latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Turn scaled latents (B, C, H, W) into uint8 images (B, 3, side, side)."""
+        return to_images(self.autoencoder.decode(latents.float() / self.scaling).sample)
+
+
+def load_vae(name: str = DEFAULT, folder: str | Path | None = None, device: torch.device | str = "cpu") -> VAE:
+    """Load a VAE from a folder with its config.json and weights or, without one, by its name on the Hugging Face Hub.
+
+    Raises UserError where it is not there.
+    """
+    from diffusers import AutoencoderKL
+
+    return VAE(load_published(AutoencoderKL, name, folder)).to(device)
+
+
+def vae_from_config(**shape: Any) -> VAE:
+    """Make a VAE with random weights; `shape` is what diffusers' AutoencoderKL takes."""
+    from diffusers import AutoencoderKL
+
+    return VAE(AutoencoderKL(**shape))

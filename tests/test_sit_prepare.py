@@ -1,0 +1,351 @@
+"""SIT.prepare on a made-up folder of 40 small images in 4 classes: what comes out, and what a failure leaves."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from common import UserError
+from SIT import digits, files, prepare
+from SIT.latents import Corrupt, Latents, read_image
+from SIT.prepare import Convert, Digits, Encode
+from tests.ranks import Ranks
+from tests.tiny_sit import tiny_vae
+
+ROOT = Path(__file__).resolve().parents[1]
+CLASSES = ("ant", "bee", "cat", "dog")
+SIZE = 16
+
+
+def write_images(folder):
+    """Ten images a class, of odd sizes: colour and grey JPEGs and PNGs, with alpha and with a palette."""
+    random = np.random.default_rng(0)
+    for k in range(40):
+        name, height, width = CLASSES[k % 4], *random.integers(9, 70, size=2)
+        pixels = random.integers(256, size=(height, width, 3), dtype=np.uint8)
+        mode, suffix = [("RGB", "JPEG"), ("L", "jpg"), ("RGBA", "png"), ("P", "png"), ("RGB", "png")][k % 5]
+        path = folder / name / f"{name}_{k}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).convert(mode).save(path)
+    (folder / "ant/notes.txt").write_text("no image")
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_images(tmp_path / "source")
+
+
+@pytest.fixture
+def converted(source, tmp_path):
+    prepare.convert(Convert(source, tmp_path / "data", size=SIZE, workers=2))
+    return tmp_path / "data"
+
+
+def encode(folder, batch_size=7, **options):
+    return prepare.encode(Encode(folder, batch_size=batch_size, device="cpu", workers=2, **options), tiny_vae())
+
+
+def contents(folder):
+    """Every file below a folder, by its path."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def no_space(monkeypatch, free):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage(10**12, 10**12 - free, free))
+
+
+# ---- convert
+
+
+def test_convert_gives_every_image_at_one_size_with_the_class_of_its_folder(converted):
+    record = json.loads((converted / "images/dataset.json").read_text())
+    assert record["classes"] == list(CLASSES) and record["size"] == SIZE and len(record["labels"]) == 40
+    for file, label in record["labels"]:
+        assert file.startswith(CLASSES[label] + "/") and file.endswith(".png")
+        with Image.open(converted / "images" / file) as image:
+            assert image.size == (SIZE, SIZE) and image.mode == "RGB"
+    assert sorted(path.name for path in (converted / "images").iterdir() if path.is_file()) == [
+        "dataset.json",
+        "request.json",
+    ]
+
+
+def test_convert_matches_centre_crops_of_the_sources(source, converted):
+    for path in source.rglob("*.*g"):
+        image = read_image(converted / "images" / path.relative_to(source).with_suffix(".png"))
+        assert np.array_equal(image, prepare.centre_crop(read_image(path), SIZE))
+
+
+def slow_halving(image):
+    """Average 2 x 2 pixels of (3, H, W), H and W even; columns first, and rounded each time, as PIL's box filter is."""
+    image = image.astype(int)
+    image = (image[:, :, 0::2] + image[:, :, 1::2] + 1) // 2
+    return (image[:, 0::2] + image[:, 1::2] + 1) // 2
+
+
+def test_centre_crop_matches_repeated_halving_and_the_middle_of_the_longer_side():
+    image = np.random.default_rng(0).integers(256, size=(3, 32, 48), dtype=np.uint8)
+    tall = image.transpose(0, 2, 1)
+    # Halved twice they have the size already, so that the bicubic step changes nothing.
+    assert np.array_equal(prepare.centre_crop(image, 8), slow_halving(slow_halving(image))[:, :, 2:10])
+    assert np.array_equal(prepare.centre_crop(tall, 8), slow_halving(slow_halving(tall))[:, 2:10])
+    assert np.array_equal(prepare.centre_crop(image, 32), image[:, :, 8:40])
+    assert np.array_equal(prepare.centre_crop(image[:, :, :47], 32), image[:, :, 7:39])  # of 15 pixels, 7 to the left
+    assert np.array_equal(prepare.centre_crop(tall[:, :47], 32), tall[:, 7:39])
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 31), (9, 9), (31, 17), (10, 200)])
+def test_centre_crop_matches_torchs_antialiased_bicubic_where_nothing_is_halved(height, width):
+    image = np.random.default_rng(0).integers(256, size=(3, height, width), dtype=np.uint8)
+    scaled = [round(side * 16 / min(height, width)) for side in (height, width)]
+    resized = F.interpolate(torch.from_numpy(image)[None], scaled, mode="bicubic", antialias=True)[0]
+    top, left = (scaled[0] - 16) // 2, (scaled[1] - 16) // 2
+    expected = resized[:, top : top + 16, left : left + 16].numpy()
+    # Both round and clip after each direction; their weights are rounded differently.
+    assert np.abs(prepare.centre_crop(image, 16).astype(int) - expected).max() <= 1
+
+
+def test_convert_again_continues_where_it_was_interrupted(source, tmp_path, monkeypatch):
+    whole, crop, calls = tmp_path / "whole", prepare.centre_crop, []
+    prepare.convert(Convert(source, whole, size=SIZE, workers=1))
+
+    def failing(image, size):
+        calls.append(size)
+        if len(calls) == 25:
+            raise OSError("No space left on device")
+        return crop(image, size)
+
+    monkeypatch.setattr(prepare, "centre_crop", failing)
+    config = Convert(source, tmp_path / "data", size=SIZE, workers=1)
+    with pytest.raises(OSError, match="No space"):
+        prepare.convert(config)
+    assert not (tmp_path / "data/images/dataset.json").exists()
+    done = len(list((tmp_path / "data/images").rglob("*.png")))
+    calls[:] = range(100)
+    prepare.convert(config)
+    assert len(calls) == 100 + 40 - done and done >= 24
+    found, expected = contents(tmp_path / "data"), contents(whole)
+    assert found == expected
+
+
+def test_convert_names_a_corrupt_image_or_skips_it_with_a_count(source, tmp_path, capsys):
+    (source / "bee/bee_5.JPEG").write_bytes(b"not an image")
+    with pytest.raises(Corrupt, match=r"bee/bee_5\.JPEG must be a whole image"):
+        prepare.convert(Convert(source, tmp_path / "data", size=SIZE, workers=2))
+    prepare.convert(Convert(source, tmp_path / "data", size=SIZE, on_corrupt="skip", workers=2))
+    printed = capsys.readouterr()
+    assert "39 images in 4 classes, 1 skipped" in printed.out and "bee_5.JPEG" in printed.err
+    labels = json.loads((tmp_path / "data/images/dataset.json").read_text())["labels"]
+    assert len(labels) == 39 and "bee/bee_5.png" not in dict(labels)
+
+
+def test_convert_refuses_images_outside_of_class_folders_and_names_that_collide(source, tmp_path):
+    config = Convert(source, tmp_path / "data", size=SIZE)
+    shutil.copy(source / "ant/ant_0.JPEG", source)
+    with pytest.raises(UserError, match=r"ant_0\.JPEG is outside of one"):
+        prepare.convert(config)
+    (source / "ant_0.JPEG").rename(source / "ant/ant_0.jpg")
+    with pytest.raises(UserError, match=r"ant/ant_0\.(jpg|JPEG) and ant/ant_0\.(jpg|JPEG) must have names"):
+        prepare.convert(config)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="a folder for each class, there is none"):
+        prepare.convert(Convert(tmp_path / "empty", tmp_path / "data"))
+    with pytest.raises(UserError, match=r"need the folder .*nowhere"):
+        prepare.convert(Convert(tmp_path / "nowhere", tmp_path / "data"))
+    assert not (tmp_path / "data").exists()
+
+
+def test_convert_refuses_a_folder_of_another_size_or_of_other_files(source, converted, tmp_path):
+    before = contents(converted)
+    with pytest.raises(UserError, match="was made with size = 16, asked for is 8: remove it, or choose another"):
+        prepare.convert(Convert(source, converted, size=8))
+    assert contents(converted) == before
+    (tmp_path / "mine/images").mkdir(parents=True)
+    (tmp_path / "mine/images/holiday.png").write_bytes(b"precious")
+    with pytest.raises(UserError, match=r"has files but no request\.json"):
+        prepare.convert(Convert(source, tmp_path / "mine"))
+
+
+def test_convert_refuses_too_little_disk_for_what_is_left(source, tmp_path, monkeypatch):
+    config = Convert(source, tmp_path / "data", size=100, workers=2)  # 30,000 bytes: 8 blocks of 4,096
+    no_space(monkeypatch, 40 * 8 * 4096 - 1)
+    with pytest.raises(UserError, match=r"images needs 0\.0 GB for 40 files, the disk has 0\.0 GB: make room"):
+        prepare.convert(config)
+    no_space(monkeypatch, 40 * 8 * 4096)
+    folder = prepare.convert(config)
+    assert max(path.stat().st_size for path in folder.rglob("*.png")) <= 8 * 4096
+    no_space(monkeypatch, 0)
+    prepare.convert(config)  # nothing is left to write
+
+
+# ---- encode
+
+
+def test_encode_matches_the_vae_on_each_image_and_opens_as_latents(converted):
+    folder, tiny = encode(converted), tiny_vae()
+    assert folder == converted / "vae-sd"
+    record = json.loads((folder / "dataset.json").read_text())
+    images = dict(json.loads((converted / "images/dataset.json").read_text())["labels"])
+    assert dict(record["labels"]) == {file.replace(".png", ".npy"): label for file, label in images.items()}
+    assert record["scaling"] == tiny.scaling
+    for file in images:
+        latent = np.load(folder / file.replace(".png", ".npy"))
+        expected = tiny.encode(torch.from_numpy(read_image(converted / "images" / file))[None])[0]
+        assert latent.shape == (6, 8, 8) and latent.dtype == np.float32
+        np.testing.assert_allclose(latent, expected, atol=1e-5)  # a batch of 7 or of 1: other sums of float32
+    items = Latents(converted, n_class=4)
+    assert len(items) == 40 and items.shape == (3, 8, 8)
+
+
+def test_encode_flip_matches_the_vae_on_mirrored_images_and_makes_flips_possible(converted):
+    encode(converted)
+    folder, tiny = encode(converted, flip=True), tiny_vae()
+    assert folder == converted / "vae-sd-flip"
+    image = torch.from_numpy(read_image(converted / "images/dog/dog_3.png"))
+    expected = tiny.encode(image.flip(2)[None])[0]
+    np.testing.assert_allclose(np.load(folder / "dog/dog_3.npy"), expected, atol=1e-5)
+    assert len(Latents(converted, flips=True)) == 40
+
+
+@pytest.mark.parametrize("written", [0, 1, 7, 18, 39])
+def test_encode_that_was_interrupted_resumes_to_the_same_bits(converted, tmp_path, monkeypatch, written, capsys):
+    expected = contents(encode(converted, out=tmp_path / "whole"))
+    save, calls = np.save, []
+
+    def interrupted(opened, arr):
+        calls.append(opened.name)
+        if len(calls) > written:
+            opened.write(b"half")
+            raise KeyboardInterrupt
+        save(opened, arr)
+
+    monkeypatch.setattr(np, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encode(converted)
+    assert not (converted / "vae-sd/dataset.json").exists() and len(list(converted.rglob("*.npy"))) == written
+    with pytest.raises(UserError, match=r"must hold dataset\.json, which is written when all else is there"):
+        Latents(converted)
+    monkeypatch.setattr(np, "save", save)
+    encode(converted)
+    assert contents(converted / "vae-sd") == expected
+    left = 40 - written // 7 * 7
+    assert f"of which {left} were encoded now" in capsys.readouterr().out
+
+
+def test_encode_again_leaves_what_is_there_alone(converted, capsys):
+    folder = encode(converted)
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.npy")}
+    encode(converted)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.npy")} == times
+    assert "40 latents, of which 0 were encoded now" in capsys.readouterr().out
+
+
+def encode_on_rank(folder, out):
+    """Encode with rank 1 the slower one; returns whether dataset.json was there before this rank was done."""
+    rank, tiny, early = torch.distributed.get_rank(), tiny_vae(), []
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")
+    encode_batch = tiny.encode
+
+    def slow_encode(images):
+        time.sleep(0.2 * rank)
+        early.append((out / "vae-sd/dataset.json").exists())
+        return encode_batch(images)
+
+    tiny.encode = slow_encode
+    prepare.encode(Encode(folder, out=out, batch_size=7, device="cpu", workers=2), tiny)
+    return early
+
+
+def test_encode_on_two_ranks_matches_one_process_bit_for_bit(converted, tmp_path):
+    expected = contents(encode(converted, out=tmp_path / "one"))
+    with Ranks(2) as ranks:
+        early = ranks(encode_on_rank, converted, tmp_path / "two")
+    assert early == [[False] * 3, [False] * 3]  # six batches, and dataset.json only after all of them
+    assert contents(tmp_path / "two/vae-sd") == expected
+
+
+def test_encode_refuses_too_little_disk_for_what_is_left(converted, monkeypatch):
+    no_space(monkeypatch, 40 * 4096 - 1)  # 6 x 8 x 8 float32 are 1,536 bytes: a block each
+    with pytest.raises(UserError, match=r"vae-sd needs 0\.0 GB for 40 files, the disk has 0\.0 GB: make room"):
+        encode(converted)
+    assert not list(converted.rglob("*.npy"))
+    no_space(monkeypatch, 40 * 4096)
+    encode(converted)
+    for file in ("ant/ant_0.npy", "ant/ant_4.npy"):
+        (converted / "vae-sd" / file).unlink()
+    no_space(monkeypatch, 2 * 4096)
+    encode(converted)
+
+
+def test_encode_names_an_image_that_is_corrupt_missing_or_of_another_size(converted):
+    path = converted / "images/cat/cat_10.png"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(Corrupt, match=r"cat/cat_10\.png must be a whole image"):
+        encode(converted)
+    path.unlink()
+    with pytest.raises(Corrupt, match=r"cat/cat_10\.png must be a whole image, is not \(.*No such file"):
+        encode(converted)
+    Image.new("RGB", (18, 16)).save(path)
+    with pytest.raises(UserError, match=r"the first is \(3, 16, 16\), cat/cat_10\.png \(3, 16, 18\)"):
+        encode(converted)
+
+
+def test_encode_refuses_to_mix_vaes_or_images(converted, source, tmp_path):
+    encode(converted)
+    with pytest.raises(UserError, match=r"was made with vae = stabilityai/sd-vae-ft-mse, asked for is other/vae"):
+        encode(converted, vae="other/vae")
+    record = json.loads((converted / "images/dataset.json").read_text())
+    record["labels"][0][1] = 3
+    (converted / "images/dataset.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="was made with images = "):
+        encode(converted)
+
+
+def test_encode_refuses_a_folder_without_converted_images(tmp_path):
+    with pytest.raises(UserError, match=r"images must hold dataset\.json.* run `python -m SIT\.prepare convert`"):
+        encode(tmp_path)
+
+
+# ---- digits, and the command line
+
+
+def test_train_digits_makes_an_encoder_and_another_network_for_the_judge(tmp_path, monkeypatch, capsys):
+    train = digits.train_digits_cnn
+    monkeypatch.setattr(prepare.digits, "train_digits_cnn", lambda **recipe: train(**recipe, steps=2))
+    prepare.train_digits(Digits(tmp_path / "digits"))
+    encoder, judge = (digits.load_digits_cnn(tmp_path / "digits" / file) for file in ("encoder.pt", "judge.pt"))
+    assert judge.width > encoder.width
+    assert capsys.readouterr().out.count("of the validation digits") == 2
+    monkeypatch.setattr(prepare.digits, "train_digits_cnn", None)
+    prepare.train_digits(Digits(tmp_path / "digits"))  # both are there
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "SIT.prepare", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_command_line_converts_and_encodes_with_a_vae_from_a_folder(source, tmp_path):
+    tiny_vae().autoencoder.save_pretrained(tmp_path / "vae")
+    done = run("convert", source, "--out", tmp_path / "data", "--size", SIZE)
+    assert done.returncode == 0, done.stderr
+    done = run("encode", tmp_path / "data", "--vae-folder", tmp_path / "vae", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert len(Latents(tmp_path / "data", n_class=4)) == 40
+    refused = run("convert", source, "--out", tmp_path / "data", "--size", 0)
+    assert refused.stderr.splitlines() == ["error: size must be 1 or more; got 0"]
+    refused = run("encode", tmp_path / "data", "--vae-folder", source, "--device", "cpu")
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].startswith(f"error: {source} must hold stabilityai/sd-vae-ft-mse's")

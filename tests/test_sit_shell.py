@@ -1,0 +1,116 @@
+"""SIT as a new user runs it: run.sh in a checkout of its own, and the way from a folder of images to samples."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_sit import DINOV2, tiny_dinov2, tiny_vae
+from tiny_sit_run import ONE, ROOT
+
+from common.config import parse_config
+from SIT import train as training
+from SIT.prepare import Convert, Encode, convert, encode
+from SIT.sample import Options, sample
+from SIT.train import Config
+
+TINY = ("--model.depth", "2", "--model.width", "16", "--model.n_head", "2", "--model.projector_width", "16")
+QUICK = (*TINY, "--steps", "2", "--data.batch_size", "4", "--eval.images", "8", "--eval.preview_steps", "2")
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    for folder in ("common", "optimizers", "scripts", "SIT"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "requirements.txt", tmp_path)
+    return tmp_path
+
+
+def run_script(checkout: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    settings = os.environ | {"PYTHON": sys.executable, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", **environment}
+    command = ["bash", str(checkout / "SIT/run.sh"), *arguments]
+    return subprocess.run(command, cwd="/", env=settings, capture_output=True, text=True, timeout=500)
+
+
+def test_run_script_prepares_trains_measures_and_draws_from_any_folder(checkout):
+    done = run_script(checkout, *QUICK, OPTIMIZERS="olion adamw", LR="2e-3", SEED="3")
+    assert done.returncode == 0, done.stderr
+    runs = sorted(path.name for path in (checkout / "runs/sit/digits").iterdir())
+    assert runs == ["adamw-lr2e-3-s3", "olion-lr2e-3-s3"]
+    lines = (checkout / "runs/sit/digits" / runs[0] / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 2]
+    for table in ("| optimizer | learning rate |", "| optimizer         | runs"):
+        assert done.stdout.count(table) == 1
+    assert all(done.stdout.count(row) == 2 for row in ("| OLion ", "| AdamW "))
+    images = checkout / "images"
+    for name in ("sit_digits", "sit_digits_samples"):
+        assert (images / f"{name}.png").stat().st_size > 10_000 and (images / f"{name}.json").exists()
+
+
+def test_run_script_of_the_imagenet_config_trains_on_all_ranks_and_measures_no_digits(checkout):
+    """With an interpreter that only writes down what it is asked."""
+    python = checkout / "python"
+    python.write_text(f'#!/bin/sh\necho "$*" >> {checkout}/asked\n')
+    python.chmod(0o755)
+    config = "SIT/configs/sit_b2_imagenet.toml"
+    done = run_script(
+        checkout, config, "--steps", "9", PYTHON=str(python), NGPU="8", PARALLEL="fsdp", OPTIMIZERS="muon"
+    )
+    assert done.returncode == 0, done.stderr
+    *_, train, draw = (checkout / "asked").read_text().splitlines()
+    assert "-m common.torchrun --nproc-per-node 8 --nnodes 1 " in train
+    flags = "--optimizer.name muon --steps 9 --group sit_b2_imagenet --parallel.mode fsdp"
+    assert train.endswith(f"-m SIT.train {config} {flags}")
+    assert draw.startswith("-m scripts.figures runs/sit/sit_b2_imagenet ")
+
+
+def test_run_script_refuses_what_it_does_not_know_in_one_line(checkout):
+    done = run_script(checkout, "--group", "other")
+    assert done.returncode == 1 and done.stderr.startswith("error: the pictures are of runs/sit/GROUP; set GROUP")
+
+
+def write_images(folder: Path) -> None:
+    """Ten images of colours and stripes in each of 4 classes."""
+    random = np.random.default_rng(0)
+    for number in range(40):
+        pixels = np.zeros((70, 66 + number % 3, 3), dtype=np.uint8) + random.integers(256, size=3, dtype=np.uint8)
+        pixels[:: number % 4 + 2] = 255
+        path = folder / f"class{number % 4}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+
+
+def test_folder_of_images_becomes_samples_by_the_imagenet_path(tmp_path):
+    """Patches, tokens and latents are SiT-B/2's; the rest is small, for a step of less than a second."""
+    write_images(tmp_path / "source")
+    data, vae, encoder = tmp_path / "data", tmp_path / "vae", tmp_path / "dinov2"
+    tiny_vae(latent_channels=4).autoencoder.save_pretrained(vae)
+    tiny_dinov2().save_pretrained(encoder)
+    convert(Convert(tmp_path / "source", data, size=64, workers=1))
+    encode(Encode(data, vae_folder=vae, device="cpu", workers=1))
+
+    flags = {
+        "data.folder": data, "data.vae": vae, "objective.encoder_folder": encoder, "model.z_dim": DINOV2["hidden_size"],
+        "model.n_class": 4, "model.depth": 2, "model.width": 24, "model.n_head": 2, "model.encoder_depth": 1,
+        "model.projector_width": 32, "data.batch_size": 4, "data.micro_batch": 2, "eval.preview": 2,
+        "eval.preview_steps": 1, "steps": 2, "device": "cpu", "wandb": "disabled", "log_every": 1,
+        "out": tmp_path / "runs",
+    }  # fmt: skip
+    arguments = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+    config = str(ROOT / "SIT/configs/sit_b2_imagenet.toml")
+    assert training.train(parse_config(Config, [config, *arguments]), ONE)
+    (run,) = (tmp_path / "runs/sit_b2_imagenet").iterdir()
+    _, *lines = (run / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["train/projection_loss"] for line in lines]
+    assert len(losses) == 2 and all(-1 < loss < 1 and loss != 0 for loss in losses)
+    assert Image.open(run / "samples/00000002.png").size == (64, 128)
+
+    out = sample(Options(run=run, count=8, steps=2, guidance=1.5, npz=True, device="cpu"), ONE)
+    written = np.load(out.with_suffix(".npz"))
+    assert written["arr_0"].shape == (8, 64, 64, 3) and written["arr_1"].tolist() == [0, 1, 2, 3] * 2
+    assert Image.open(out).size == (192, 192)
