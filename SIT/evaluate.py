@@ -31,6 +31,7 @@ from SIT.digits import FOLDER, JUDGE_FILE, DigitsCNN, load_digits_cnn
 from SIT.sample import Sampler, draw, labels_of, load_run, open_decoder, picture
 
 COLUMNS, LINES = 20, 2  # of the digits that the picture shows of a method; the classes take turns, two a line
+CLASSES = 10
 EDGE = 1  # pixels around a digit
 DRAWN_AT_ONCE = 250
 
@@ -126,7 +127,7 @@ def evaluate_digits(options: Options) -> str:
         methods[run.method].append(run)
     best_first = sorted(methods.values(), key=lambda runs: statistics.fmean(run.frechet for run in runs))
     real = measure(splits["val"].images, splits["val"].labels, judge, splits["train"])
-    draw_picture(best_first, splits["val"], options)
+    draw_picture(best_first, Run("", "real", examples(splits["val"]), **real), options)
     runs = [{name: vars(run)[name] for name in ("folder", "optimizer", *real)} for runs in best_first for run in runs]
     record = {"count": options.count, "steps": options.steps, "validation": real, "runs": runs}
     options.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
@@ -142,40 +143,42 @@ def table(methods: list[list[Run]], real: dict[str, float]) -> str:
     return markdown(["optimizer", "runs", "recognised", "Frechet distance"], rows)
 
 
-def draw_picture(methods: list[list[Run]], real: Pixels, options: Options) -> None:
-    """Draw the first digits of each method's first run, below real ones; the names at the left."""
-    optimizers = [runs[0].optimizer for runs in methods]
-    several = len(set(optimizers)) < len(optimizers)  # of one optimizer
-    rows = [("real", INK, "normal", examples(real))]
-    for runs in methods:
-        style, run = style_of(runs[0].optimizer), runs[0]
-        name = f"{run.method if several else style.label}\n{run.recognised:.1%}"
-        rows.append((name, style.color, style.weight, run.images[: COLUMNS * LINES]))
-    cell = real.shape[-1] + 2 * EDGE  # pixels
+def draw_picture(methods: list[list[Run]], real: Run, options: Options) -> None:
+    """Draw the first digits of each method's first run, below real ones; names at the left, measures at the right."""
+    runs = [real, *(of_method[0] for of_method in methods)]
+    optimizers = [run.optimizer for run in runs]
+    several = len(set(optimizers)) < len(runs)  # methods of one optimizer
+    names = [style_of(run.optimizer).label if run is real or not several else run.method for run in runs]
+    cell = real.images.shape[-1] + 2 * EDGE  # pixels
     height, gap = LINES * cell, cell // 3
-    blocks = [picture(pad(images, [EDGE] * 4), COLUMNS, least_side=cell) for *_, images in rows]
-    canvas = np.concatenate([np.pad(block, ((0, gap), (0, 0))) for block in blocks])
-    groups = ", ".join(sorted({run.folder.split("/")[0] for runs in methods for run in runs}))
-    subtitle = f"of {options.count:,} digits, the share that a judge recognises as the class asked for"
+    shown = [pad(run.images[: COLUMNS * LINES], [EDGE] * 4) for run in runs]
+    canvas = np.concatenate([np.pad(picture(each, COLUMNS, least_side=cell), ((0, gap), (0, 0))) for each in shown])
+    groups = ", ".join(sorted({run.folder.split("/")[0] for run in runs[1:]}))
+    subtitle = f"recognised: the share of {options.count:,} that a judge takes for the class asked for"
     figure, (panel,) = new_figure(f"sit, {groups}: samples", subtitle)
-    longest = max(len(line) for name, *_ in rows for line in name.split("\n"))
-    figure.subplots_adjust(left=0.035 + 0.0125 * longest, right=0.98, bottom=0.02)  # a letter is 1.2 % of the width
+    figure.subplots_adjust(
+        left=0.035 + 0.0125 * max(map(len, names)), right=0.79, bottom=0.02
+    )  # of the width, a letter
     panel.imshow(canvas, cmap="gray_r", interpolation="nearest")
     panel.set_anchor("NW")
     panel.grid(False)
     panel.spines[:].set_visible(False)
     panel.tick_params(length=0, labeltop=True, labelbottom=False)
-    classes = [number % real.n_class for number in range(COLUMNS)]
+    classes = [number % CLASSES for number in range(COLUMNS)]
     panel.set_xticks(cell * (np.arange(COLUMNS) + 0.5) - 0.5, labels=classes, color=FAINT)
-    panel.set_yticks((height + gap) * np.arange(len(rows)) + height / 2 - 0.5, labels=[name for name, *_ in rows])
-    for label, (_, color, weight, _) in zip(panel.get_yticklabels(), rows, strict=True):
-        label.set(color=color, fontweight=weight)
+    middles = (height + gap) * np.arange(len(runs)) + height / 2 - 0.5
+    panel.set_yticks(middles, labels=names)
+    for label, run, middle in zip(panel.get_yticklabels(), runs, middles, strict=True):
+        style = style_of(run.optimizer)
+        label.set(color=INK if run is real else style.color, fontweight=style.weight)
+        measures = f"{run.recognised:.1%} recognised\nFrechet {run.frechet:.2f}"
+        panel.text(canvas.shape[1] + EDGE, middle, measures, color=FAINT, fontsize=11, va="center")
     save(figure, options.out)
 
 
 def examples(items: Pixels) -> Tensor:
     """Return as many of these as the picture shows of a method, (n, 1, 8, 8), the classes in turn."""
-    of_class = [items.images[items.labels == label][: COLUMNS * LINES // 10] for label in range(items.n_class)]
+    of_class = [items.images[items.labels == label][: COLUMNS * LINES // CLASSES] for label in range(CLASSES)]
     return torch.stack(of_class, dim=1).flatten(0, 1)
 
 

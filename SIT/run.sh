@@ -3,7 +3,7 @@
 #   bash SIT/run.sh                                        handwritten digits: minutes, anywhere, no download
 #   bash SIT/run.sh SIT/configs/sit_b2_imagenet.toml       SiT-B/2 with REPA on ImageNet-256 latents, on all GPUs here
 #   OPTIMIZERS="olion muon" LR=2e-3 bash SIT/run.sh        some optimizers, one rate
-#   bash SIT/run.sh --objective.encoder "" --model.z_dim 0 any knob of SIT/train.py; this one trains without REPA
+#   GROUP=plain bash SIT/run.sh --objective.encoder "" --model.z_dim 0    any knob of SIT/train.py: here, without REPA
 #   bash SIT/run.sh --resume                               what an interruption left undone
 # On several nodes that share a file system, the same command on each, NODE_RANK being 1 on the second:
 #   NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=host0:29500 bash SIT/run.sh SIT/configs/sit_b2_imagenet.toml

@@ -1,4 +1,4 @@
-"""Draw images from a trained SiT, by the average of its weights.
+r"""Draw images from a trained SiT, by the average of its weights.
 
     python -m SIT.sample runs/sit/digits/RUN --count 100                 # a picture of them
     torchrun --standalone --nproc-per-node 8 -m SIT.sample RUN --count 50000 --method sde --steps 250 \

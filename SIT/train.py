@@ -370,17 +370,26 @@ def draw(place: tuple[int, ...], count: int, shape: tuple[int, ...], settings: O
 
 
 def losses_of(
-    network: nn.Module, batch: dict[str, Tensor], draws: Draws, encoder: Encoder | None, settings: Config
+    network: nn.Module,
+    batch: dict[str, Tensor],
+    draws: Draws,
+    encoder: Encoder | None,
+    settings: Config,
+    ranks: launch.Launch,
 ) -> tuple[Tensor, Tensor]:
     """Return the denoising and the projection loss of each image, (B,) each; 0 without an encoder."""
     path, x, y = NoisePath(settings.objective.path), batch["x"], batch["y"]
+    dtype = precision(settings.dtype, ranks)
     y = torch.where(draws.dropped, settings.model.n_class, y)  # n_class: none
     wanted = target(x, draws.noise, draws.t, path, settings.objective.prediction)  # (B, C, H, W)
-    prediction, projected = network(interpolate(x, draws.noise, draws.t, path), draws.t, y)
+    with autocast(network, dtype, ranks):
+        prediction, projected = network(interpolate(x, draws.noise, draws.t, path), draws.t, y)
     denoising = denoising_loss(prediction, wanted)
     if encoder is None:
         return denoising, torch.zeros_like(denoising)
-    return denoising, projection_loss(projected, encoder(batch["images"]))
+    with autocast(encoder, dtype, ranks):  # beside a network in shards too, which does without
+        features = encoder(batch["images"])  # (B, N, Z)
+    return denoising, projection_loss(projected, features)
 
 
 def accumulate_gradient(
@@ -406,8 +415,7 @@ def accumulate_gradient(
         batch = data.move(batch, ranks.device)
         draws = Draws(*(each[rows].to(ranks.device) for each in drawn))
         with synchronizing(network, number == pieces):  # the ranks' gradients meet once a step
-            with autocast(network, precision(settings.dtype, ranks), ranks):
-                losses = losses_of(network, batch, draws, encoder, settings)
+            losses = losses_of(network, batch, draws, encoder, settings, ranks)
             parts = torch.stack([each.mean() for each in losses]) * ((stop - start) * shares / batch_size)
             loss = parts[0] + settings.objective.projection_weight * parts[1]
             scaler.scale(loss).backward()
@@ -432,8 +440,7 @@ def evaluate(
         rows = mine or [0]  # FSDP needs every rank in every pass
         batch = data.move(data.take(items, rows, seed=0), ranks.device)
         draws = Draws(*(each[rows].to(ranks.device) for each in drawn))
-        with autocast(average, precision(settings.dtype, ranks), ranks):
-            losses = losses_of(average, batch, draws, encoder, settings)
+        losses = losses_of(average, batch, draws, encoder, settings, ranks)
         totals += torch.stack([each.mean() for each in losses]).double().cpu() * len(mine)
     denoising, projection = (total / count for total in launch.all_reduce_sum(totals.tolist(), ranks))
     loss = denoising + settings.objective.projection_weight * projection

@@ -73,7 +73,7 @@ def runs(judge, tmp_path_factory) -> Path:
     """The folder of five tiny runs, of which one diverged, and of the judge."""
     config = write_config(tmp_path_factory.mktemp("evaluated"))
     for optimizer, seed in (("olion", 1), ("olion", 2), ("adamw", 1), ("adamw", 2), ("muon", 1)):
-        train(config, "--steps", "2", "--optimizer.name", optimizer, "--seed", str(seed))
+        train(config, "--ema", "0.5", "--optimizer.name", optimizer, "--seed", str(seed))
     (config.parent / "runs" / "default" / "muon-lr4e-3-s1" / "finished.json").write_text('{"diverged": true}')
     with open(config.parent / JUDGE_FILE, "wb") as file:
         save_digits_cnn(judge, file)

@@ -66,6 +66,12 @@ def test_images_of_small_batches_match_those_of_one(model, sampler):
     assert min(others) > 0.1
 
 
+def test_images_of_heun_match_the_limit_of_small_steps_better_than_euler_s(model):
+    limit = drawn(model, [0, 1], Sampler(300, "euler"))
+    errors = {sampler.method: (drawn(model, [0, 1], sampler) - limit).abs().mean() for sampler in SAMPLERS[:3]}
+    assert errors["sde"] > 2 * errors["euler"] > 4 * errors["heun"]
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS[1:3])
 def test_images_match_themselves_for_a_seed_alone(model, sampler):
     first, again, other = (drawn(model, [0, 1], sampler, seed) for seed in (0, 0, 1))

@@ -38,15 +38,15 @@ def run_script(checkout: Path, *arguments: str, **environment: str) -> subproces
 
 
 def test_run_script_prepares_trains_measures_and_draws_from_any_folder(checkout):
-    done = run_script(checkout, *QUICK, OPTIMIZERS="olion adamw", LR="2e-3", SEED="3")
+    done = run_script(checkout, *QUICK, OPTIMIZERS="olion", LR="2e-3", SEED="3")
     assert done.returncode == 0, done.stderr
     runs = sorted(path.name for path in (checkout / "runs/sit/digits").iterdir())
-    assert runs == ["adamw-lr2e-3-s3", "olion-lr2e-3-s3"]
+    assert runs == ["olion-lr2e-3-s3"]
     lines = (checkout / "runs/sit/digits" / runs[0] / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 2]
     for table in ("| optimizer | learning rate |", "| optimizer         | runs"):
         assert done.stdout.count(table) == 1
-    assert all(done.stdout.count(row) == 2 for row in ("| OLion ", "| AdamW "))
+    assert done.stdout.count("| OLion ") == 2
     images = checkout / "images"
     for name in ("sit_digits", "sit_digits_samples"):
         assert (images / f"{name}.png").stat().st_size > 10_000 and (images / f"{name}.json").exists()

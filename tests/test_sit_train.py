@@ -99,6 +99,18 @@ def test_losses_and_weights_of_a_layout_match_one_process(runs, optimizer, layou
     assert any(not torch.equal(value, both[0][name.replace("model.", "average.")]) for name, value in both[0].items())
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_of_an_fsdp_run_matches_float32(tiny, tmp_path, ranks, dtype):
+    train(tiny, "--optimizer.name", "adamw", out=tmp_path / "one")
+    flags = ("--optimizer.name", "adamw", "--dtype", dtype, "--parallel.mode", "fsdp")
+    ranks(train_on_ranks, tiny, tmp_path / "half", flags)
+    one, half = losses(tmp_path / "one"), losses(tmp_path / "half")
+    names = [name for name in one if "loss" in name]
+    # Losses of about 1, of weights and activations with 8 bits: bf16's rounding, 2^-9, on each of them.
+    assert [half[name] for name in names] == pytest.approx([one[name] for name in names], rel=0, abs=0.02)
+    assert half != pytest.approx(one, abs=1e-6), "the policy was not in effect"
+
+
 @pytest.mark.parametrize("resumed", LAYOUTS)
 @pytest.mark.parametrize("saved", ["one process", "2 fsdp"])
 def test_checkpoint_resumed_on_another_layout_matches_the_uninterrupted_run(runs, ranks, tmp_path, saved, resumed):
@@ -137,21 +149,25 @@ class Killed(BaseException):
     """As sudden as a signal: nothing in the training catches it."""
 
 
+def train_until_killed(monkeypatch, step: int, config: Path, *arguments: str, out: Path) -> None:
+    honest = training.accumulate_gradient
+
+    def dies(*given):
+        if given[4] == step:
+            raise Killed
+        return honest(*given)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(training, "accumulate_gradient", dies)
+        train(config, *arguments, out=out)
+
+
 @pytest.mark.parametrize("optimizer", ["olion", "muon", "adamuon", "lion", "adamw"])
 def test_resume_after_a_kill_matches_the_uninterrupted_run_bit_for_bit(tiny, tmp_path, monkeypatch, optimizer):
     choice = ("--optimizer.name", optimizer)
     train(tiny, *choice, out=tmp_path / "whole")
 
-    honest = training.accumulate_gradient
-
-    def dies_at_3(*arguments):
-        if arguments[4] == 3:
-            raise Killed
-        return honest(*arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(training, "accumulate_gradient", dies_at_3)
-        train(tiny, *choice, out=tmp_path / "killed")
+    train_until_killed(monkeypatch, 3, tiny, *choice, out=tmp_path / "killed")
     assert [line["step"] for line in curves(tmp_path / "killed")] == [0, 1, 2, 3]
     torch.rand(7)
     train(tiny, *choice, "--resume", out=tmp_path / "killed")
@@ -265,6 +281,21 @@ def test_draws_of_training_steps_and_validation_match_none_of_the_others():
     assert all(abs(draw.dropped.sum() - 200) < 54 for draw in draws)
 
 
+def test_noise_and_times_match_at_each_validation_and_at_no_two_steps(tiny, monkeypatch):
+    honest, drawn = training.draw, {training.TRAINING: [], training.VALIDATION: []}
+
+    def watched(place, *arguments):
+        drawn[place[0]].append(honest(place, *arguments))
+        return drawn[place[0]][-1]
+
+    monkeypatch.setattr(training, "draw", watched)
+    train(tiny)
+    steps, validations = drawn.values()
+    assert (len(steps), len(validations)) == (4, 3)
+    assert len({number for draws in steps for number in draws.t.tolist()}) == 4 * 5
+    assert all(torch.equal(draws.noise, validations[0].noise) for draws in validations)
+
+
 def test_dropped_labels_are_those_of_no_class_and_validation_drops_none(tiny, monkeypatch):
     seen = {True: [], False: []}
     honest = SiT.forward
@@ -329,13 +360,18 @@ def test_float16_skips_what_its_loss_scale_overflows_and_matches_float32_after(t
     train(tiny, "--steps", "2", out=tmp_path / "float32")
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, 2.0**20, enabled=enabled))
-    train(tiny, "--steps", "10", "--dtype", "float16", out=tmp_path / "float16")
+    flags = ("--steps", "10", "--dtype", "float16")
+    train(tiny, *flags, out=tmp_path / "float16")
     half = curves(tmp_path / "float16")
     assert 0 < half[-1]["skipped"] < 10
     assert half[-1]["val/loss"] != half[0]["val/loss"]
+    assert half[-1]["grad_norm"] < 10, "the gradient must be unscaled before it is clipped"
     one = curves(tmp_path / "float32")
     assert half[0]["val/loss"] == pytest.approx(one[0]["val/loss"], abs=2e-3)  # 11 bits
     assert half[1]["train/loss"] == pytest.approx(one[1]["train/loss"], abs=2e-3)
+    train_until_killed(monkeypatch, 9, tiny, *flags, out=tmp_path / "killed")
+    train(tiny, *flags, "--resume", out=tmp_path / "killed")  # with the scale it had come down to
+    assert curves(tmp_path / "killed") == half
 
 
 @pytest.mark.parametrize(
