@@ -86,9 +86,12 @@ def resample_positions(table: Tensor, grid: int) -> Tensor:
     return torch.cat([first, square.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
-def load_encoder(name: str, device: torch.device | str = "cpu", folder: str | Path | None = None) -> Encoder:
+def load_encoder(
+    name: str, device: torch.device | str = "cpu", folder: str | Path | None = None, grid: int = 16
+) -> Encoder:
     """Load an encoder by its name: dinov2-s, -b, -l, -g, or digits.
 
+    grid: tokens a side, as the SiT has them; the digits' network has 4.
     folder: what holds its files: config.json and weights of DINOv2 (by default the Hugging Face Hub or its cache), or
     encoder.pt of the digits' network (by default data/digits).
     Raises ValueError for another name, UserError where the files are missing.
@@ -99,4 +102,4 @@ def load_encoder(name: str, device: torch.device | str = "cpu", folder: str | Pa
         raise ValueError(f"the encoder must be one of {', '.join(DINOV2)}, digits; got {name!r}")
     from transformers import Dinov2Model
 
-    return Dinov2(load_published(Dinov2Model, DINOV2[name], folder).to(device))
+    return Dinov2(load_published(Dinov2Model, DINOV2[name], folder).to(device), grid)

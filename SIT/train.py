@@ -318,7 +318,8 @@ def open_encoder(settings: Config, ranks: launch.Launch) -> Encoder | None:
     """Load the frozen encoder that tokens are aligned with."""
     if not settings.objective.encoder:
         return None
-    return load_encoder(settings.objective.encoder, ranks.device, settings.objective.encoder_folder or None)
+    folder = settings.objective.encoder_folder or None
+    return load_encoder(settings.objective.encoder, ranks.device, folder, settings.model.grid)
 
 
 def build_model(
