@@ -7,8 +7,7 @@ import torch
 from common.config import ConfigError, at_least
 from Llama.cpu import CPU, on_cpu
 from Llama.model import FLAVORS, Llama, Shape
-from Llama.templates import TEMPLATES
-from Llama.weights import FINE_TUNING
+from Llama.templates import FINE_TUNING, TEMPLATES
 
 if TYPE_CHECKING:
     from Llama.config import JobConfig, Model
@@ -161,9 +160,8 @@ def data_ranks(settings: "JobConfig", world_size: int) -> int:
     return ranks
 
 
-def check_batches(settings: "JobConfig", world_size: int) -> None:
-    """Refuse batches, lanes and validation windows that the ranks cannot share evenly."""
-    ranks = data_ranks(settings, world_size)
+def check_batches(settings: "JobConfig", ranks: int) -> None:
+    """Refuse batches, lanes and validation windows that the data-parallel ranks cannot share evenly."""
     training = settings.training
     for name, value in [
         ("training.global_batch_size", training.global_batch_size),

@@ -148,12 +148,13 @@ def parse_config(argv: list[str] | None = None) -> JobConfig:
     settings = parse(JobConfig, argv)
     check_unread(settings, JobConfig())
     fake = settings.comm.mode == "fake_backend"  # torchtitan's dry run: one process, as if there were NGPU
-    ranks = int(os.environ.get("NGPU" if fake else "WORLD_SIZE", 1))
+    world_size = int(os.environ.get("NGPU" if fake else "WORLD_SIZE", 1))
     check_flavor(settings)
     check_data(settings)
     check_steps(settings)
+    ranks = data_ranks(settings, world_size)
     check_batches(settings, ranks)
-    settings = filled_in(settings, data_ranks(settings, ranks))
+    settings = filled_in(settings, ranks)
     rule_named(settings.optimizer.name)
     # Refuses on a stand-in what it would refuse on the model.
     build_optimizer(nn.Linear(2, 2), settings.optimizer.name, **settings.optimizer.options())

@@ -60,8 +60,7 @@ class MetricsProcessor(titan.MetricsProcessor):
             tags=[settings.optimizer.name],
             wandb_mode=settings.metrics.wandb,
             resume_step=step or None,
-            # torchtitan's choice: the first rank that has a loss, which under pipelines is not rank 0.
-            is_main=torch.distributed.get_rank() == titan._get_metrics_rank(self.parallel_dims, settings),
+            is_main=launch.process_rank() == 0,
         )
         self.logger = _Logger(self, self.logger, runlog)
 

@@ -18,11 +18,8 @@ SEED=${SEED:-}
 METRICS=${METRICS-val/loss}  # what is drawn; set to nothing, there is no picture
 GROUP=${GROUP:-}             # runs/llama/GROUP holds the runs, and the picture shows all of them; the config's name
 
-# The machines.
+# The machines; NNODES, NODE_RANK and RDZV_ENDPOINT are in scripts/launch.sh.
 NGPU=${NGPU:-}               # processes on this machine; empty: one a GPU, or two on CPUs
-NNODES=${NNODES:-1}
-NODE_RANK=${NODE_RANK:-0}    # node 0 prepares and draws
-RDZV_ENDPOINT=${RDZV_ENDPOINT:-localhost:0} # host:port of node 0; port 0 takes a free one, for a single node
 
 CONFIG=Llama/train_configs/stdlib.toml
 if [[ $# -gt 0 && "$1" != -* ]]; then

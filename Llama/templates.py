@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 Messages = list[dict[str, str]]  # {"role": one of ROLES, "content": ...}
 ROLES = ("system", "user", "assistant")
+FINE_TUNING = ("instructions", "mathinstruct")  # the data sets of conversations; the others are of text
 
 
 @dataclass(frozen=True)

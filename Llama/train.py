@@ -24,6 +24,7 @@ from torchtitan.tools.logging import init_logger
 
 import Llama.spec  # noqa: F401  (registers the TrainSpec)
 from common import UserError, launch
+from common.config import refuse_changes
 from common.runlog import END, move_aside
 from Llama.config import JobConfig, parse_config
 from Llama.cpu import on_cpu
@@ -137,23 +138,16 @@ def same_experiment(folder: Path, settings: JobConfig) -> None:
     if not (folder / "config.json").exists():
         return
     was, now = json.loads((folder / "config.json").read_text())["config"], record_of(settings)
-    names = [f"{section}.{key}" for section in ("optimizer", "lr_scheduler") for key in now[section]]
-    names += ["model.name", "model.flavor", "training.max_norm"]
-    names += [f"training.{key}" for key in ("dataset", "dataset_path", "lanes", "seq_len", "global_batch_size")]
-    names += ["fine_tuning.template", "fine_tuning.packing"]
     if was.get("tokenizer") != now["tokenizer"]:
         raise UserError(
             f"--job.resume needs the tokenizer that the run began with; {settings.model.hf_assets_path} holds another: "
             "put that back, or start anew without --job.resume"
         )
-    for name in sorted(set(names) - {"optimizer.lr", "optimizer.tuned_lr", "lr_scheduler.total_steps"}):
-        section, key = name.split(".")
-        old, new = was.get(section, {}).get(key), now[section][key]
-        if old != new:
-            raise UserError(
-                f"--job.resume needs the {name} of the checkpoint, {old}; got {new}; set it back, or start anew "
-                "without --job.resume"
-            )
+    training = ("dataset", "dataset_path", "global_batch_size", "lanes", "max_norm", "seq_len")
+    names = ["fine_tuning.packing", "fine_tuning.template", "lr_scheduler", "model.flavor", "model.name", "optimizer"]
+    names += [f"training.{key}" for key in training]
+    but = ("optimizer.lr", "optimizer.tuned_lr", "lr_scheduler.total_steps")  # the rate is in the run's name
+    refuse_changes(was, now, names, but, flag="--job.resume")
 
 
 if __name__ == "__main__":

@@ -26,14 +26,13 @@ from common import UserError
 from common.corpus import written_aside
 from common.launch import main_guard
 from Llama.model import FLAVORS, Llama, Shape
-from Llama.templates import TEMPLATES
+from Llama.templates import FINE_TUNING, TEMPLATES
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 CHECKPOINTS = "checkpoint"  # torchtitan's folder of them, below a run's
-FINE_TUNING = ("instructions", "mathinstruct")  # the data sets that are no text
 
 
 class Adapter(Llama3StateDictAdapter):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from SIT.digits import ENCODER_FILE, FOLDER, DigitsCNN, load_digits_cnn
-from SIT.hub import load_published
+from SIT.hub import load_pretrained
 
 if TYPE_CHECKING:
     from transformers import Dinov2Model
@@ -102,4 +102,4 @@ def load_encoder(
         raise ValueError(f"the encoder must be one of {', '.join(DINOV2)}, digits; got {name!r}")
     from transformers import Dinov2Model
 
-    return Dinov2(load_published(Dinov2Model, DINOV2[name], folder).to(device), grid)
+    return Dinov2(load_pretrained(Dinov2Model, DINOV2[name], folder).to(device), grid)

@@ -8,7 +8,7 @@ from torch import nn
 from common import UserError
 
 
-def load_published(model_class: Any, name: str, folder: str | Path | None = None) -> nn.Module:
+def load_pretrained(model_class: Any, name: str, folder: str | Path | None = None) -> nn.Module:
     """Load a model of transformers or diffusers, in float32, from `folder` or else by its name on the Hub.
 
     Raises UserError where it is not there, or lacks weights, which these libraries would draw at random.

@@ -18,11 +18,8 @@ SEED=${SEED:-}
 PARALLEL=${PARALLEL:-}       # ddp: all on every GPU; fsdp: divided among all; hsdp: among those of one machine
 GROUP=${GROUP:-}             # runs/sit/GROUP holds the runs, and the pictures show all of them; the config's name
 
-# The machines.
+# The machines; NNODES, NODE_RANK and RDZV_ENDPOINT are in scripts/launch.sh.
 NGPU=${NGPU:-}               # processes on this machine; empty: one a GPU, or one on a CPU
-NNODES=${NNODES:-1}
-NODE_RANK=${NODE_RANK:-0}    # node 0 prepares, measures and draws
-RDZV_ENDPOINT=${RDZV_ENDPOINT:-localhost:0} # host:port of node 0; port 0 takes a free one, for a single node
 
 CONFIG=SIT/configs/digits.toml
 if [[ $# -gt 0 && "$1" != -* ]]; then

@@ -20,7 +20,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from common import Diverged, UserError, checkpoint, config, launch
@@ -32,6 +31,7 @@ from common.runlog import RunLog, move_aside, run_name, write_end
 from common.schedule import ScheduleConfig, multiplier
 from common.timer import Timer
 from optimizers import RuleOptimizer, build_optimizer
+from optimizers.layout import local_of
 from optimizers.rule import rule_named
 from SIT import data
 from SIT.encoders import Encoder, load_encoder
@@ -353,13 +353,8 @@ def build(settings: Optimizer, model: SiT, network: nn.Module) -> RuleOptimizer:
 @torch.no_grad()
 def follow(average: nn.Module, model: nn.Module, keep: float) -> None:
     """Move the average of the weights towards the model's: each rank its own part."""
-    averages, weights = ([local(param) for param in each.parameters()] for each in (average, model))
+    averages, weights = ([local_of(param) for param in each.parameters()] for each in (average, model))
     torch._foreach_lerp_(averages, weights, 1 - keep)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def draw(place: tuple[int, ...], count: int, shape: tuple[int, ...], settings: ObjectiveConfig) -> Draws:
@@ -460,19 +455,10 @@ def same_experiment(saved: dict | None, settings: Config) -> None:
     """Refuse to resume with another model, data or optimizer than the checkpoint's; length and logs may change."""
     if saved is None:
         return
-    was, now = saved["config"], config.to_dict(settings)
-    pairs = {name: (was.get(name), now[name]) for name in ("clip", "dtype", "ema")}
-    pairs["eval.images"] = was["eval"].get("images"), now["eval"]["images"]  # what is left to train on
-    for section in ("model", "data", "objective", "optimizer", "schedule"):
-        pairs |= {f"{section}.{key}": (was[section].get(key), value) for key, value in now[section].items()}
-    for name in ("data.micro_batch", "data.on_corrupt", "data.vae", "optimizer.lr", "optimizer.tuned_lr"):
-        del pairs[name]  # of the last two, the rate is in the run's name
-    for name, (old, new) in pairs.items():
-        if old != new:
-            raise UserError(
-                f"--resume needs the {name} of the checkpoint, {old}; got {new}; set it back, or start anew without "
-                "--resume"
-            )
+    # eval.images decides what is left to train on; the rate is in the run's name.
+    names = ("clip", "dtype", "ema", "eval.images", "model", "data", "objective", "optimizer", "schedule")
+    but = ("data.micro_batch", "data.on_corrupt", "data.vae", "optimizer.lr", "optimizer.tuned_lr")
+    config.refuse_changes(saved["config"], config.to_dict(settings), names, but)
 
 
 if __name__ == "__main__":

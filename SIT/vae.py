@@ -8,7 +8,7 @@ from torch import Tensor
 
 from common import UserError
 from SIT.data import to_images, to_pixels
-from SIT.hub import load_published
+from SIT.hub import load_pretrained
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -60,7 +60,7 @@ def load_vae(name: str = DEFAULT, folder: str | Path | None = None, device: torc
     """
     from diffusers import AutoencoderKL
 
-    return VAE(load_published(AutoencoderKL, name, folder)).to(device)
+    return VAE(load_pretrained(AutoencoderKL, name, folder)).to(device)
 
 
 def vae_from_config(**shape: Any) -> VAE:

@@ -13,6 +13,7 @@ import sys
 import tomllib
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -52,6 +53,31 @@ def from_dict(config_class: type[Config], mapping: dict[str, Any]) -> Config:
     Raises ConfigError for an unknown key or a value of a wrong type.
     """
     return _replace(config_class(), _checked(config_class, mapping, source="config"))
+
+
+def refuse_changes(
+    was: dict[str, Any], now: dict[str, Any], names: Sequence[str], but: Sequence[str] = (), flag: str = "--resume"
+) -> None:
+    """Refuse to resume a run (`was`, a to_dict of its config) with other settings (`now`); raises UserError.
+
+    names: of settings ("clip", "eval.images") and of whole sections ("model"). but: those of them that may change.
+    """
+    old, new = _flat(was), _flat(now)
+    for name in names:
+        for key in new:
+            if (key == name or key.startswith(f"{name}.")) and key not in but and old.get(key) != new[key]:
+                raise UserError(
+                    f"{flag} needs the {key} of the checkpoint, {old.get(key)}; got {new[key]}; set it back, or start "
+                    f"anew without {flag}"
+                )
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Name each setting of a section "section.key"."""
+    flat = {}
+    for key, value in config.items():
+        flat |= {f"{key}.{inner}": each for inner, each in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def _plain(value: Any) -> Any:

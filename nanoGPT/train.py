@@ -339,18 +339,9 @@ def same_experiment(saved: dict | None, settings: Config) -> None:
     """Refuse to resume with another model, corpus or optimizer than the checkpoint's; length and logs may change."""
     if saved is None:
         return
-    was, now = saved["config"], config.to_dict(settings)
-    pairs = {name: (was.get(name), now[name]) for name in ("clip", "dtype", "init_from")}
-    for section in ("model", "data", "optimizer", "schedule"):
-        pairs |= {f"{section}.{key}": (was[section].get(key), value) for key, value in now[section].items()}
-    for name in ("data.micro_batch", "optimizer.lr", "optimizer.tuned_lr"):  # the rate is in the run's name
-        del pairs[name]
-    for name, (old, new) in pairs.items():
-        if old != new:
-            raise UserError(
-                f"--resume needs the {name} of the checkpoint, {old}; got {new}; set it back, or start anew without "
-                "--resume"
-            )
+    names = ("clip", "dtype", "init_from", "model", "data", "optimizer", "schedule")
+    but = ("data.micro_batch", "optimizer.lr", "optimizer.tuned_lr")  # the rate is in the run's name
+    config.refuse_changes(saved["config"], config.to_dict(settings), names, but)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
 #!/usr/bin/env bash
-# What the experiments' run scripts share; they source it and set CONFIG, NGPU, NNODES, NODE_RANK, RDZV_ENDPOINT, GROUP.
+# What the experiments' run scripts share; they source it and set CONFIG, NGPU and GROUP.
+
+NNODES=${NNODES:-1}
+NODE_RANK=${NODE_RANK:-0}    # node 0 prepares, measures and draws
+RDZV_ENDPOINT=${RDZV_ENDPOINT:-localhost:0} # host:port of node 0; port 0 takes a free one, for a single node
 
 refuse() {
   echo "error: $*" >&2
