@@ -83,6 +83,11 @@ class ModelConfig:
         return dataclasses.replace(self, **self._shape())
 
     @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Of one input: (channels, height, width)."""
+        return self.channels, self.input_size, self.input_size
+
+    @property
     def grid(self) -> int:
         """Tokens a side."""
         return self.input_size // self._shape()["patch_size"]
@@ -196,7 +201,7 @@ class SiT(nn.Module):
         Raises ValueError for an x of another shape than the config's.
         """
         config = self.config
-        if x.shape[1:] != (config.channels, config.input_size, config.input_size):
+        if x.shape[1:] != config.input_shape:
             wanted = f"(B, {config.channels}, {config.input_size}, {config.input_size})"
             raise ValueError(f"x must be {wanted}, got {tuple(x.shape)}: set input_size and channels to the data's")
         # Weights may be in bf16 (FSDP) where x and t are not; under autocast, all of them are fp32 here.

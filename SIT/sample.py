@@ -93,7 +93,7 @@ def draw(
     path, prediction = transport.Path(objective["path"]), objective["prediction"]
     y = labels_of(numbers, config.n_class).to(device)
     generators = [seeded(seed, number) for number in numbers]
-    shape = (len(numbers), config.channels, config.input_size, config.input_size)
+    shape = (len(numbers), *config.input_shape)
     noise = transport.normal_like(torch.zeros(shape, device=device), generators)
 
     def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import itertools
 import math
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -226,6 +227,7 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
         first = {"images": 0, "optimizer_state_mb": optimizer.state_size() / 1e6}
         runlog.log(0, first | evaluate(average, items["val"], encoder, settings, ranks))
 
+    batches = read_batches(items["train"], range(step, settings.steps), settings, ranks)
     timer = Timer(ranks.device)
     pace = 1.0 if sys.stderr.isatty() else 30.0  # seconds between two states of the bar; a log keeps them all
     bar = tqdm(total=settings.steps, initial=step, desc=name, disable=not ranks.is_main, mininterval=pace)
@@ -236,7 +238,7 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
             rate = multiplier(step, steps=settings.steps, **vars(settings.schedule))
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * rate
-            losses = accumulate_gradient(network, scaler, items["train"], encoder, step, settings, ranks)
+            losses = accumulate_gradient(network, scaler, batches, encoder, step, settings, ranks)
             scaler.unscale_(optimizer)
             norm = clip_gradient(model, settings.clip or math.inf)
 
@@ -305,11 +307,11 @@ def open_items(settings: Config, ranks: launch.Launch) -> dict[str, data.Items]:
             with_images=bool(settings.objective.encoder),
         )
         items = data.hold_out(latents, settings.eval.images)
-    model, shape = settings.model, (settings.model.channels, settings.model.input_size, settings.model.input_size)
-    if items["train"].shape != shape or items["train"].n_class != model.n_class:
+    model, source = settings.model, items["train"]
+    if (source.shape, source.n_class) != (model.input_shape, model.n_class):
         raise UserError(
-            f"[model] must have the channels, input_size and n_class of its data, {items['train'].shape} and "
-            f"{items['train'].n_class}; got {shape} and {model.n_class}"
+            f"[model] must have the channels, input_size and n_class of its data, {source.shape} and {source.n_class}; "
+            f"got {model.input_shape} and {model.n_class}"
         )
     return items
 
@@ -388,10 +390,34 @@ def losses_of(
     return denoising, projection_loss(projected, features)
 
 
+def pieces(settings: Config, ranks: launch.Launch) -> list[tuple[slice, int]]:
+    """Cut a rank's rows of the global batch into pieces, one a pass: the rows of each, and how many of them count.
+
+    For FSDP all ranks have as many, so that one may be empty: it takes a row that does not count.
+    """
+    batch_size, shares = settings.data.batch_size, ranks.world_size
+    count = -(-batch_size // (shares * settings.data.micro_batch))
+    first = ranks.rank * count
+    bounds = [batch_size * piece // (shares * count) for piece in range(first, first + count + 1)]
+    return [(slice(start, max(stop, start + 1)), stop - start) for start, stop in itertools.pairwise(bounds)]
+
+
+def read_batches(
+    items: data.Items, steps: range, settings: Config, ranks: launch.Launch
+) -> Iterator[dict[str, Tensor]]:
+    """Give the batch of each piece of each step, the next one being read meanwhile."""
+
+    def read(place: tuple[int, tuple[slice, int]]) -> dict[str, Tensor]:
+        step, (rows, _) = place
+        return data.batch(items, seed=settings.seed, step=step, rows=rows, global_batch=settings.data.batch_size)
+
+    return data.read_ahead(read, itertools.product(steps, pieces(settings, ranks)))
+
+
 def accumulate_gradient(
     network: nn.Module,
     scaler: torch.amp.GradScaler,
-    items: data.Items,
+    batches: Iterator[dict[str, Tensor]],
     encoder: Encoder | None,
     step: int,
     settings: Config,
@@ -399,20 +425,15 @@ def accumulate_gradient(
 ) -> dict[str, float]:
     """Leave the gradient of the global batch's mean loss in the parameters, and return its parts."""
     network.train()
-    batch_size, shares = settings.data.batch_size, ranks.world_size
-    pieces = -(-batch_size // (shares * settings.data.micro_batch))  # a rank's: the same number on all, for FSDP
-    first = ranks.rank * pieces
-    bounds = [batch_size * piece // (shares * pieces) for piece in range(first, first + pieces + 1)]
-    drawn = draw((TRAINING, settings.seed, step), batch_size, items.shape, settings.objective)
+    batch_size, shares, mine = settings.data.batch_size, ranks.world_size, pieces(settings, ranks)
+    drawn = draw((TRAINING, settings.seed, step), batch_size, settings.model.input_shape, settings.objective)
     totals = 0  # then (2,): of the denoising and the projection loss
-    for number, (start, stop) in enumerate(itertools.pairwise(bounds), start=1):
-        rows = slice(start, max(stop, start + 1))  # an empty piece takes part too, with a weight of 0
-        batch = data.batch(items, seed=settings.seed, step=step, rows=rows, global_batch=batch_size)
-        batch = data.move(batch, ranks.device)
+    for number, (rows, count) in enumerate(mine, start=1):
+        batch = data.move(next(batches), ranks.device)
         draws = Draws(*(each[rows].to(ranks.device) for each in drawn))
-        with synchronizing(network, number == pieces):  # the ranks' gradients meet once a step
+        with synchronizing(network, number == len(mine)):  # the ranks' gradients meet once a step
             losses = losses_of(network, batch, draws, encoder, settings, ranks)
-            parts = torch.stack([each.mean() for each in losses]) * ((stop - start) * shares / batch_size)
+            parts = torch.stack([each.mean() for each in losses]) * (count * shares / batch_size)
             loss = parts[0] + settings.objective.projection_weight * parts[1]
             scaler.scale(loss).backward()
         totals = totals + parts.detach()

@@ -138,8 +138,8 @@ def check(options: Options) -> None:
     if not options.config.is_file():
         raise FileNotFoundError(f"a sweep needs the experiment's TOML; there is no {options.config}")
     for setting in options.settings:
-        key, _, value = setting.partition("=")
-        if not key or not value or key.replace("-", "_") in SWEPT | {options.key("seed")}:
+        key, equals, _ = setting.partition("=")
+        if not key or not equals or key.replace("-", "_") in SWEPT | {options.key("seed")}:
             raise ValueError(f"--set takes key=value for keys that are not swept; got {setting!r}")
     if options.jobs < 1:
         raise ValueError(f"--jobs takes a number of runs from 1 up; got {options.jobs}")
