@@ -51,39 +51,17 @@ class Pixels:
         return {"x": to_pixels(self.images[rows]), "y": self.labels[rows], "images": self.images[rows]}
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some of the items, given by their indices."""
-
-    items: Items
-    indices: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.items.shape
-
-    @property
-    def n_class(self) -> int:
-        return self.items.n_class
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def fetch(self, indices: Sequence[int], draws: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        return self.items.fetch(self.indices[list(indices)].tolist(), draws)
-
-
-def hold_out(items: Items, count: int) -> dict[str, Part]:
-    """Leave items out for validation: "train" and "val", of `count` items at most, and of a tenth at most.
+def hold_out(length: int, count: int) -> dict[str, np.ndarray]:
+    """Divide the indices of `length` items: "train", and "val" with `count` of them, a tenth at most, for validation.
 
     The same ones always, drawn at random: the last by name would all be of one class. Raises UserError for fewer than
     two items.
     """
-    if len(items) < 2:
-        raise UserError(f"need an item to train on and one to validate, there is {len(items)}: prepare more images")
-    order = np.random.default_rng(0).permutation(len(items))
-    count = min(count, max(len(items) // 10, 1))
-    return {"train": Part(items, np.sort(order[count:])), "val": Part(items, np.sort(order[:count]))}
+    if length < 2:
+        raise UserError(f"need an item to train on and one to validate, there is {length}: prepare more images")
+    order = np.random.default_rng(0).permutation(length)
+    count = min(count, max(length // 10, 1))
+    return {"train": np.sort(order[count:]), "val": np.sort(order[:count])}
 
 
 # ---- Digits and pixels

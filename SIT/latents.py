@@ -8,6 +8,7 @@
 Image, latent and label belong together by name, whatever the order of the files.
 """
 
+import copy
 import json
 import os
 import struct
@@ -37,7 +38,8 @@ class Latents:
 
     folder: what holds images/ and vae-sd/.
     n_class: classes of the model; 0 takes the largest label and one more.
-    on_corrupt: "fail", or "skip": the next item that can be read takes the place. `skipped` says why, by name.
+    on_corrupt: "fail", or "skip": the next item that can be read takes the place, of the same part. `skipped` says
+        why, by name.
     flips: mirror every second item, at random; needs `prepare encode --flip`.
     with_images: read the images too; training without representation alignment goes without.
     workers: threads that read.
@@ -76,6 +78,13 @@ class Latents:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def part(self, indices: Iterable[int]) -> "Latents":
+        """Return the items of these indices alone."""
+        part = copy.copy(self)
+        part.names, part.labels = zip(*((self.names[index], self.labels[index]) for index in indices), strict=True)
+        part.skipped = {}
+        return part
 
     def fetch(self, indices: Sequence[int], draws: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Read x (B, C, H, W), y (B,) and images (B, 3, side, side), each with the randomness that its draw seeds."""

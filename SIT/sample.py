@@ -100,9 +100,10 @@ def draw(
         return transport.to_velocity(model(x, t, y)[0], x, t, path, prediction)
 
     guided = transport.guided(velocity, y, config.n_class, sampler.guidance, sampler.interval)
+    start = transport.first_time(sampler.steps, prediction)
     if sampler.method == "sde":
-        return transport.sample_sde(guided, noise, sampler.steps, path, generators)
-    return transport.sample_ode(guided, noise, sampler.steps, sampler.method)
+        return transport.sample_sde(guided, noise, sampler.steps, path, generators, start=start)
+    return transport.sample_ode(guided, noise, sampler.steps, sampler.method, start)
 
 
 def picture(images: Tensor, columns: int, least_side: int = 32) -> "Image":

@@ -40,7 +40,7 @@ from SIT.latents import Latents
 from SIT.model import ModelConfig, SiT, tensor_roles
 from SIT.sample import open_decoder, preview, seeded
 from SIT.transport import Path as NoisePath
-from SIT.transport import denoising_loss, interpolate, projection_loss, target, times
+from SIT.transport import denoising_loss, interpolate, projection_loss, times
 
 TRAINING, VALIDATION = 1, 2  # what noise and times are drawn for: never the same ones for both
 MAX_SKIPPED = 10  # non-finite steps in a row after which a run is lost; fp16's loss scale recovers within these
@@ -306,7 +306,8 @@ def open_items(settings: Config, ranks: launch.Launch) -> dict[str, data.Items]:
             flips=settings.data.flips,
             with_images=bool(settings.objective.encoder),
         )
-        items = data.hold_out(latents, settings.eval.images)
+        parts = data.hold_out(len(latents), settings.eval.images)
+        items = {name: latents.part(indices) for name, indices in parts.items()}
     model, source = settings.model, items["train"]
     if (source.shape, source.n_class) != (model.input_shape, model.n_class):
         raise UserError(
@@ -379,10 +380,9 @@ def losses_of(
     path, x, y = NoisePath(settings.objective.path), batch["x"], batch["y"]
     dtype = precision(settings.dtype, ranks)
     y = torch.where(draws.dropped, settings.model.n_class, y)  # n_class: none
-    wanted = target(x, draws.noise, draws.t, path, settings.objective.prediction)  # (B, C, H, W)
     with autocast(network, dtype, ranks):
         prediction, projected = network(interpolate(x, draws.noise, draws.t, path), draws.t, y)
-    denoising = denoising_loss(prediction, wanted)
+    denoising = denoising_loss(prediction, x, draws.noise, draws.t, path, settings.objective.prediction)
     if encoder is None:
         return denoising, torch.zeros_like(denoising)
     with autocast(encoder, dtype, ranks):  # beside a network in shards too, which does without

@@ -103,6 +103,15 @@ def to_score(value: Tensor, x_t: Tensor, t: Tensor, path: Path = LINEAR, predict
     return target(*endpoints(value, x_t, t, path, prediction), t, path, "score")
 
 
+def first_time(steps: int, prediction: str = "velocity") -> float:
+    """Return the time at which to begin `steps` steps of a sampler, with the noise as the state.
+
+    1, but for noise and score, which at t = 1 say nothing of the data: it would be made from the network's error,
+    divided by a = 0. A step later that error is multiplied by about `steps`, and the step by 1 / steps.
+    """
+    return 1 - 1 / (steps + 1) if prediction in ("noise", "score") else 1.0
+
+
 def times(batch: int, how: str = "uniform", generator: torch.Generator | None = None, path: Path = LINEAR) -> Tensor:
     """Draw times (B,) for training, on the generator's device; lognormal: s / a is, with EDM's mean and width."""
     device = generator.device if generator is not None else None
@@ -114,9 +123,17 @@ def times(batch: int, how: str = "uniform", generator: torch.Generator | None = 
     raise ValueError(f"times must be uniform or lognormal, got {how!r}")
 
 
-def denoising_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared error of each sample, (B, ...) -> (B,), in fp32 or more."""
-    return (_precise(prediction) - _precise(target)).square().flatten(1).mean(1)
+def denoising_loss(
+    value: Tensor, x: Tensor, e: Tensor, t: Tensor, path: Path = LINEAR, prediction: str = "velocity"
+) -> Tensor:
+    """Return the mean squared error of each sample's output `value` (B, ...), in fp32 or more: (B,).
+
+    A score's is times s, as SiT weighs it: for small s the target -e / s would outweigh all other times.
+    """
+    error = _precise(value) - _precise(target(x, e, t, path, prediction))
+    if prediction == "score":
+        error = error * _coefficients(path, t, x)[1]
+    return error.square().flatten(1).mean(1)
 
 
 def projection_loss(projected: Tensor, features: Tensor) -> Tensor:
@@ -143,7 +160,8 @@ def guided(
 
     scale: 1 is no guidance, 0 no class (Ho and Salimans, arXiv 2207.12598). interval: the times, both ends included,
     at which to guide (Kynkaanniemi et al., arXiv 2404.07724); elsewhere, and at scale 1, the model runs on B samples
-    rather than 2 B. All times of a call are taken to be its first one's.
+    rather than 2 B. All times of a call are taken to be its first one's. Of Heun's two calls a step each goes by its
+    own time, in REPA's sampler both by the step's.
 
     Raises ValueError for an interval outside 0 <= low <= high <= 1.
     """
@@ -163,8 +181,10 @@ def guided(
 
 
 @torch.no_grad()
-def sample_ode(velocity: Velocity, noise: Tensor, steps: int, method: Literal["euler", "heun"] = "euler") -> Tensor:
-    """Follow a velocity from noise (B, ...) at t = 1 to data at t = 0 in equal steps: (B, ...).
+def sample_ode(
+    velocity: Velocity, noise: Tensor, steps: int, method: Literal["euler", "heun"] = "euler", start: float = 1.0
+) -> Tensor:
+    """Follow a velocity from noise (B, ...) at t = start (first_time) to data at t = 0 in equal steps: (B, ...).
 
     Velocities are asked for in the dtype of `noise`; the state between them is in float64. Heun takes two a step, but
     one in the last, as EDM does: at t = 0 a velocity made from another prediction is singular.
@@ -173,7 +193,7 @@ def sample_ode(velocity: Velocity, noise: Tensor, steps: int, method: Literal["e
         raise ValueError(f"method must be euler or heun, got {method!r}")
     _refuse_no_steps(steps)
     state = _state(noise)
-    for now, later in pairwise(torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()):
+    for now, later in pairwise(torch.linspace(start, 0, steps + 1, dtype=torch.float64).tolist()):
         slope = _evaluate(velocity, state, now, noise)
         following = state + (later - now) * slope
         if method == "heun" and later > 0:
@@ -191,8 +211,9 @@ def sample_sde(
     path: Path = LINEAR,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     last_step: float = 0.04,
+    start: float = 1.0,
 ) -> Tensor:
-    """Follow the reverse diffusion from noise (B, ...) at t = 1 to data at t = 0 by Euler-Maruyama: (B, ...).
+    """Follow the reverse diffusion from noise (B, ...) at t = start to data at t = 0 by Euler-Maruyama: (B, ...).
 
     dx = (v - w / 2 score) dt + sqrt(w) dW with w = 2 s, which is REPA's 2 t on the linear path. It has the velocity's
     marginals for any w; with this one the drift is v + e, finite at t = 0. The state is in float64, as in sample_ode.
@@ -201,10 +222,10 @@ def sample_sde(
     others are equal. 0.04 is SiT's and REPA's.
     """
     _refuse_no_steps(steps)
-    if not 0 < last_step < 1:
-        raise ValueError(f"last_step must be between 0 and 1, got {last_step}")
+    if not 0 < last_step < start:
+        raise ValueError(f"last_step must be between 0 and {start:g}, got {last_step}")
     state = _state(noise)
-    for now, later in pairwise([*torch.linspace(1, last_step, steps, dtype=torch.float64).tolist(), 0.0]):
+    for now, later in pairwise([*torch.linspace(start, last_step, steps, dtype=torch.float64).tolist(), 0.0]):
         t = torch.full((len(state),), now, dtype=state.dtype, device=state.device)  # (B,)
         v = _evaluate(velocity, state, now, noise)
         _, e = endpoints(v, state, t, path, "velocity")

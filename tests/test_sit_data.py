@@ -142,16 +142,26 @@ def test_take_gives_chosen_items_with_the_same_noise_each_time(tmp_path):
 
 
 def test_hold_out_divides_the_items_and_keeps_classes_mixed():
-    items = counting(250)
-    splits = data.hold_out(items, 20)
-    taken = {name: data.take(part, range(len(part)), 0)["y"].tolist() for name, part in splits.items()}
-    assert len(taken["val"]) == 20 and sorted(taken["train"] + taken["val"]) == list(range(250))
-    assert min(taken["val"]) < 60 and max(taken["val"]) > 190
-    assert taken["val"] == data.take(data.hold_out(items, 20)["val"], range(20), 0)["y"].tolist()
-    assert splits["val"].shape == items.shape and splits["val"].n_class == items.n_class
-    assert len(data.hold_out(items, 1000)["val"]) == 25 and len(data.hold_out(counting(4), 1000)["val"]) == 1
+    splits = {name: part.tolist() for name, part in data.hold_out(250, 20).items()}
+    assert len(splits["val"]) == 20 and sorted(splits["train"] + splits["val"]) == list(range(250))
+    assert min(splits["val"]) < 60 and max(splits["val"]) > 190
+    assert splits["val"] == data.hold_out(250, 20)["val"].tolist()
+    assert len(data.hold_out(250, 1000)["val"]) == 25 and len(data.hold_out(4, 1000)["val"]) == 1
     with pytest.raises(UserError, match="one to validate, there is 1"):
-        data.hold_out(counting(1), 1)
+        data.hold_out(1, 1)
+
+
+def test_a_part_has_its_items_alone_and_replaces_a_corrupt_one_from_among_them(tmp_path):
+    items = Latents(write_folder(tmp_path, deviation=0.1), on_corrupt="skip")
+    indices = [1, 4, 5, 9]
+    part = items.part(indices)
+    taken = data.take(part, range(4), seed=0)
+    assert taken["y"].tolist() == [items.labels[index] for index in indices] and len(part) == 4
+    numbers = taken["images"][:, 0, 0, 0].tolist()
+    for index in indices[1:]:
+        (tmp_path / "vae-sd" / f"{items.names[index]}.npy").write_bytes(b"no array")
+    drawn = data.take(part, range(4), seed=0)["images"][:, 0, 0, 0].tolist()
+    assert drawn == [numbers[0]] * 4 and len(part.skipped) == 3 and not items.skipped
 
 
 def test_read_ahead_gives_results_in_order_and_has_the_next_begun():
