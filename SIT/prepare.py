@@ -179,11 +179,13 @@ def encode(config: Encode, vae: VAE | None = None) -> Path:
     latent_shape = vae.latent_shape(shape[-1])
     todo = launch.on_main(lambda: plan(folder, request, batches, latent_shape))  # before any rank writes
     mine = [batches[number] for number in todo[ranks.rank :: ranks.world_size]]
-    for batch, pixels in read_images(config, mine, shape, ranks.is_main):
-        pixels = pixels.to(ranks.device)  # (B, 3, side, side)
-        latents = vae.encode(pixels.flip(-1) if config.flip else pixels).cpu().numpy()  # (B, 2C, H, W)
-        for file, latent in zip(batch, latents, strict=True):
-            write_whole(folder / npy_of(file), partial(np.save, arr=latent))
+    with progress(total=len(mine), is_main=ranks.is_main, desc="rank 0's batches") as bar:
+        for batch, pixels in read_images(config, mine, shape):
+            pixels = pixels.to(ranks.device)  # (B, 3, side, side)
+            latents = vae.encode(pixels.flip(-1) if config.flip else pixels).cpu().numpy()  # (B, 2C, H, W)
+            for file, latent in zip(batch, latents, strict=True):
+                write_whole(folder / npy_of(file), partial(np.save, arr=latent))
+            bar.update()
     launch.all_reduce_sum([0.0], ranks)  # until every rank is done
     record = {"labels": [[npy_of(file), label] for file, label in labels], "scaling": vae.scaling, "vae": name}
     launch.on_main(lambda: write_json(folder / LABELS, record))
@@ -203,9 +205,7 @@ def plan(folder: Path, request: dict, batches: list[list[str]], shape: tuple[int
     return [number for number, count in enumerate(missing) if count]
 
 
-def read_images(
-    config: Encode, batches: list[list[str]], shape: tuple[int, ...], show: bool
-) -> Iterator[tuple[list[str], Tensor]]:
+def read_images(config: Encode, batches: list[list[str]], shape: tuple[int, ...]) -> Iterator[tuple[list[str], Tensor]]:
     """Give each batch of files with its images (B, 3, side, side) uint8; a thread reads the next batch meanwhile."""
 
     def read(file: str) -> np.ndarray:
@@ -216,8 +216,7 @@ def read_images(
 
     with ThreadPoolExecutor(config.workers) as pool:
         loaded = read_ahead(lambda batch: torch.from_numpy(np.stack(list(pool.map(read, batch)))), batches)
-        bar = progress(loaded, is_main=show, desc="rank 0's batches", total=len(batches))
-        yield from zip(batches, bar, strict=True)
+        yield from zip(batches, loaded, strict=True)
 
 
 def npy_of(image: str) -> str:

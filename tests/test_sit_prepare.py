@@ -269,6 +269,16 @@ def test_encode_that_was_interrupted_resumes_to_the_same_bits(converted, tmp_pat
     assert f"of which {left} were encoded now" in capsys.readouterr().out
 
 
+def test_encode_ends_the_line_of_its_progress_before_an_error(converted, monkeypatch, capsys):
+    def full(opened, arr):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        encode(converted)
+    assert capsys.readouterr().err.endswith("\n"), caught  # which keeps the bar alive, as the error's line will find it
+
+
 def test_encode_again_leaves_what_is_there_alone(converted, capsys):
     folder = encode(converted)
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.npy")}
