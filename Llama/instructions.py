@@ -16,9 +16,8 @@ from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.tools.logging import logger
-from tqdm import tqdm
 
-from common import UserError, one_line
+from common import UserError, one_line, progress
 from common.corpus import TABLES, local_files
 from common.launch import process_rank
 from Llama.config import JobConfig
@@ -80,7 +79,7 @@ def read_examples(tokenizer: HuggingFaceTokenizer, settings: JobConfig, split: s
     section = settings.training if split == "train" else settings.validation
     conversations = open_conversations(section.dataset, section.dataset_path, split, settings.fine_tuning.held_out)
     examples = []
-    with tqdm(desc=f"tokenizing {section.dataset}, {split}", unit="", disable=process_rank() > 0) as bar:
+    with progress(desc=f"tokenizing {section.dataset}, {split}", unit="", is_main=process_rank() == 0) as bar:
         while chunk := list(islice(conversations, CHUNK)):
             examples += encode(chunk, tokenizer, template)
             bar.update(len(chunk))

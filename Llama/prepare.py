@@ -20,6 +20,7 @@ from typing import Annotated
 import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from common import progress
 from common.corpus import (
     Part,
     fingerprint,
@@ -115,10 +116,11 @@ def cut(text: str, length: int) -> Iterator[str]:
 
 
 def write_texts(path: Path, parts: list[Part], length: int) -> int:
-    """Write documents as JSON lines, and return how many."""
+    """Write documents as JSON lines, with a progress bar, and return how many."""
     count = 0
+    documents = (piece for text in texts(parts) for piece in cut(text, length))
     with path.open("w", encoding="utf-8") as file:
-        for document in (piece for text in texts(parts) for piece in cut(text, length)):
+        for document in progress(documents, desc=path.name, unit=" documents"):
             file.write(json.dumps({"text": document}) + "\n")
             count += 1
     return count

@@ -32,6 +32,7 @@ for argument in "$@"; do
     --job.group* | --job.dump?folder*) refuse "the picture is of runs/llama/GROUP; set GROUP instead of $argument" ;;
   esac
 done
+check_config
 check_nodes
 PYTHON=$(bash scripts/setup.sh)
 NGPU=${NGPU:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)')}

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
-from common import UserError
+from common import UserError, one_line
 
 REQUEST = "request.json"  # what a folder is made of: an interrupted one goes on with nothing else
 BLOCK_BYTES = 4096  # of most file systems: a file takes whole ones
@@ -21,22 +21,34 @@ def claim(folder: Path, request: dict) -> None:
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} must be new, or made by SIT.prepare; has files but no {REQUEST}: choose another")
         write_json(path, request)
-    found = json.loads(path.read_text())
+    try:
+        found = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} must say what {folder.name} was made of, is damaged ({one_line(error)}): remove {folder}, or name "
+            "another folder"
+        ) from None
     for key, value in request.items():
         if found.get(key) != value:
             raise UserError(
-                f"{folder} was made with {key} = {found.get(key)}, asked for is {value}: remove it, or choose another"
+                f"all of {folder} must have one {key}, it was made with {found.get(key)}, asked for is {value}: remove "
+                "it, or name another folder"
             )
+
+
+def is_whole(path: Path, size: int) -> bool:
+    """Tell whether a file is there and has this size, in bytes."""
+    return path.is_file() and path.stat().st_size == size
 
 
 def check_space(folder: Path, count: int, bytes_each: int) -> None:
     """Refuse to begin where a disk has no room for `count` more files of so many bytes."""
-    blocks = bytes_each // BLOCK_BYTES + 1  # with the header
+    blocks = bytes_each // BLOCK_BYTES + 1  # with the header of an image
     needed, free = count * blocks * BLOCK_BYTES, shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
             f"{folder} needs {needed / 1e9:.1f} GB for {count:,} files, the disk has {free / 1e9:.1f} GB: make room, "
-            "or choose another --out"
+            "or name a folder of another disk"
         )
 
 

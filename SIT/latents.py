@@ -2,7 +2,7 @@
 
     images/CLASS/NAME.png        what the encoder of representation alignment sees
     vae-sd/CLASS/NAME.npy        float32 (2C, H, W): the VAE's mean, on it the standard deviation
-    vae-sd/dataset.json          {"labels": [["CLASS/NAME.npy", 0], ...]}
+    vae-sd/dataset.json          {"labels": [["CLASS/NAME.npy", 0], ...], "scaling": 0.18215, "vae": "NAME or folder"}
     vae-sd-flip/CLASS/NAME.npy   the same of the mirrored images, where flips are wanted
 
 Image, latent and label belong together by name, whatever the order of the files.
@@ -27,6 +27,8 @@ SCALING = 0.18215  # of sd-vae-ft-mse: brings its latents to a variance of about
 IMAGES, LATENTS, FLIPPED = "images", "vae-sd", "vae-sd-flip"  # the first two are REPA's names
 LABELS = "dataset.json"
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+CONVERT, ENCODE = "`python -m SIT.prepare convert`", "`python -m SIT.prepare encode`"
+CONVERT_IT = f"remove it, then run {CONVERT} again"  # to a file that is there it does nothing
 
 
 class Corrupt(UserError):
@@ -37,12 +39,15 @@ class Latents:
     """The items of a folder: SIT.data.Items, drawn from what the VAE says of each image.
 
     folder: what holds images/ and vae-sd/.
-    n_class: classes of the model; 0 takes the largest label and one more.
+    n_class: classes of the model, 1 or more.
     on_corrupt: "fail", or "skip": the next item that can be read takes the place, of the same part. `skipped` says
         why, by name.
     flips: mirror every second item, at random; needs `prepare encode --flip`.
     with_images: read the images too; training without representation alignment goes without.
     workers: threads that read.
+
+    `scaling` brings latents to the model's space; `vae` is the name or folder of the VAE they are of, "" where the
+    folder does not say.
 
     Raises UserError where a file has no counterpart, a label is no class, or a latent differs in shape from the first.
     """
@@ -51,7 +56,7 @@ class Latents:
         self,
         folder: str | Path,
         *,
-        n_class: int = 0,
+        n_class: int,
         on_corrupt: Literal["fail", "skip"] = "fail",
         flips: bool = False,
         with_images: bool = True,
@@ -59,18 +64,20 @@ class Latents:
     ):
         if on_corrupt not in ("fail", "skip"):
             raise ValueError(f"on_corrupt must be 'fail' or 'skip', got {on_corrupt!r}")
-        self.folder, self.on_corrupt, self.flips = Path(folder), on_corrupt, flips
-        labels, self.scaling = read_labels(self.folder / LATENTS)
-        self.latents = list_files(self.folder / LATENTS, {".npy"})
+        if n_class < 1:
+            raise ValueError(f"n_class must be 1 or more, got {n_class}")
+        self.folder, self.n_class, self.on_corrupt, self.flips = Path(folder), n_class, on_corrupt, flips
+        labels, self.scaling, self.vae = read_labels(self.folder / LATENTS)
+        self.latents = list_files(self.folder / LATENTS, {".npy"}, f"run {ENCODE}")
         check_counterparts(self.latents, labels, "latent", "label")
         if flips:
-            check_counterparts(self.latents, list_files(self.folder / FLIPPED, {".npy"}), "latent", "mirrored latent")
-        self.images = list_files(self.folder / IMAGES, IMAGE_SUFFIXES) if with_images else {}
+            flipped = list_files(self.folder / FLIPPED, {".npy"}, f"run {ENCODE[:-1]} --flip`, or train without flips")
+            check_counterparts(self.latents, flipped, "latent", "mirrored latent")
+        self.images = list_files(self.folder / IMAGES, IMAGE_SUFFIXES, f"run {CONVERT}") if with_images else {}
         if with_images:
             check_counterparts(self.latents, self.images, "latent", "image")
         self.names = sorted(self.latents)
         self.labels = check_classes([labels[name] for name in self.names], n_class)
-        self.n_class = n_class or max(self.labels) + 1
         self.skipped: dict[str, str] = {}
         self._image_shape: tuple[int, ...] | None = None
         self._pool = ThreadPoolExecutor(workers)
@@ -104,7 +111,7 @@ class Latents:
                     raise
                 self.skipped[name] = str(error)
                 warn(f"{error}; skipped, {len(self.skipped)} of {len(self)} so far")
-        raise UserError(f"{self.folder} must hold an item that can be read, has none: prepare it again")
+        raise UserError(f"{self.folder} must hold an item that can be read, has none: prepare another folder")
 
     def _item(self, name: str, draw: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
         random = np.random.default_rng(draw)
@@ -116,12 +123,12 @@ class Latents:
         if not self.images:
             return latent, None
         image_path = self.folder / IMAGES / self.images[name]
-        image = read_image(image_path)  # (3, side, side)
+        image = read_image(image_path, CONVERT_IT)  # (3, side, side)
         self._image_shape = self._image_shape or image.shape
         if image.shape != self._image_shape:
             raise UserError(
-                f"images must be of one shape; {image_path} is {image.shape}, another is {self._image_shape}: run "
-                "`python -m SIT.prepare convert` again"
+                f"images must be of one shape; {image_path} is {image.shape}, another is {self._image_shape}: "
+                + CONVERT_IT
             )
         return latent, np.ascontiguousarray(image[..., ::-1]) if flip else image
 
@@ -135,33 +142,37 @@ class Latents:
                     raise
                 continue  # it is counted once it is drawn
             if len(shape) != 3 or shape[0] % 2:
-                raise UserError(f"a latent must be an array (2C, H, W), {path} is {shape}: encode the images again")
+                raise UserError(f"a latent must be an array (2C, H, W), {path} is {shape}: {encode_again(path)}")
             return shape[0] // 2, *shape[1:]
-        raise UserError(f"{self.folder / LATENTS} must hold a latent that can be read, has none: encode again")
+        folder = self.folder / LATENTS
+        raise UserError(f"{folder} must hold a latent that can be read, has none: {encode_again(folder)}")
 
 
 # ---- What belongs together
 
 
-def read_labels(folder: Path) -> tuple[dict[str, tuple[str, Any]], float]:
-    """Read a folder's dataset.json: path and class by name, and the scaling; refuses a missing or damaged one."""
+def read_labels(folder: Path) -> tuple[dict[str, tuple[str, Any]], float, str]:
+    """Read a folder's dataset.json: path and class by name, the scaling and the VAE ("" where it does not say).
+
+    Refuses a missing or damaged one.
+    """
     path = folder / LABELS
     if not path.is_file():
         raise UserError(
-            f"{folder} must hold {LABELS}, which is written when all else is there: run `python -m SIT.prepare "
-            f"convert`, then `encode`, to the end, and name {folder.parent}"
+            f"{folder} must hold {LABELS}, which is written when all else is there: run {CONVERT}, then "
+            f"{ENCODE}, to the end, and name {folder.parent}"
         )
     try:
         record = json.loads(path.read_text())
         labels = {name_of(file): (file, label) for file, label in record["labels"]}
-        count, scaling = len(record["labels"]), float(record.get("scaling", SCALING))
+        count, scaling, vae = len(record["labels"]), float(record.get("scaling", SCALING)), str(record.get("vae", ""))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f'{path} must be {{"labels": [[path, class], ...]}}, is not ({error!r}): make it anew'
         ) from None
     if not labels or len(labels) != count:
         raise UserError(f"{path} must label each file once; its {count} labels are of {len(labels)}: make it anew")
-    return labels, scaling
+    return labels, scaling, vae
 
 
 def name_of(file: str) -> str:
@@ -170,10 +181,13 @@ def name_of(file: str) -> str:
     return f"{folder}/{base.rpartition('.')[0].replace('img-mean-std-', 'img', 1)}"
 
 
-def list_files(folder: Path, suffixes: set[str]) -> dict[str, str]:
-    """Find the files of a folder that have one of these suffixes: their path in it, by name."""
+def list_files(folder: Path, suffixes: set[str], remedy: str) -> dict[str, str]:
+    """Find the files of a folder that have one of these suffixes: their path in it, by name.
+
+    remedy: what to do where the folder is not there.
+    """
     if not folder.is_dir():
-        raise UserError(f"need the folder {folder}, which is not there: make it with `python -m SIT.prepare`")
+        raise UserError(f"need the folder {folder}, which is not there: {remedy}")
     found: dict[str, str] = {}
     for inner, _, bases in os.walk(folder, followlinks=True):
         place = Path(inner).relative_to(folder).as_posix()
@@ -199,12 +213,14 @@ def check_counterparts(first: dict[str, Any], second: dict[str, Any], one: str, 
 
 
 def check_classes(labels: Iterable[tuple[str, Any]], n_class: int) -> list[int]:
-    """Return the classes; refuses what is none of `n_class` (0: any number of them)."""
+    """Return the classes; refuses what is none of `n_class`."""
     classes = []
     for file, label in labels:
-        if type(label) is not int or label < 0 or (n_class and label >= n_class):
-            expected = f"a whole number from 0 to {n_class - 1}" if n_class else "a whole number, 0 or more"
-            raise UserError(f"a label must be {expected}, {file} has {label!r}: correct {LABELS} or set model.n_class")
+        if type(label) is not int or not 0 <= label < n_class:
+            raise UserError(
+                f"a label must be a whole number from 0 to {n_class - 1}, {file} has {label!r}: correct {LABELS} or "
+                "set model.n_class"
+            )
         classes.append(label)
     return classes
 
@@ -212,12 +228,18 @@ def check_classes(labels: Iterable[tuple[str, Any]], n_class: int) -> list[int]:
 # ---- Files
 
 
+def encode_again(path: Path) -> str:
+    """Say how to replace a latent, or all in a folder: what is whole is not encoded again."""
+    command = f"{ENCODE[:-1]} --flip`" if FLIPPED in path.parts else ENCODE
+    return f"remove it, then run {command} again"
+
+
 def open_array(path: Path) -> np.ndarray:
     """Map a .npy file into memory; raises Corrupt where it is none."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError, struct.error) as error:  # numpy has no class of its own
-        raise Corrupt(f"{path} must be a whole .npy file, is not ({one_line(error)}): encode it again") from error
+        raise Corrupt(f"{path} must be a whole .npy file, is not ({one_line(error)}): {encode_again(path)}") from error
 
 
 def read_latent(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
@@ -227,19 +249,19 @@ def read_latent(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     """
     mapped, expected = open_array(path), (2 * shape[0], *shape[1:])
     if mapped.shape != expected:
-        raise UserError(f"latents must be of one shape, {expected}; {path} is {mapped.shape}: encode the images again")
+        raise UserError(f"latents must be of one shape, {expected}; {path} is {mapped.shape}: {encode_again(path)}")
     latent = np.array(mapped, dtype=np.float32)
     if not np.isfinite(latent).all():
-        raise Corrupt(f"{path} must hold finite numbers, does not: encode it again")
+        raise Corrupt(f"{path} must hold finite numbers, does not: {encode_again(path)}")
     return latent
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Read an image as RGB, (3, H, W) uint8; raises Corrupt where it cannot be read."""
+def read_image(path: Path, remedy: str = "replace or remove it") -> np.ndarray:
+    """Read an image as RGB, (3, H, W) uint8; raises Corrupt, with the remedy, where it cannot be read."""
     from PIL import Image  # the digits go without
 
     try:
         with Image.open(path) as image:
             return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:  # as PIL raises
-        raise Corrupt(f"{path} must be a whole image, is not ({one_line(error)}): replace or remove it") from error
+        raise Corrupt(f"{path} must be a whole image, is not ({one_line(error)}): {remedy}") from error

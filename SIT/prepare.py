@@ -9,12 +9,12 @@ SIT/latents.py has the layout of the folder. Both ways through ImageNet go on wh
 there whole or not at all, and dataset.json comes last.
 """
 
-import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -22,15 +22,25 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor
-from tqdm import tqdm
 
-from common import UserError, launch, warn
+from common import UserError, launch, progress, warn
 from common.config import at_least
 from common.corpus import locked
 from SIT import digits
 from SIT.data import read_ahead
-from SIT.files import check_space, claim, map_in_groups, write_json, write_whole
-from SIT.latents import FLIPPED, IMAGE_SUFFIXES, IMAGES, LABELS, LATENTS, Corrupt, list_files, read_image, read_labels
+from SIT.files import check_space, claim, is_whole, map_in_groups, write_json, write_whole
+from SIT.latents import (
+    CONVERT_IT,
+    FLIPPED,
+    IMAGE_SUFFIXES,
+    IMAGES,
+    LABELS,
+    LATENTS,
+    Corrupt,
+    list_files,
+    read_image,
+    read_labels,
+)
 from SIT.vae import DEFAULT, VAE, load_vae
 
 CORE_COUNT = os.cpu_count() or 1
@@ -44,7 +54,7 @@ class Convert:
     source: tyro.conf.Positional[Path]
     """A folder that has one for each class, with images in them."""
     out: Path
-    """The folder to make: images/ in it, with a dataset.json."""
+    """The folder to make: images/ in it, with a dataset.json; outside of the source."""
     size: int = 256
     """The side of the images, in pixels."""
     on_corrupt: Literal["fail", "skip"] = "fail"
@@ -58,15 +68,11 @@ class Encode:
     """Write the mean and the standard deviation of each image's latents; under torchrun, on several GPUs."""
 
     folder: tyro.conf.Positional[Path]
-    """What `convert` made: a folder with images/."""
-    out: Path | None = None
-    """The folder to make vae-sd/ in, with its dataset.json; by default the same one."""
+    """What `convert` made: a folder with images/. Into it go vae-sd/ and its dataset.json."""
     flip: bool = False
     """Encode the mirrored images, into vae-sd-flip/: what training with flips needs too."""
     vae: str = DEFAULT
-    """The VAE's name on the Hugging Face Hub."""
-    vae_folder: Path | None = None
-    """Where the VAE's files are, if not in the Hugging Face cache."""
+    """Name on the Hugging Face Hub, or a folder with its files."""
     batch_size: int = 32
     """Images at once. The same number gives the same bits, on any number of GPUs."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -90,7 +96,9 @@ def convert(config: Convert) -> Path:
     """Write DIR/images, and return it; raises UserError for a source without class folders or with a corrupt image."""
     at_least(1, config, "size", "workers")
     folder = config.out / IMAGES
-    sources = list_files(config.source, IMAGE_SUFFIXES)
+    if folder.resolve().is_relative_to(config.source.resolve()):  # the next run would take images/ for a class
+        raise UserError(f"--out must lie outside of the source, {config.source}, got {config.out}: choose another")
+    sources = list_files(config.source, IMAGE_SUFFIXES, "name a folder that exists")
     outside = sorted(file for file in sources.values() if "/" not in file)
     if outside or not sources:
         found = f"{outside[0]} is outside of one" if outside else "there is none"
@@ -112,10 +120,12 @@ def convert(config: Convert) -> Path:
         return None
 
     outcomes = map_in_groups(convert_one, todo, config.workers)
-    skipped = {file for file in tqdm(outcomes, "images", len(todo), unit=" images", disable=None) if file}
+    skipped = {file for file in progress(outcomes, desc="images", total=len(todo), unit=" images") if file}
     classes = sorted({file.split("/")[0] for file in targets})
     number = {name: place for place, name in enumerate(classes)}
     labels = [[targets[file], number[file.split("/")[0]]] for file in targets if file not in skipped]
+    if not labels:
+        raise UserError(f"{config.source} must hold images that can be read, none of {len(skipped)} can: replace them")
     write_json(folder / LABELS, {"labels": labels, "classes": classes, "size": config.size})
     print(f"{folder}: {len(labels):,} images in {len(classes):,} classes, {len(skipped)} skipped")
     return folder
@@ -158,52 +168,55 @@ def encode(config: Encode, vae: VAE | None = None) -> Path:
     """
     at_least(1, config, "batch_size", "workers")
     ranks = launch.start(config.device, timeout_s=LONGEST_WAIT_S)
-    folder = (config.out or config.folder) / (FLIPPED if config.flip else LATENTS)
+    folder = config.folder / (FLIPPED if config.flip else LATENTS)
     labels = sorted(read_labels(config.folder / IMAGES)[0].values())  # (path, class) of each image
     files = [file for file, _ in labels]
     batches = [files[start : start + config.batch_size] for start in range(0, len(files), config.batch_size)]
-    shape = read_image(config.folder / IMAGES / files[0]).shape  # (3, side, side)
-    vae = (vae or load_vae(config.vae, config.vae_folder)).to(ranks.device)
-    todo = launch.on_main(lambda: plan(config, vae, folder, batches, shape))  # before any rank writes
+    shape = read_image(config.folder / IMAGES / files[0], CONVERT_IT).shape  # (3, side, side)
+    vae = (vae or load_vae(config.vae)).to(ranks.device)
+    name = str(Path(config.vae).resolve()) if Path(config.vae).is_dir() else config.vae
+    request = {"vae": name, "image side": shape[-1], "flip": config.flip}  # what decides a latent, but for its image
+    latent_shape = vae.latent_shape(shape[-1])
+    todo = launch.on_main(lambda: plan(folder, request, batches, latent_shape))  # before any rank writes
     mine = [batches[number] for number in todo[ranks.rank :: ranks.world_size]]
-    for batch, pixels in read_images(config, mine, shape, ranks.is_main):
-        pixels = pixels.to(ranks.device)  # (B, 3, side, side)
-        latents = vae.encode(pixels.flip(-1) if config.flip else pixels).cpu().numpy()  # (B, 2C, H, W)
-        for file, latent in zip(batch, latents, strict=True):
-            write_whole(folder / npy_of(file), partial(np.save, arr=latent))
+    with progress(total=len(mine), is_main=ranks.is_main, desc="rank 0's batches") as bar:
+        for batch, pixels in read_images(config, mine, shape):
+            pixels = pixels.to(ranks.device)  # (B, 3, side, side)
+            latents = vae.encode(pixels.flip(-1) if config.flip else pixels).cpu().numpy()  # (B, 2C, H, W)
+            for file, latent in zip(batch, latents, strict=True):
+                write_whole(folder / npy_of(file), partial(np.save, arr=latent))
+            bar.update()
     launch.all_reduce_sum([0.0], ranks)  # until every rank is done
-    record = {"labels": [[npy_of(file), label] for file, label in labels], "scaling": vae.scaling}
+    record = {"labels": [[npy_of(file), label] for file, label in labels], "scaling": vae.scaling, "vae": name}
     launch.on_main(lambda: write_json(folder / LABELS, record))
     if ranks.is_main:
         print(f"{folder}: {len(files):,} latents, of which {sum(len(batches[n]) for n in todo):,} were encoded now")
     return folder
 
 
-def plan(config: Encode, vae: VAE, folder: Path, batches: list[list[str]], shape: tuple[int, ...]) -> list[int]:
-    """Claim the folder of latents, and return the numbers of the batches that it does not hold whole."""
-    channels, height, width = vae.latent_shape(shape[-1])
-    fingerprint = hashlib.sha256((config.folder / IMAGES / LABELS).read_bytes()).hexdigest()
-    claim(folder, {"images": fingerprint, "vae": str(config.vae_folder or config.vae), "flip": config.flip})
-    missing = [sum(not (folder / npy_of(file)).is_file() for file in batch) for batch in batches]
-    check_space(folder, sum(missing), 4 * 2 * channels * height * width)  # float32, mean and deviation
+def plan(folder: Path, request: dict, batches: list[list[str]], shape: tuple[int, int, int]) -> list[int]:
+    """Claim the folder of latents (C, H, W), and return the numbers of the batches that it does not hold whole."""
+    claim(folder, request)
+    (channels, height, width), whole = shape, BytesIO()
+    np.lib.format.write_array(whole, np.zeros((2 * channels, height, width), np.float32))  # mean and deviation
+    size = len(whole.getvalue())
+    missing = [sum(not is_whole(folder / npy_of(file), size) for file in batch) for batch in batches]
+    check_space(folder, sum(missing), size)
     return [number for number, count in enumerate(missing) if count]
 
 
-def read_images(
-    config: Encode, batches: list[list[str]], shape: tuple[int, ...], show: bool
-) -> Iterator[tuple[list[str], Tensor]]:
+def read_images(config: Encode, batches: list[list[str]], shape: tuple[int, ...]) -> Iterator[tuple[list[str], Tensor]]:
     """Give each batch of files with its images (B, 3, side, side) uint8; a thread reads the next batch meanwhile."""
 
     def read(file: str) -> np.ndarray:
-        image = read_image(config.folder / IMAGES / file)
+        image = read_image(config.folder / IMAGES / file, CONVERT_IT)
         if image.shape != shape:
-            raise UserError(f"images must be of one shape; the first is {shape}, {file} {image.shape}: convert them")
+            raise UserError(f"images must be of one shape; the first is {shape}, {file} {image.shape}: {CONVERT_IT}")
         return image
 
     with ThreadPoolExecutor(config.workers) as pool:
         loaded = read_ahead(lambda batch: torch.from_numpy(np.stack(list(pool.map(read, batch)))), batches)
-        bar = tqdm(loaded, "rank 0's batches", len(batches), disable=None if show else True)
-        yield from zip(batches, bar, strict=True)
+        yield from zip(batches, loaded, strict=True)
 
 
 def npy_of(image: str) -> str:

@@ -32,6 +32,7 @@ for argument in "$@"; do
     --group* | --out*) refuse "the pictures are of runs/sit/GROUP; set GROUP instead of $argument" ;;
   esac
 done
+check_config
 check_nodes
 PYTHON=$(bash scripts/setup.sh)
 NGPU=${NGPU:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}

@@ -1,6 +1,10 @@
-"""The nouns that the experiments share: config, launch, run log, checkpoint, schedule."""
+"""The nouns that the experiments share: config, launch, run log, checkpoint, schedule; and what they say meanwhile."""
 
 import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -19,5 +23,17 @@ def one_line(error: BaseException) -> str:
 
 
 def warn(message: str) -> None:
-    """Print one line about something that the run goes on without."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    """Print one line about something that the run goes on without, above a progress bar if there is one."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def progress(iterable: Iterable | None = None, *, is_main: bool = True, **options: Any) -> tqdm:
+    """Make a tqdm bar of the main process alone, drawn once a second, or in a log, which keeps each, once in 30 s.
+
+    Use one without an iterable in a `with`: it ends its line before an error is printed.
+
+    Example: `for batch in progress(batches, is_main=ranks.is_main, desc="encoding"): ...`
+    """
+    pace = 1.0 if sys.stderr.isatty() else 30.0
+    # tqdm would draw after 10 s whatever mininterval says, had it seen many items in that time.
+    return tqdm(iterable, disable=not is_main, mininterval=pace, maxinterval=max(pace, 10.0), **options)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from common import UserError, one_line
 
 Result = TypeVar("Result")
+OURS = {"SIT", "common", "optimizers", "nanoGPT", "Llama", "scripts"}  # packages; another that is missing is installed
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -190,29 +191,42 @@ class StopRequest:
 def main_guard(main: Callable[[], None]) -> None:
     """Run a program; an error that the user can act on becomes one `error: ...` line and its exit_status, or 1.
 
-    Such errors are UserError, OSError (files, network), a ValueError that this repository raised itself, and a rank
-    that no longer answers. Any other exception is a bug and keeps its traceback; `python -X dev` shows the traceback
-    of every one.
+    Such errors are UserError, OSError (files, network), a ValueError that this repository raised itself, a package that
+    is not installed, and a rank that no longer answers. Any other exception is a bug and keeps its traceback;
+    `python -X dev` shows the traceback of every one. Ctrl-C becomes one line too, and status 130, as shells have it.
     """
     try:
         main()
+    except KeyboardInterrupt:
+        if sys.flags.dev_mode:
+            raise
+        _end("stopped; the same command does what is left (training: with --resume; Llama: --job.resume)", 130)
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if sys.flags.dev_mode or not package or package in OURS:
+            raise
+        _end(
+            f"error: need the package {package}, as requirements.txt has it ({one_line(error)}): "
+            "pip install -r requirements.txt"
+        )
     except (UserError, OSError, ValueError) as error:
         for_the_user = isinstance(error, UserError | OSError) or _raised_here(error)
         if sys.flags.dev_mode or not for_the_user:
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-        sys.exit(getattr(error, "exit_status", 1))
+        _end(f"error: {one_line(error)}", getattr(error, "exit_status", 1))
     except RuntimeError as error:
         if sys.flags.dev_mode or not _lost_rank(error):
             raise
-        print(
+        _end(
             f"error: rank {process_rank()} lost another rank, which ended or hangs: see that rank's own error, then "
             "the same command with --resume (Llama: --job.resume) goes on from the last checkpoint, on any number of "
-            f"ranks ({one_line(error)})",
-            file=sys.stderr,
-            flush=True,
+            f"ranks ({one_line(error)})"
         )
-        sys.exit(1)
+
+
+def _end(line: str, status: int = 1) -> NoReturn:
+    print(line, file=sys.stderr, flush=True)
+    sys.exit(status)
 
 
 def _lost_rank(error: RuntimeError) -> bool:

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from common import progress
 from common.corpus import written_aside
 
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's name for it
@@ -201,7 +201,7 @@ def write_corpus(folder: Path, splits: dict[str, Iterable[Encoded]], described: 
 def write_split(path: Path, encoded: Iterable[Encoded], dtype: str) -> dict:
     """Write one token file, with a progress bar, and return its entry in meta.json."""
     digest, tokens, text_bytes = hashlib.sha256(), 0, 0
-    with path.open("wb") as file, tqdm(desc=path.name, unit=" tokens", unit_scale=True, disable=None) as bar:
+    with path.open("wb") as file, progress(desc=path.name, unit=" tokens", unit_scale=True) as bar:
         for block in encoded:
             data = block.tokens.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
             file.write(data)

@@ -37,6 +37,7 @@ for argument in "$@"; do
     --group* | --out*) refuse "the picture is of runs/nanogpt/GROUP; set GROUP instead of $argument" ;;
   esac
 done
+check_config
 check_nodes
 PYTHON=$(bash scripts/setup.sh)
 NGPU=${NGPU:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}

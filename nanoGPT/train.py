@@ -19,9 +19,8 @@ from typing import Literal
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from common import Diverged, UserError, checkpoint, config, launch
+from common import Diverged, UserError, checkpoint, config, launch, progress
 from common.checkpoint_folder import CheckpointConfig
 from common.config import at_least
 from common.optimizer_config import OptimizerConfig
@@ -167,9 +166,8 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
         runlog.log(0, first | evaluate(network, corpus["val"], settings, ranks))
 
     timer = Timer(ranks.device)
-    pace = 1.0 if sys.stderr.isatty() else 30.0  # seconds between two states of the bar; a log keeps them all
-    bar = tqdm(total=settings.steps, initial=step, desc=name, disable=not ranks.is_main, mininterval=pace)
-    with launch.StopRequest() as stop:
+    bar = progress(total=settings.steps, initial=step, desc=name, is_main=ranks.is_main)
+    with bar, launch.StopRequest() as stop:
         asked, shown = False, {}
         while step < settings.steps and not asked:
             timer.start()
@@ -219,7 +217,6 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
             if last and ranks.is_main:
                 write_end(folder, step, metrics)
             bar.update()
-    bar.close()
     runlog.finish()
     if step < settings.steps and ranks.is_main:
         after = "the same command with --resume continues" if settings.checkpoint.every else "checkpoints are off"

@@ -28,22 +28,25 @@ from common.runlog import read_metrics
 
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))  # several lines of one optimizer
 NAMES = {
-    "val/loss": "validation loss, nats a token",
+    "val/loss": "validation loss",
     "val/bits_per_byte": "validation loss, bits a byte",
     "val/exact_match": "responses repeated exactly, share",
     "val/pretrain_loss": "loss on the pretraining text, nats a token",
     "val/denoising_loss": "denoising loss on validation images",
     "val/projection_loss": "projection loss on validation images",
-    "train/loss": "training loss, nats a token",
+    "train/loss": "training loss",
     "step_ms": "time a step, ms",
     "optimizer_ms": "time in the optimizer, ms",
 }
+TOKEN_LOSSES, TEXT = ("val/loss", "train/loss"), {"nanogpt", "llama"}  # nats a token in experiments with text
 LOSSES = ("loss", "bits_per_byte")  # how their names end
 COLUMNS = {  # of the table -> heading, digits after the point
     "val/loss": ("val loss", 3),
     "val/bits_per_byte": ("bits per byte", 3),
     "val/exact_match": ("exact match", 3),
     "val/pretrain_loss": ("pretraining loss", 3),
+    "val/denoising_loss": ("denoising loss", 3),
+    "val/projection_loss": ("projection loss", 3),
     "step_ms": ("ms a step", 1),
     "optimizer_ms": ("ms in the optimizer", 2),
     "optimizer_state_mb": ("optimizer state MB", 2),
@@ -204,6 +207,12 @@ def group_lines(runs: list[Run]) -> list[Line]:
     return lines
 
 
+def name_of(metric: str, lines: list[Line]) -> str:
+    """What a panel calls a metric."""
+    of_text = {run.experiment for line in lines for run in line.runs} <= TEXT
+    return NAMES.get(metric, metric) + (", nats a token" if of_text and metric in TOKEN_LOSSES else "")
+
+
 def draw(lines: list[Line], record: dict, out: Path, ylim: tuple[float, float] | None) -> None:
     """A panel for each metric, one under the other, over the same x."""
     metrics = record["metric"]
@@ -211,7 +220,7 @@ def draw(lines: list[Line], record: dict, out: Path, ylim: tuple[float, float] |
     counts = {len(line.runs) for lines in panel_lines for line in lines}
     many = "seeds" if len(counts) > 1 else f"{max(counts)} seeds"
     seeds = "one seed a line" if counts == {1} else f"mean of {many}, band from lowest to highest"
-    names = [NAMES.get(metric, metric) for metric in metrics]
+    names = [name_of(metric, lines) for metric, lines in zip(metrics, panel_lines, strict=True)]
     alone = names[0] if counts == {1} else f"{names[0]}; {seeds}"
     figure, panels = new_figure(record["title"], alone if len(names) == 1 else seeds, rows=len(names))
     longest = max(max(points["x"]) for line in lines for run in line.runs for points in run.points.values())

@@ -10,6 +10,10 @@ refuse() {
   exit 1
 }
 
+check_config() {
+  [[ -f "$CONFIG" ]] || refuse "config file not found: $CONFIG (from $PWD); name an existing TOML file"
+}
+
 # Several nodes need a meeting point; localhost:0, a free port here, serves one.
 check_nodes() {
   [[ "$NNODES" -eq 1 || "$RDZV_ENDPOINT" != localhost:0 ]] ||

@@ -8,7 +8,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [[ -n "${PYTHON:-}" ]]; then
   "$PYTHON" -c 'import matplotlib, numpy, tiktoken, torch, tqdm, tyro
 import importlib.util
-assert all(map(importlib.util.find_spec, ("datasets", "tokenizers", "torchtitan", "transformers", "wandb")))
+assert all(map(importlib.util.find_spec, ("datasets", "diffusers", "PIL", "sklearn", "tokenizers", "torchtitan",
+    "transformers", "wandb")))
 assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11), "torch 2.11 or newer is required"' || {
     echo "error: PYTHON=$PYTHON must have what requirements.txt lists; run: $PYTHON -m pip install -r requirements.txt" >&2
     exit 1

@@ -25,9 +25,8 @@ from typing import Annotated, Any
 
 import tyro
 from matplotlib.ticker import NullLocator
-from tqdm import tqdm
 
-from common import UserError
+from common import UserError, progress, warn
 from common.figure import STYLES, label_ends, markdown, mean_and_spread, new_figure, rate, save, style_of
 from common.launch import StopRequest, main_guard
 from common.runlog import run_name
@@ -36,6 +35,8 @@ from scripts.figures import method, read_config
 KEY = ("config", "optimizer", "lr", "adamw_lr", "seed")  # what makes a recorded run another run
 SWEPT = {"optimizer.name", "optimizer.lr", "optimizer.adamw_lr", "seed"}
 TITAN = {"seed": "debug.seed", "group": "job.group", "steps": "training.steps"}  # torchtitan's words for these keys
+
+warn_once = cache(warn)  # not after every run
 
 # (rate of the AdamW part, optimizer) -> learning rate -> a loss for each seed
 Curves = dict[tuple[float | None, str], dict[float, list[float]]]
@@ -191,11 +192,6 @@ def read_record(path: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {"settings": {}, "runs": []}
 
 
-@cache  # once, not after every run
-def warn(line: str) -> None:
-    tqdm.write(f"warning: {line}", file=sys.stderr)
-
-
 def add(path: Path, entry: dict) -> None:
     """Merges one run into the record; what is there stays, and a failure never replaces a loss."""
     record, settings = read_record(path), entry.pop("settings")
@@ -206,7 +202,7 @@ def add(path: Path, entry: dict) -> None:
     before = record["settings"].setdefault(f"{entry['config']}, {entry['optimizer']}", settings)
     changed = [f"{key} {before[key]} -> {value}" for key, value in settings.items() if before.get(key, value) != value]
     if changed:
-        warn(f"{path} now mixes runs of different settings, {', '.join(changed[:3])}: give them another --out")
+        warn_once(f"{path} now mixes runs of different settings, {', '.join(changed[:3])}: give them another --out")
     # One line a run: what a later sweep adds is what a diff shows.
     lines = ",\n".join(f"  {json.dumps(run)}" for run in sorted(runs.values(), key=lambda run: str(run)))
     settings_lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(of)}" for key, of in record["settings"].items())
@@ -245,7 +241,7 @@ def train(options: Options) -> list[str]:
     for trial in set(trials) - set(waiting):
         add(options.record, outcome(options, trial))
     running: dict[subprocess.Popen, Trial] = {}
-    bar = tqdm(total=len(trials), initial=len(trials) - len(waiting), unit="run")
+    bar = progress(total=len(trials), initial=len(trials) - len(waiting), unit="run")
     with bar, StopRequest() as stop:
         while (waiting or running) and not stop.requested:
             while waiting and len(running) < options.jobs:

@@ -123,6 +123,22 @@ def test_subtitle_matches_the_one_metric_or_the_seeds_of_several(tmp_path, monke
     assert [panel.get_title(loc="left") for panel in lone.axes] == [""]
 
 
+def relabel(run, experiment):
+    about = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(about | {"experiment": experiment}))
+    return run
+
+
+def test_losses_are_in_nats_a_token_where_all_runs_are_of_text(tmp_path, monkeypatch):
+    images, text = relabel(make_run(tmp_path, seed=1), "sit"), relabel(make_run(tmp_path, seed=2), "llama")
+
+    def subtitle(*runs):
+        return drawn(monkeypatch, *runs, "--out", tmp_path / "a.png").texts[1].get_text()
+
+    assert subtitle(images) == subtitle(images, text) == "validation loss"
+    assert subtitle(text) == "validation loss, nats a token"
+
+
 def test_limits_match_the_end_of_a_falling_loss_and_the_whole_of_other_curves(tmp_path, monkeypatch):
     steep, share, rising = (9.0, 3.0, 2.0, 1.5, 1.0), (1.0, 0.0, 0.1, 0.5, 0.9), (1.0, 1.5, 1.75, 1.9, 2.0)
     run = fine_tuned(tmp_path, values=steep, share=share, forgotten=rising)
@@ -203,6 +219,13 @@ def test_table_columns_match_what_some_run_recorded(tmp_path):
     mixed = cells_of(figures.table(lines_of(plain, *tuned)))
     assert mixed[0][2:6] == ["val loss", "bits per byte", "exact match", "pretraining loss"]
     assert mixed[2][:6] == ["Muon", "1e-3", "1.000", "2.000", "–", "–"]
+
+
+def test_table_has_the_losses_of_images(tmp_path):
+    more = {"val/denoising_loss": (0.9, 0.6, 0.5), "val/projection_loss": (0.0, -0.5, -0.8125)}
+    rows = cells_of(figures.table(lines_of(make_run(tmp_path, more=more, bits=False))))
+    assert rows[0][2:5] == ["val loss", "denoising loss", "projection loss"]
+    assert rows[2][2:5] == ["1.000", "0.500", "-0.812"]
 
 
 def test_room_for_labels_matches_the_longest_of_all_panels():

@@ -1,8 +1,10 @@
-"""Processes, seeds, signals, and what a user sees of an error."""
+"""Processes, seeds, signals, and what a user sees of an error, a warning and the progress."""
 
+import importlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -14,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from common import launch
+from common import launch, progress, warn
 from common.launch import (
     Launch,
     StopRequest,
@@ -179,6 +181,34 @@ def test_main_guard_turns_a_lost_rank_into_one_line(capsys):
         assert "onnection closed" in line
 
 
+@pytest.mark.parametrize("code", ["import absent_package.part", "from json import absent"])
+def test_main_guard_names_a_package_to_install_in_one_line(code, capsys):
+    with pytest.raises(SystemExit) as exit_request:
+        launch.main_guard(lambda: exec(code))
+    line = capsys.readouterr().err
+    assert exit_request.value.code == 1
+    assert line.startswith("error: need the package ") and "pip install -r requirements.txt" in line
+    assert line.count("\n") == 1 and "absent" in line
+
+
+@pytest.mark.parametrize("package", ["SIT", "common", "optimizers", "nanoGPT", "Llama", "scripts"])
+def test_main_guard_leaves_a_missing_part_of_this_repository_its_traceback(package):
+    with pytest.raises(ImportError):
+        launch.main_guard(lambda: importlib.import_module(f"{package}.absent"))
+
+
+def test_main_guard_turns_ctrl_c_into_one_line_and_the_status_of_shells():
+    code = "import time; from common.launch import main_guard; main_guard(lambda: (print(flush=True), time.sleep(60)))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert printed.startswith("stopped; ") and printed.count("\n") == 1
+
+
 def test_main_guard_leaves_bugs_their_traceback():
     def library_error():
         np.zeros(3).reshape(2)  # a ValueError, but not one of ours
@@ -196,3 +226,23 @@ def test_dev_mode_shows_the_traceback_of_every_error():
     code = "from common.launch import main_guard, start; main_guard(lambda: start('gpu'))"
     ran = subprocess.run([sys.executable, "-X", "dev", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 1 and "Traceback" in ran.stderr
+
+
+@pytest.mark.parametrize(("terminal", "pace_s"), [(True, 1.0), (False, 30.0)])
+def test_progress_is_drawn_each_second_on_a_terminal_and_rarely_in_a_log(terminal, pace_s, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    with progress(total=3, desc="steps") as bar:
+        assert bar.mininterval == pace_s <= bar.maxinterval
+    assert list(progress("abc")) == ["a", "b", "c"]
+
+
+def test_progress_is_drawn_by_the_main_process_alone(capsys):
+    for is_main in (False, True):
+        assert list(progress(range(3), is_main=is_main, desc="steps")) == [0, 1, 2]
+        assert ("steps: 100%" in capsys.readouterr().err) == is_main
+
+
+def test_warning_has_a_line_of_its_own_beside_a_progress_bar(capsys):
+    with progress(total=3, desc="steps"):
+        warn("the disk is nearly full")
+    assert "warning: the disk is nearly full" in re.split("[\r\n]", capsys.readouterr().err)

@@ -60,6 +60,30 @@ def test_run_script_passes_sigterm_on_and_leaves_after_the_checkpoint(checkout):
     assert list(run.glob("checkpoints/step-*"))
 
 
+@pytest.mark.parametrize("experiment", ["nanoGPT", "SIT", "Llama"])
+def test_run_script_refuses_a_config_that_is_not_there_in_one_line(experiment):
+    done = bash(ROOT, str(ROOT / experiment / "run.sh"), "absent.toml")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"error: config file not found: absent.toml (from {ROOT}); name an existing TOML file"
+    ]
+
+
+@pytest.mark.parametrize("package", ["diffusers", "PIL", "sklearn", "none"])
+def test_setup_refuses_an_interpreter_without_a_package_that_an_experiment_needs(checkout, package):
+    """With an interpreter that finds all packages but one."""
+    python = checkout / "python"
+    hide = f"import importlib.util as u; find = u.find_spec; u.find_spec = lambda n: n != '{package}' and find(n)"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{hide}\n$2"\n')
+    python.chmod(0o755)
+    done = bash(checkout, str(checkout / "scripts/setup.sh"), PYTHON=str(python))
+    if package == "none":
+        assert (done.returncode, done.stdout) == (0, f"{python}\n"), done.stderr
+    else:
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith(f"error: PYTHON={python} must have what requirements.txt lists")
+
+
 def test_setup_refuses_an_interpreter_without_the_requirements(checkout):
     done = bash(checkout, str(checkout / "scripts/setup.sh"), PYTHON="/bin/false")
     assert done.returncode == 1

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from sklearn.datasets import load_digits
 
 from common import UserError
 from SIT import data, latents
-from SIT.latents import Latents
 
+Latents = partial(latents.Latents, n_class=3)
 SHAPE = (2, 3, 4)  # of a latent, (C, H, W); H and W differ, so that none is taken for the other
 
 
@@ -271,7 +272,7 @@ def test_latents_without_images_go_without_their_folder(tmp_path):
     (tmp_path / "images").rename(tmp_path / "elsewhere")
     fetched = draw(Latents(tmp_path, with_images=False))
     assert fetched.keys() == {"x", "y"} and sorted(identities(fetched)) == list(range(12))
-    with pytest.raises(UserError, match=r"need the folder .*images, which is not there"):
+    with pytest.raises(UserError, match=r"need the folder .*images, which is not there: run `.* convert`"):
         Latents(tmp_path)
 
 
@@ -361,6 +362,18 @@ def test_latents_refuse_what_does_not_belong_together(tmp_path, damage, message)
     assert "\n" not in str(caught.value)
 
 
+def test_latents_refuse_a_model_without_classes(tmp_path):
+    with pytest.raises(ValueError, match="n_class must be 1 or more, got 0"):
+        Latents(write_folder(tmp_path), n_class=0)
+
+
+def test_latents_give_the_vae_that_their_folder_names(tmp_path):
+    assert Latents(write_folder(tmp_path)).vae == ""  # as REPA's own preprocessing leaves it
+    labels = json.loads((tmp_path / "vae-sd/dataset.json").read_text())["labels"]
+    write_labels(tmp_path, labels, vae="/models/vae")
+    assert Latents(tmp_path).vae == "/models/vae"
+
+
 def test_latents_refuse_a_folder_that_is_not_prepared_to_its_end(tmp_path):
     write_folder(tmp_path)
     (tmp_path / "vae-sd/dataset.json").unlink()
@@ -379,7 +392,7 @@ def test_latents_pass_over_what_an_interrupted_write_left(tmp_path):
 
 def test_flips_refuse_latents_without_mirrored_ones(tmp_path):
     write_folder(tmp_path)
-    with pytest.raises(UserError, match=r"need the folder .*vae-sd-flip"):
+    with pytest.raises(UserError, match=r"need the folder .*vae-sd-flip, which .* run `.* encode --flip`, or train"):
         Latents(tmp_path, flips=True)
     write_latent(tmp_path / "vae-sd-flip/class0/0.npy", 0)
     with pytest.raises(UserError, match="each latent must have its mirrored latent, 11 of 12 have none"):
@@ -463,6 +476,22 @@ def test_a_corrupt_file_is_skipped_with_a_count_and_replaced_by_the_next(tmp_pat
     assert list(items.skipped) == ["class0/9"]
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 1 and file in warnings[0] and warnings[0].endswith("skipped, 1 of 12 so far")
+
+
+def test_a_corrupt_file_is_to_be_removed_and_made_again(tmp_path):
+    write_folder(tmp_path)
+    for k in range(12):
+        write_latent(tmp_path / f"vae-sd-flip/class{k % 3}/{k}.npy", k)
+    commands = {"vae-sd": "encode", "vae-sd-flip": "encode --flip", "images": "convert"}
+    for folder, command in commands.items():
+        path = next((tmp_path / folder).rglob("9.*"))
+        content = path.read_bytes()
+        empty(path)
+        said = rf"{folder}/class0/9.*: remove it, then run `python -m SIT\.prepare {command}` again"
+        with pytest.raises(latents.Corrupt, match=said):
+            for step in range(10):
+                draw(Latents(tmp_path, flips=True), step=step)
+        path.write_bytes(content)
 
 
 def test_skipping_does_not_depend_on_how_the_batch_is_shared(tmp_path):

@@ -151,6 +151,23 @@ def test_convert_names_a_corrupt_image_or_skips_it_with_a_count(source, tmp_path
     assert len(labels) == 39 and "bee/bee_5.png" not in dict(labels)
 
 
+def test_convert_refuses_a_source_of_which_nothing_can_be_read(source, tmp_path):
+    for path in source.rglob("*_*"):
+        path.write_bytes(b"not an image")
+    with pytest.raises(UserError, match="must hold images that can be read, none of 40 can"):
+        prepare.convert(Convert(source, tmp_path / "data", size=SIZE, on_corrupt="skip", workers=2))
+    assert not (tmp_path / "data/images/dataset.json").exists()
+
+
+def test_convert_refuses_to_write_into_its_source(source, monkeypatch):
+    before = contents(source)
+    monkeypatch.chdir(source)
+    for out in (source, source / "ant", Path(".")):
+        with pytest.raises(UserError, match="--out must lie outside of the source"):
+            prepare.convert(Convert(source, out, size=SIZE))
+    assert contents(source) == before
+
+
 def test_convert_refuses_images_outside_of_class_folders_and_names_that_collide(source, tmp_path):
     config = Convert(source, tmp_path / "data", size=SIZE)
     shutil.copy(source / "ant/ant_0.JPEG", source)
@@ -162,20 +179,28 @@ def test_convert_refuses_images_outside_of_class_folders_and_names_that_collide(
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="a folder for each class, there is none"):
         prepare.convert(Convert(tmp_path / "empty", tmp_path / "data"))
-    with pytest.raises(UserError, match=r"need the folder .*nowhere"):
+    with pytest.raises(UserError, match=r"need the folder .*nowhere, which is not there: name a folder that exists"):
         prepare.convert(Convert(tmp_path / "nowhere", tmp_path / "data"))
     assert not (tmp_path / "data").exists()
 
 
 def test_convert_refuses_a_folder_of_another_size_or_of_other_files(source, converted, tmp_path):
     before = contents(converted)
-    with pytest.raises(UserError, match="was made with size = 16, asked for is 8: remove it, or choose another"):
+    with pytest.raises(UserError, match="must have one size, it was made with 16, asked for is 8: remove it, or name"):
         prepare.convert(Convert(source, converted, size=8))
     assert contents(converted) == before
     (tmp_path / "mine/images").mkdir(parents=True)
     (tmp_path / "mine/images/holiday.png").write_bytes(b"precious")
     with pytest.raises(UserError, match=r"has files but no request\.json"):
         prepare.convert(Convert(source, tmp_path / "mine"))
+
+
+@pytest.mark.parametrize("text", ["", '{"size": 1', "[1]", "null", "\udc80"])
+def test_convert_refuses_a_damaged_request_in_one_line(source, converted, text):
+    (converted / "images/request.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(UserError, match=r"request\.json must say what images was made of, is damaged") as caught:
+        prepare.convert(Convert(source, converted, size=SIZE))
+    assert "\n" not in str(caught.value)
 
 
 def test_convert_refuses_too_little_disk_for_what_is_left(source, tmp_path, monkeypatch):
@@ -199,14 +224,14 @@ def test_encode_matches_the_vae_on_each_image_and_opens_as_latents(converted):
     record = json.loads((folder / "dataset.json").read_text())
     images = dict(json.loads((converted / "images/dataset.json").read_text())["labels"])
     assert dict(record["labels"]) == {file.replace(".png", ".npy"): label for file, label in images.items()}
-    assert record["scaling"] == tiny.scaling
+    assert record["scaling"] == tiny.scaling and record["vae"] == "stabilityai/sd-vae-ft-mse"
     for file in images:
         latent = np.load(folder / file.replace(".png", ".npy"))
         expected = tiny.encode(torch.from_numpy(read_image(converted / "images" / file))[None])[0]
         assert latent.shape == (6, 8, 8) and latent.dtype == np.float32
         np.testing.assert_allclose(latent, expected, atol=1e-5)  # a batch of 7 or of 1: other sums of float32
     items = Latents(converted, n_class=4)
-    assert len(items) == 40 and items.shape == (3, 8, 8)
+    assert len(items) == 40 and items.shape == (3, 8, 8) and items.vae == record["vae"]
 
 
 def test_encode_flip_matches_the_vae_on_mirrored_images_and_makes_flips_possible(converted):
@@ -216,12 +241,12 @@ def test_encode_flip_matches_the_vae_on_mirrored_images_and_makes_flips_possible
     image = torch.from_numpy(read_image(converted / "images/dog/dog_3.png"))
     expected = tiny.encode(image.flip(2)[None])[0]
     np.testing.assert_allclose(np.load(folder / "dog/dog_3.npy"), expected, atol=1e-5)
-    assert len(Latents(converted, flips=True)) == 40
+    assert len(Latents(converted, n_class=4, flips=True)) == 40
 
 
 @pytest.mark.parametrize("written", [0, 1, 7, 18, 39])
 def test_encode_that_was_interrupted_resumes_to_the_same_bits(converted, tmp_path, monkeypatch, written, capsys):
-    expected = contents(encode(converted, out=tmp_path / "whole"))
+    expected = contents(encode(shutil.copytree(converted, tmp_path / "whole")))
     save, calls = np.save, []
 
     def interrupted(opened, arr):
@@ -236,12 +261,22 @@ def test_encode_that_was_interrupted_resumes_to_the_same_bits(converted, tmp_pat
         encode(converted)
     assert not (converted / "vae-sd/dataset.json").exists() and len(list(converted.rglob("*.npy"))) == written
     with pytest.raises(UserError, match=r"must hold dataset\.json, which is written when all else is there"):
-        Latents(converted)
+        Latents(converted, n_class=4)
     monkeypatch.setattr(np, "save", save)
     encode(converted)
     assert contents(converted / "vae-sd") == expected
     left = 40 - written // 7 * 7
     assert f"of which {left} were encoded now" in capsys.readouterr().out
+
+
+def test_encode_ends_the_line_of_its_progress_before_an_error(converted, monkeypatch, capsys):
+    def full(opened, arr):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        encode(converted)
+    assert capsys.readouterr().err.endswith("\n"), caught  # which keeps the bar alive, as the error's line will find it
 
 
 def test_encode_again_leaves_what_is_there_alone(converted, capsys):
@@ -252,7 +287,19 @@ def test_encode_again_leaves_what_is_there_alone(converted, capsys):
     assert "40 latents, of which 0 were encoded now" in capsys.readouterr().out
 
 
-def encode_on_rank(folder, out):
+def test_encode_again_replaces_latents_that_are_not_of_the_right_size(converted, capsys):
+    folder = encode(converted)
+    expected = contents(folder)
+    files = [folder / f"ant/ant_{k}.npy" for k in (0, 12, 16)]
+    files[0].write_bytes(files[0].read_bytes()[:-1])
+    files[1].write_bytes(b"")
+    np.save(files[2], np.zeros((6, 8, 9), np.float32))
+    encode(converted)
+    assert contents(folder) == expected
+    assert "of which 7 were encoded now" in capsys.readouterr().out  # the first batch
+
+
+def encode_on_rank(folder):
     """Encode with rank 1 the slower one; returns whether dataset.json was there before this rank was done."""
     rank, tiny, early = torch.distributed.get_rank(), tiny_vae(), []
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")
@@ -260,20 +307,20 @@ def encode_on_rank(folder, out):
 
     def slow_encode(images):
         time.sleep(0.2 * rank)
-        early.append((out / "vae-sd/dataset.json").exists())
+        early.append((folder / "vae-sd/dataset.json").exists())
         return encode_batch(images)
 
     tiny.encode = slow_encode
-    prepare.encode(Encode(folder, out=out, batch_size=7, device="cpu", workers=2), tiny)
+    prepare.encode(Encode(folder, batch_size=7, device="cpu", workers=2), tiny)
     return early
 
 
 def test_encode_on_two_ranks_matches_one_process_bit_for_bit(converted, tmp_path):
-    expected = contents(encode(converted, out=tmp_path / "one"))
+    expected = contents(encode(shutil.copytree(converted, tmp_path / "one")))
     with Ranks(2) as ranks:
-        early = ranks(encode_on_rank, converted, tmp_path / "two")
+        early = ranks(encode_on_rank, converted)
     assert early == [[False] * 3, [False] * 3]  # six batches, and dataset.json only after all of them
-    assert contents(tmp_path / "two/vae-sd") == expected
+    assert contents(converted / "vae-sd") == expected
 
 
 def test_encode_refuses_too_little_disk_for_what_is_left(converted, monkeypatch):
@@ -295,22 +342,42 @@ def test_encode_names_an_image_that_is_corrupt_missing_or_of_another_size(conver
     with pytest.raises(Corrupt, match=r"cat/cat_10\.png must be a whole image"):
         encode(converted)
     path.unlink()
-    with pytest.raises(Corrupt, match=r"cat/cat_10\.png must be a whole image, is not \(.*No such file"):
+    with pytest.raises(
+        Corrupt, match=r"cat/cat_10\.png must be a whole image, .*No such file.* run `.* convert` again"
+    ):
         encode(converted)
     Image.new("RGB", (18, 16)).save(path)
     with pytest.raises(UserError, match=r"the first is \(3, 16, 16\), cat/cat_10\.png \(3, 16, 18\)"):
         encode(converted)
 
 
-def test_encode_refuses_to_mix_vaes_or_images(converted, source, tmp_path):
-    encode(converted)
-    with pytest.raises(UserError, match=r"was made with vae = stabilityai/sd-vae-ft-mse, asked for is other/vae"):
-        encode(converted, vae="other/vae")
-    record = json.loads((converted / "images/dataset.json").read_text())
-    record["labels"][0][1] = 3
-    (converted / "images/dataset.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match="was made with images = "):
+def test_encode_refuses_to_mix_vaes_or_sizes(converted, source, monkeypatch):
+    folder = encode(converted)
+    expected = contents(folder)
+    (source / "vae").mkdir()
+    monkeypatch.chdir(source)
+    for asked, recorded in (("other/vae", "other/vae"), ("vae", source / "vae")):
+        message = rf"vae-sd must have one vae, it was made with stabilityai/sd-vae-ft-mse, asked for is {recorded}:"
+        with pytest.raises(UserError, match=message):
+            encode(converted, vae=asked)
+    shutil.rmtree(converted / "images")
+    (source / "vae").rmdir()
+    prepare.convert(Convert(source, converted, size=2 * SIZE, workers=2))
+    with pytest.raises(UserError, match=r"must have one image side, it was made with 16, asked for is 32"):
         encode(converted)
+    assert contents(folder) == expected
+
+
+def test_encode_adds_latents_of_images_that_were_added(converted, source, capsys):
+    folder = encode(converted)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.npy")}
+    shutil.copy(source / "dog/dog_3.png", source / "dog/new.png")
+    prepare.convert(Convert(source, converted, size=SIZE, workers=2))
+    encode(converted)
+    assert "41 latents, of which 6 were encoded now" in capsys.readouterr().out  # the batch of it: 41 = 5 x 7 + 6
+    assert sum(path.stat().st_mtime_ns == time_ns for path, time_ns in before.items()) == 35
+    items = Latents(converted, n_class=4)
+    assert len(items) == 41 and items.labels[items.names.index("dog/new")] == 3
 
 
 def test_encode_refuses_a_folder_without_converted_images(tmp_path):
@@ -341,11 +408,13 @@ def test_command_line_converts_and_encodes_with_a_vae_from_a_folder(source, tmp_
     tiny_vae().autoencoder.save_pretrained(tmp_path / "vae")
     done = run("convert", source, "--out", tmp_path / "data", "--size", SIZE)
     assert done.returncode == 0, done.stderr
-    done = run("encode", tmp_path / "data", "--vae-folder", tmp_path / "vae", "--device", "cpu")
+    done = run("encode", tmp_path / "data", "--vae", tmp_path / "vae", "--device", "cpu")
     assert done.returncode == 0, done.stderr
-    assert len(Latents(tmp_path / "data", n_class=4)) == 40
+    assert "100%" in done.stderr  # a log has a bar too
+    items = Latents(tmp_path / "data", n_class=4)
+    assert len(items) == 40 and items.vae == str(tmp_path / "vae")
     refused = run("convert", source, "--out", tmp_path / "data", "--size", 0)
     assert refused.stderr.splitlines() == ["error: size must be 1 or more; got 0"]
-    refused = run("encode", tmp_path / "data", "--vae-folder", source, "--device", "cpu")
+    refused = run("encode", tmp_path / "data", "--vae", source, "--device", "cpu")
     assert refused.returncode == 1
-    assert refused.stderr.splitlines()[-1].startswith(f"error: {source} must hold stabilityai/sd-vae-ft-mse's")
+    assert refused.stderr.splitlines()[-1].startswith(f"error: {source} ")

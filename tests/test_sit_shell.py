@@ -92,7 +92,7 @@ def test_folder_of_images_becomes_samples_by_the_imagenet_path(tmp_path):
     tiny_vae(latent_channels=4).autoencoder.save_pretrained(vae)
     tiny_dinov2().save_pretrained(encoder)
     convert(Convert(tmp_path / "source", data, size=64, workers=1))
-    encode(Encode(data, vae_folder=vae, device="cpu", workers=1))
+    encode(Encode(data, vae=str(vae), device="cpu", workers=1))
 
     flags = {
         "data.folder": data, "data.vae": vae, "objective.encoder_folder": encoder, "model.z_dim": DINOV2["hidden_size"],

@@ -139,7 +139,7 @@ def test_run_of_the_same_name_is_moved_aside_not_overwritten(tiny):
     assert not (run_folder(tiny) / "checkpoints").exists()
 
 
-def test_non_finite_steps_are_skipped_counted_and_end_the_run_with_the_checkpoint_intact(tiny, monkeypatch):
+def test_non_finite_steps_are_skipped_counted_and_end_the_run_with_the_checkpoint_intact(tiny, monkeypatch, capsys):
     honest, losses = training.accumulate_gradient, []
 
     def sometimes_nan(*arguments):
@@ -147,8 +147,9 @@ def test_non_finite_steps_are_skipped_counted_and_end_the_run_with_the_checkpoin
         return losses[-1] if len(losses) in (1, 2, 3, 4, 6) else math.nan  # step 5, then from 7 on
 
     monkeypatch.setattr(training, "accumulate_gradient", sometimes_nan)
-    with pytest.raises(UserError, match="the 10 steps up to 16 had none"):
+    with pytest.raises(UserError, match="the 10 steps up to 16 had none") as caught:
         train(tiny, "--steps", "100")
+    assert capsys.readouterr().err.endswith("\n"), caught  # the bar's line has ended; what is caught keeps it alive
     lines = {line["step"]: line for line in read_metrics(run_folder(tiny))}
     assert [lines[step]["skipped"] for step in (4, 5, 6, 7, 15)] == [0, 1, 1, 2, 10]
     # Nothing moved the weights after step 6, and the checkpoints of steps 8 and 12 are whole.
