@@ -21,6 +21,8 @@ class Items(Protocol):
 
     shape: tuple[int, int, int]  # of one x: (C, H, W)
     n_class: int
+    vae: str  # name or folder of the VAE whose latents they are; "" where it is not known, or there is none
+    scaling: float  # of the latents
 
     def __len__(self) -> int: ...
 
@@ -38,6 +40,8 @@ class Pixels:
     images: Tensor
     labels: Tensor
     n_class: int
+    vae: str = ""
+    scaling: float = 1.0
 
     @property
     def shape(self) -> tuple[int, int, int]:

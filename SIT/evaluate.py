@@ -5,12 +5,15 @@
 
 Digits: 1,000 are drawn from each run, without guidance. A judge, a network that was trained apart, says which share is
 recognised as the class asked for, and gives the features in which the Frechet distance to the training digits is
-taken. The same measures of the validation digits stand beside them: no model needs to be better.
+taken. Beside these stand the losses of the run's last validation, and above them the validation digits' own measures:
+no model needs to be better.
 """
 
 import json
+import math
 import re
 import statistics
+import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +24,24 @@ import tyro
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from common import UserError, launch, warn
+from common import UserError, launch, one_line, progress, warn
 from common.config import at_least
 from common.figure import FAINT, INK, markdown, mean_and_spread, new_figure, save, style_of
-from SIT.data import Pixels, digits
+from common.runlog import read_metrics
+from SIT.data import Pixels, digits, to_images
 from SIT.digits import FOLDER, JUDGE_FILE, DigitsCNN, load_digits_cnn
-from SIT.sample import Sampler, draw, labels_of, load_run, open_decoder, picture
+from SIT.latents import IMAGE_SUFFIXES
+from SIT.sample import Sampler, draw, labels_of, load_run, picture
 
 COLUMNS, LINES = 20, 2  # of the digits that the picture shows of a method; the classes take turns, two a line
 CLASSES = 10
+MEASURES = {
+    "denoising": "denoising loss",
+    "projection": "projection loss",
+    "recognised": "recognised",
+    "frechet": "Frechet distance",
+}
 EDGE = 1  # pixels around a digit
 DRAWN_AT_ONCE = 250
 
@@ -46,8 +56,9 @@ class Options:
     """Digits that are drawn."""
     steps: int = 50
     """Steps of Heun's method."""
-    out: Path = Path("images/sit_digits_samples.png")
-    """Picture of each method's first digits; beside it, as JSON, the measures of every run."""
+    out: Path | None = None
+    """Picture of each method's first digits; beside it, as JSON, the measures of every run. Default: samples.png in the
+    first folder."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,8 @@ class Run:
     images: Tensor  # (n, 1, 8, 8) uint8
     recognised: float
     frechet: float
+    denoising: float = math.nan  # its last losses on the validation digits
+    projection: float = math.nan
 
     @property
     def method(self) -> str:
@@ -100,16 +113,22 @@ def find_runs(folders: tuple[Path, ...]) -> list[Path]:
     return found
 
 
+def last_losses(run: Path) -> dict[str, float]:
+    """Return the denoising and the projection loss of a run's last validation."""
+    last = [line for line in read_metrics(run) if "val/loss" in line][-1]
+    return {name: last[f"val/{name}_loss"] for name in ("denoising", "projection")}
+
+
 def draw_digits(run: Path, options: Options) -> tuple[Tensor, Tensor, str]:
     """Draw a run's digits; returns images (n, 1, 8, 8), the labels asked for (n,) and the optimizer's name."""
     device = torch.device("cpu")  # they are small
     model, settings = load_run(run, device)
     if settings["data"]["kind"] != "digits":
         raise UserError(f"{run} is no run of digits; draw its images with SIT.sample --npz, and give that file")
-    decode, parts = open_decoder("digits", "", device), []
+    parts = []
     for start in range(0, options.count, DRAWN_AT_ONCE):
         numbers = list(range(start, min(start + DRAWN_AT_ONCE, options.count)))
-        parts.append(decode(draw(model, numbers, Sampler(options.steps), settings["objective"], 0, device)))
+        parts.append(to_images(draw(model, numbers, Sampler(options.steps), settings["objective"], 0, device)))
     labels = labels_of(list(range(options.count)), model.config.n_class)
     return torch.cat(parts), labels, settings["optimizer"]["name"]
 
@@ -118,32 +137,37 @@ def evaluate_digits(options: Options) -> str:
     """Measure all runs; writes the picture and its JSON, and returns the table."""
     at_least(COLUMNS * LINES, options, "count")
     at_least(1, options, "steps")
+    out = options.out or options.samples[0] / "samples.png"
     folders, splits, judge = find_runs(options.samples), digits(), load_digits_cnn(FOLDER / JUDGE_FILE)
     methods: dict[str, list[Run]] = defaultdict(list)
-    for folder in tqdm(folders, desc="evaluating", unit="run"):
+    for folder in progress(folders, desc="evaluating", unit="run"):
         images, labels, optimizer = draw_digits(folder, options)
         measures = measure(images, labels, judge, splits["train"])
+        measures |= last_losses(folder)
         run = Run(f"{folder.absolute().parent.name}/{folder.name}", optimizer, images, **measures)
+        if run.folder in [other.folder for other in methods[run.method]]:
+            raise UserError(f"runs must differ in group, method or seed; two are {run.folder}: evaluate them apart")
         methods[run.method].append(run)
     best_first = sorted(methods.values(), key=lambda runs: statistics.fmean(run.frechet for run in runs))
     real = measure(splits["val"].images, splits["val"].labels, judge, splits["train"])
-    draw_picture(best_first, Run("", "real", examples(splits["val"]), **real), options)
-    runs = [{name: vars(run)[name] for name in ("folder", "optimizer", *real)} for runs in best_first for run in runs]
+    draw_picture(best_first, Run("", "real", examples(splits["val"]), **real), options.count, out)
+    names = ("folder", "optimizer", *MEASURES)
+    runs = [{name: vars(run)[name] for name in names} for runs in best_first for run in runs]
     record = {"count": options.count, "steps": options.steps, "validation": real, "runs": runs}
-    options.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    return f"{table(best_first, real)}\n\ndigits of each: {options.out}"
+    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    return f"{table(best_first, real)}\n\ndigits of each: {out}"
 
 
 def table(methods: list[list[Run]], real: dict[str, float]) -> str:
     """Return a row for each method, with mean and spread over its seeds, after the validation digits'."""
-    rows = [["validation digits", "", *(f"{value:.3f}" for value in real.values())]]
+    rows = [["validation digits", "", *(f"{real[name]:.3f}" if name in real else "" for name in MEASURES)]]
     for runs in methods:
-        measures = [mean_and_spread([vars(run)[name] for run in runs]) for name in real]
+        measures = [mean_and_spread([vars(run)[name] for run in runs]) for name in MEASURES]
         rows.append([style_of(runs[0].optimizer).label, runs[0].method, *measures])
-    return markdown(["optimizer", "runs", "recognised", "Frechet distance"], rows)
+    return markdown(["optimizer", "runs", *MEASURES.values()], rows)
 
 
-def draw_picture(methods: list[list[Run]], real: Run, options: Options) -> None:
+def draw_picture(methods: list[list[Run]], real: Run, count: int, out: Path) -> None:
     """Draw the first digits of each method's first run, below real ones; names at the left, measures at the right."""
     runs = [real, *(of_method[0] for of_method in methods)]
     optimizers = [run.optimizer for run in runs]
@@ -154,7 +178,7 @@ def draw_picture(methods: list[list[Run]], real: Run, options: Options) -> None:
     shown = [pad(run.images[: COLUMNS * LINES], [EDGE] * 4) for run in runs]
     canvas = np.concatenate([np.pad(picture(each, COLUMNS, least_side=cell), ((0, gap), (0, 0))) for each in shown])
     groups = ", ".join(sorted({run.folder.split("/")[0] for run in runs[1:]}))
-    subtitle = f"recognised: the share of {options.count:,} that a judge takes for the class asked for"
+    subtitle = f"recognised: the share of {count:,} that a judge takes for the class asked for"
     figure, (panel,) = new_figure(f"sit, {groups}: samples", subtitle)
     figure.subplots_adjust(
         left=0.035 + 0.0125 * max(map(len, names)), right=0.79, bottom=0.02
@@ -173,7 +197,7 @@ def draw_picture(methods: list[list[Run]], real: Run, options: Options) -> None:
         label.set(color=INK if run is real else style.color, fontweight=style.weight)
         measures = f"{run.recognised:.1%} recognised\nFrechet {run.frechet:.2f}"
         panel.text(canvas.shape[1] + EDGE, middle, measures, color=FAINT, fontsize=11, va="center")
-    save(figure, options.out)
+    save(figure, out)
 
 
 def examples(items: Pixels) -> Tensor:
@@ -191,7 +215,13 @@ def fid(samples: Path, reference: Path | None) -> float:
     except ImportError as error:
         raise UserError(f"FID needs torch-fidelity ({error}): pip install torch-fidelity torchvision") from error
     inputs = [ImagesOf(path) if path.suffix == ".npz" else str(path) for path in (samples, reference)]
-    metrics = calculate_metrics(input1=inputs[0], input2=inputs[1], fid=True, cuda=torch.cuda.is_available())
+    deep = {"samples_find_deep": True, "samples_find_ext": ",".join(suffix[1:] for suffix in sorted(IMAGE_SUFFIXES))}
+    try:  # a folder has one for each class
+        metrics = calculate_metrics(
+            input1=inputs[0], input2=inputs[1], fid=True, cuda=torch.cuda.is_available(), **deep
+        )
+    except ValueError as error:
+        raise UserError(f"FID needs images; torch-fidelity finds none as it wants them: {one_line(error)}") from error
     return metrics["frechet_inception_distance"]
 
 
@@ -199,7 +229,16 @@ class ImagesOf(Dataset):
     """The images of a .npz (n, side, side, 3), one by one, as torch-fidelity takes them: uint8 (3, side, side)."""
 
     def __init__(self, path: Path):
-        self.images = np.load(path)["arr_0"]
+        try:
+            content = np.load(path)
+            self.images = content["arr_0"]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} must be a .npz of images, as SIT.sample --npz writes, is not: {error}") from error
+        if "mu" in content:
+            raise UserError(
+                f"{path} is ADM's reference: its images are a tenth of those of its statistics, and FID against them "
+                "another number; give a folder of images, or measure with ADM's evaluator"
+            )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -210,9 +249,11 @@ class ImagesOf(Dataset):
 
 def main() -> None:
     options = tyro.cli(Options, prog="python -m SIT.evaluate", description=__doc__)
-    if not options.samples:
-        raise UserError("need runs of digits, or a .npz, to measure; none is named")
-    if options.samples[0].suffix == ".npz":
+    files = [path for path in options.samples if path.suffix == ".npz"]
+    if not options.samples or (files and len(options.samples) > 1):
+        named = ", ".join(map(str, options.samples)) or "nothing"
+        raise UserError(f"need runs of digits, or one .npz, to measure; got {named}")
+    if files:
         print(f"FID of {options.samples[0]}: {fid(options.samples[0], options.reference):.3f}")
     else:
         print(evaluate_digits(options))

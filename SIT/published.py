@@ -1,11 +1,18 @@
-"""Weights of published SiT (github.com/willisma/SiT) and REPA (github.com/sihyun-yu/REPA) checkpoints."""
+"""Weights of published SiT (github.com/willisma/SiT) and REPA (github.com/sihyun-yu/REPA) checkpoints.
 
+python -m SIT.sample SiT-XL-2-256.pt --method sde --steps 250 --guidance 1.5 --npz
+"""
+
+import argparse
+import pickle
 from collections.abc import KeysView, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from SIT.model import SiT
+from common import UserError, one_line
+from SIT.model import SIZES, ModelConfig, SiT
 from SIT.tokens import timestep_frequencies
 
 RENAMED = {  # the start of a published name -> ours; every other name is the same
@@ -14,19 +21,50 @@ RENAMED = {  # the start of a published name -> ours; every other name is the sa
     "y_embedder.embedding_table.": "y_embedder.",
     "projectors.0.": "projector.",
 }
+# What a run's config.json says of a model, of theirs.
+PUBLISHED = {
+    "data": {"kind": "latents", "vae": ""},
+    "objective": {"path": "linear", "prediction": "velocity", "label_dropout": 0.1},
+}
+
+
+def open_published(path: Path) -> SiT:
+    """Read a checkpoint file of one of the published sizes, without its projector; raises UserError for another."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # REPA's keep their arguments
+            state_dict = torch.load(path, map_location="cpu", weights_only=True)
+        model = SiT(_shape_of(state_dict.get("ema", state_dict)))
+        load_published(model, state_dict)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, AttributeError, KeyError, ValueError) as error:
+        raise UserError(f"{path} must be a published SiT or REPA checkpoint, is not ({one_line(error)})") from error
+    return model
+
+
+def _shape_of(state: Mapping[str, Tensor]) -> ModelConfig:
+    width, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+    depth = sum(name.endswith(".attn.qkv.weight") for name in state)
+    sizes = [
+        size for size, of in SIZES.items() if (of["depth"], of["width"], of["patch_size"]) == (depth, width, patch_size)
+    ]
+    if not sizes:
+        raise ValueError(f"its depth, width and patch, {depth}, {width} and {patch_size}, are of no size")
+    grid = round(state["pos_embed"].shape[1] ** 0.5)
+    n_class = len(state["y_embedder.embedding_table.weight"]) - 1
+    return ModelConfig(sizes[0], input_size=grid * patch_size, channels=channels, n_class=n_class, z_dim=0)
 
 
 def load_published(model: SiT, state_dict: Mapping) -> None:
     """Copy a published checkpoint's weights into a model of the same shape.
 
-    state_dict: published names -> tensors, or a REPA checkpoint, of which the average ("ema") is taken. SiT's own
-    checkpoints, told by outputs that are doubled (the second half, a variance, is unused there), predict the velocity
-    of a time that runs from noise to data; they are converted exactly to a time from data to noise, as REPA's have it.
-    A projector is left out where the model has none.
+    state_dict: published names -> tensors, or a REPA checkpoint, of which the average ("ema") is taken. REPA's have a
+    projector, which is left out where the model has none. SiT's own, told by outputs that are doubled (the second
+    half, a variance, is unused there), predict the velocity of a time that runs from noise to data; they are converted
+    exactly to a time from data to noise, as REPA's have it.
 
-    Raises ValueError for what is missing, not known, or of another shape.
+    Raises ValueError for what is missing, not known, or of another shape, and where nothing tells the two apart.
     """
     state = {_renamed(name): tensor for name, tensor in state_dict.get("ema", state_dict).items()}
+    repa = any(name.startswith("projector.") for name in state)
     if model.projector is None:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("projector.")}
     expected = model.state_dict()
@@ -36,6 +74,11 @@ def load_published(model: SiT, state_dict: Mapping) -> None:
     if len(state["final_layer.linear.bias"]) == 2 * len(expected["final_layer.linear.bias"]):
         _halve_outputs(state, model.config.channels)
         _reverse_time(state)
+    elif not repa:
+        raise ValueError(
+            "the checkpoint must have doubled outputs, as SiT's, or projectors, as REPA's, to tell which way its time "
+            "runs; it has neither"
+        )
     for name, tensor in expected.items():
         if state[name].shape != tensor.shape:
             wanted, came = tuple(tensor.shape), tuple(state[name].shape)

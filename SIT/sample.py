@@ -3,6 +3,7 @@ r"""Draw images from a trained SiT, by the average of its weights.
     python -m SIT.sample runs/sit/digits/RUN --count 100                 # a picture of them
     torchrun --standalone --nproc-per-node 8 -m SIT.sample RUN --count 50000 --method sde --steps 250 \
         --guidance 1.8 --interval 0 0.7 --npz                            # and the file that ADM's evaluator reads
+    python -m SIT.sample SiT-XL-2-256x256.pt --guidance 4                # a published SiT or REPA checkpoint
 
 Image i has noise of its own, drawn from (seed, i), and the class i mod n_class: it depends neither on the ranks nor on
 the batch, up to rounding.
@@ -20,12 +21,14 @@ import torch
 import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from common import UserError, checkpoint, launch
+from common import UserError, checkpoint, launch, one_line, progress
+from common.config import at_least
 from SIT import transport
 from SIT.data import to_images
+from SIT.files import check_space, write_whole
 from SIT.model import ModelConfig, SiT
+from SIT.published import PUBLISHED, open_published
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,17 +53,17 @@ class Sampler:
 @dataclass(frozen=True)
 class Options(Sampler):
     run: tyro.conf.Positional[Path] = Path()
-    """Folder of a run, with config.json and checkpoints/."""
+    """Folder of a run, with config.json and checkpoints/; or a published checkpoint, a file."""
     count: int = 64
     """How many images; the classes take turns."""
     out: Path | None = None
-    """The picture; default: samples.png in the run's folder. The .npz lies beside it."""
+    """The picture, a .png; default: samples.png in the run's folder. The .npz lies beside it."""
     npz: bool = False
     """Also write all images as samples.npz: arr_0 (count, side, side, 3) uint8, arr_1 their classes."""
     batch_size: int = 64
     """Images that one rank draws at once."""
     vae: str = ""
-    """Folder of the VAE, if it is not in the Hugging Face cache."""
+    """Name on the Hugging Face Hub, or folder, of the VAE; default: the one that the run's latents are of."""
     seed: int = 0
     """The same seed gives the same images."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -120,21 +123,35 @@ def picture(images: Tensor, columns: int, least_side: int = 32) -> "Image":
     return Image.fromarray(whole.repeat(scale, 0).repeat(scale, 1))
 
 
-def open_decoder(kind: str, vae_folder: str, device: torch.device) -> Decode:
-    """Return what turns the model's outputs into images: of pixels a scale, of latents the VAE."""
+def open_decoder(kind: str, vae: str, channels: int, device: torch.device, scaling: float | None = None) -> Decode:
+    """Return what turns the model's outputs into images: of pixels a scale, of latents the VAE of this name or folder.
+
+    Raises UserError for a VAE of other channels or, where it is known, of another scaling than the latents'.
+    """
     if kind == "digits":
         return to_images
-    from SIT.vae import load_vae
+    from SIT.vae import DEFAULT, load_vae
 
-    return load_vae(folder=vae_folder or None, device=device).decode
+    autoencoder = load_vae(vae or DEFAULT, device)
+    if (autoencoder.channels, autoencoder.scaling) != (channels, scaling or autoencoder.scaling):
+        wanted = f"{channels} channels" + (f" and scaling {scaling}" if scaling else "")
+        raise UserError(
+            f"need the VAE that encoded the latents, of {wanted}; {vae or DEFAULT} has {autoencoder.channels} and "
+            f"{autoencoder.scaling}: name the other, as data.vae in training and as --vae in sampling"
+        )
+    return autoencoder.decode
 
 
 def load_run(folder: Path, device: torch.device) -> tuple[SiT, dict[str, Any]]:
     """Read a run's config and its newest average of weights, whichever layout it was trained in."""
-    record = folder / "config.json"
-    content = json.loads(record.read_text()) if record.is_file() else {}
+    try:
+        content = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"need the folder of a SIT run, with config.json and checkpoints; {folder} is none ({one_line(error)})"
+        ) from error
     if content.get("experiment") != "sit":
-        raise UserError(f"need the folder of a SIT run, with config.json and checkpoints; {folder} is none")
+        raise UserError(f"need the folder of a SIT run; {folder} is of {content.get('experiment')}: name another")
     settings = content["config"]
     config = ModelConfig(**settings["model"])
     both = nn.ModuleDict({"model": SiT(config), "average": SiT(config)})
@@ -145,58 +162,84 @@ def load_run(folder: Path, device: torch.device) -> tuple[SiT, dict[str, Any]]:
     return model, settings
 
 
+def open_model(options: Options, device: torch.device) -> tuple[SiT, dict[str, Any], Decode]:
+    """Open what is sampled: the model, the config's section of its objective, and what decodes its outputs."""
+    if options.run.is_file():
+        model, settings = open_published(options.run).to(device).eval(), PUBLISHED
+    else:
+        model, settings = load_run(options.run, device)
+    if options.guidance != 1 and settings["objective"]["label_dropout"] == 0:
+        raise UserError(
+            f"--guidance {options.guidance:g} needs a model that learnt to go without a class, {options.run} was "
+            "trained with objective.label_dropout 0: leave --guidance out"
+        )
+    vae = options.vae or settings["data"]["vae"]
+    return model, settings["objective"], open_decoder(settings["data"]["kind"], vae, model.config.channels, device)
+
+
 def sample(options: Options, ranks: launch.Launch) -> Path:
     """Draw the images, each rank its share, and write them; returns the picture's path."""
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as in training
-    model, settings = load_run(options.run, ranks.device)
-    decode = open_decoder(settings["data"]["kind"], options.vae or settings["data"]["vae"], ranks.device)
-    out = options.out or options.run / "samples.png"
+    run = options.run
+    out = options.out or (run.with_name(f"{run.stem}-samples.png") if run.is_file() else run / "samples.png")
+    if out.suffix != ".png":
+        raise UserError(f"--out is the picture, a .png, beside which --npz writes its file; got {out}: name a .png")
+    model, objective, decode = open_model(options, ranks.device)
+    launch.on_main(lambda: out.parent.mkdir(parents=True, exist_ok=True))
     together = options.batch_size * ranks.world_size
-    everything = []  # on rank 0: (B, side, side, 1 or 3) each
-    for start in tqdm(range(0, options.count, together), disable=not ranks.is_main, desc="sampling", unit="round"):
-        first = start + options.batch_size * ranks.rank
-        mine = list(range(first, min(first + options.batch_size, options.count)))  # the last round may leave none
-        images = None
-        if mine:
-            images = decode(draw(model, mine, options, settings["objective"], options.seed, ranks.device))
-            images = images.permute(0, 2, 3, 1).cpu().numpy()  # (B, side, side, 1 or 3)
-        everything += [part for part in gather(images, ranks) if part is not None]
+    images, filled = None, 0  # on rank 0: (count, side, side, 1 or 3)
+    rounds = range(0, options.count, together)
+    with progress(rounds, is_main=ranks.is_main, desc="sampling", unit="round") as bar:  # ends its line before an error
+        for start in bar:
+            first = start + options.batch_size * ranks.rank
+            mine = list(range(first, min(first + options.batch_size, options.count)))  # the last round may leave none
+            drawn = None
+            if mine:
+                drawn = decode(draw(model, mine, options, objective, options.seed, ranks.device))
+                drawn = drawn.permute(0, 2, 3, 1).cpu().numpy()  # (B, side, side, 1 or 3)
+            for part in gather(drawn, ranks):
+                if images is None:
+                    check_space(out.parent, int(options.npz), options.count * 3 * part[0, ..., 0].size)
+                    images = np.empty((options.count, *part.shape[1:]), np.uint8)  # once: 50,000 are 10 GB
+                images[filled : filled + len(part)] = part
+                filled += len(part)
     if ranks.is_main:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        images = np.concatenate(everything)  # (count, side, side, 1 or 3)
-        shown = torch.from_numpy(images[:100]).permute(0, 3, 1, 2)
-        picture(shown, columns=max(1, round(len(shown) ** 0.5))).save(out)
         if options.npz:
             labels = labels_of(list(range(options.count)), model.config.n_class).numpy()
-            np.savez(out.with_suffix(".npz"), images.repeat(3 // images.shape[-1], axis=-1), labels)
+            colored = np.broadcast_to(images, (*images.shape[:-1], 3))
+            write_whole(out.with_suffix(".npz"), lambda opened: np.savez(opened, colored, labels))
+        shown = torch.from_numpy(images[:100]).permute(0, 3, 1, 2)
+        picture(shown, columns=max(1, round(len(shown) ** 0.5))).save(out)
         print(f"{options.count} images: {out}" + (f", {out.with_suffix('.npz')}" if options.npz else ""))
     return out
 
 
-def gather(images: np.ndarray | None, ranks: launch.Launch) -> list[np.ndarray | None]:
-    """Bring all ranks' images to rank 0, in the order of the ranks."""
-    if not dist.is_initialized():
-        return [images]
-    parts = [None] * ranks.world_size if ranks.is_main else None
-    dist.gather_object(images, parts)
-    return parts or []
+def gather(images: np.ndarray | None, ranks: launch.Launch) -> list[np.ndarray]:
+    """Bring all ranks' images to rank 0, in the order of the ranks; a rank may have none."""
+    parts = [images]
+    if dist.is_initialized():
+        parts = [None] * ranks.world_size if ranks.is_main else []
+        dist.gather_object(images, parts or None)
+    return [part for part in parts if part is not None]
 
 
-def preview(average: nn.Module, decode: Decode, settings: Any, ranks: launch.Launch, out: Path) -> None:
-    """Draw a few images in the middle of training; under FSDP every rank takes part, and all draw the same."""
+def preview(average: nn.Module, decode: Decode, settings: Any, ranks: launch.Launch, folder: Path, step: int) -> None:
+    """Draw a few images into samples/ in the middle of training; all ranks draw the same, and under FSDP all must."""
     objective = {"path": settings.objective.path, "prediction": settings.objective.prediction}
     count, sampler = settings.eval.preview, Sampler(steps=settings.eval.preview_steps)
     drawn = draw(average, list(range(count)), sampler, objective, 0, ranks.device)
     if ranks.is_main:
+        out = folder / "samples" / f"{step:08d}.png"
         out.parent.mkdir(exist_ok=True)
         picture(decode(drawn), columns=max(1, round(count**0.5))).save(out)
 
 
 def main() -> None:
     options = tyro.cli(Options, prog="python -m SIT.sample", description=__doc__)
-    for name in ("count", "steps", "batch_size"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    at_least(1, options, "count", "steps", "batch_size")
+    at_least(0, options, "seed")
+    if not math.isfinite(options.guidance):
+        raise UserError(f"--guidance must be a finite number, got {options.guidance}; 1 is none")
     sample(options, launch.start(options.device))
     launch.stop()
 

@@ -15,15 +15,15 @@ import math
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from common import Diverged, UserError, checkpoint, config, launch
+from common import Diverged, UserError, checkpoint, config, launch, progress
 from common.checkpoint_folder import CheckpointConfig
 from common.config import at_least
 from common.optimizer_config import OptimizerConfig
@@ -40,7 +40,7 @@ from SIT.latents import Latents
 from SIT.model import ModelConfig, SiT, tensor_roles
 from SIT.sample import open_decoder, preview, seeded
 from SIT.transport import Path as NoisePath
-from SIT.transport import denoising_loss, interpolate, projection_loss, times
+from SIT.transport import Prediction, denoising_loss, interpolate, projection_loss, times
 
 TRAINING, VALIDATION = 1, 2  # what noise and times are drawn for: never the same ones for both
 MAX_SKIPPED = 10  # non-finite steps in a row after which a run is lost; fp16's loss scale recovers within these
@@ -61,12 +61,14 @@ class DataConfig:
     flips: bool = False
     """Mirror every second image, at random; needs `prepare encode --flip`."""
     vae: str = ""
-    """Folder of the VAE, which previews need, if it is not in the Hugging Face cache."""
+    """Name on the Hugging Face Hub, or folder, of the VAE, for previews; empty: the one that made the latents."""
     on_corrupt: Literal["fail", "skip"] = "fail"
     """What to do with a file that cannot be read: end, or skip it with a warning."""
 
     def __post_init__(self):
         at_least(1, self, "batch_size", "micro_batch")
+        if self.flips and self.kind == "digits":
+            raise config.ConfigError("flips are for latents; mirrored digits are none: leave data.flips out")
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class ObjectiveConfig:
 
     path: Literal["linear", "cosine"] = "linear"
     """The path from data to noise."""
-    prediction: Literal["velocity", "noise", "data", "score"] = "velocity"
+    prediction: Prediction = "velocity"
     """What the network predicts."""
     times: Literal["uniform", "lognormal"] = "uniform"
     """How times are drawn."""
@@ -130,7 +132,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: Optimizer = field(default_factory=Optimizer)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    schedule: ScheduleConfig = field(default_factory=partial(ScheduleConfig, warmup=0, decay="constant"))  # as REPA
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -194,7 +196,10 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
     folder = Path(settings.out, settings.group, name)
     items = open_items(settings, ranks)
     encoder = open_encoder(settings, ranks)
-    decode = open_decoder(settings.data.kind, settings.data.vae, ranks.device) if settings.eval.preview else None
+    vae = settings.data.vae or items["train"].vae
+    settings = replace(settings, data=replace(settings.data, vae=vae))  # a run's record names what decodes its samples
+    kind, channels, scaling = settings.data.kind, settings.model.channels, items["train"].scaling
+    decode = open_decoder(kind, vae, channels, ranks.device, scaling) if settings.eval.preview else None
     launch.seed_all(settings.seed)  # after all else that may draw: the weights depend on nothing but the seed
     model, average, network = build_model(settings, items["train"], encoder, ranks)
     both = nn.ModuleDict({"model": model, "average": average})  # what a checkpoint holds
@@ -226,12 +231,13 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
     if step == 0:
         first = {"images": 0, "optimizer_state_mb": optimizer.state_size() / 1e6}
         runlog.log(0, first | evaluate(average, items["val"], encoder, settings, ranks))
+        if decode:
+            preview(average, decode, settings, ranks, folder, step)
 
     batches = read_batches(items["train"], range(step, settings.steps), settings, ranks)
     timer = Timer(ranks.device)
-    pace = 1.0 if sys.stderr.isatty() else 30.0  # seconds between two states of the bar; a log keeps them all
-    bar = tqdm(total=settings.steps, initial=step, desc=name, disable=not ranks.is_main, mininterval=pace)
-    with launch.StopRequest() as stop:
+    bar = progress(total=settings.steps, initial=step, desc=name, is_main=ranks.is_main)
+    with bar, launch.StopRequest() as stop:
         asked, shown = False, {}
         while step < settings.steps and not asked:
             timer.start()
@@ -267,8 +273,6 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
                 metrics |= speed(timer.medians(), settings, ranks)
             if step % settings.eval.every == 0 or last:
                 metrics |= evaluate(average, items["val"], encoder, settings, ranks)
-                if decode:
-                    preview(average, decode, settings, ranks, folder / "samples" / f"{step:08d}.png")
             if metrics:
                 runlog.log(step, {"images": step * settings.data.batch_size, **metrics})
                 shown |= {key: f"{metrics[key]:.4f}" for key in ("train/loss", "val/loss") if key in metrics}
@@ -278,10 +282,11 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
                 extra = {"config": config.to_dict(settings), "scaler": scaler.state_dict()}
                 extra |= {"skipped": skipped, "in_a_row": in_a_row}
                 checkpoint.save(folder / "checkpoints", step, both, optimizer, extra, settings.checkpoint.keep)
+            if decode and "val/loss" in metrics:
+                preview(average, decode, settings, ranks, folder, step)
             if last and ranks.is_main:
                 write_end(folder, step, metrics)
             bar.update()
-    bar.close()
     runlog.finish()
     if step < settings.steps and ranks.is_main:
         after = "the same command with --resume continues" if settings.checkpoint.every else "checkpoints are off"
@@ -476,9 +481,10 @@ def same_experiment(saved: dict | None, settings: Config) -> None:
     """Refuse to resume with another model, data or optimizer than the checkpoint's; length and logs may change."""
     if saved is None:
         return
-    # eval.images decides what is left to train on; the rate is in the run's name.
+    # eval.images decides what is left to train on; the rate is in the run's name; folders may have been moved.
     names = ("clip", "dtype", "ema", "eval.images", "model", "data", "objective", "optimizer", "schedule")
-    but = ("data.micro_batch", "data.on_corrupt", "data.vae", "optimizer.lr", "optimizer.tuned_lr")
+    but = ("data.folder", "data.micro_batch", "data.on_corrupt", "data.vae", "objective.encoder_folder")
+    but += ("optimizer.lr", "optimizer.tuned_lr")
     config.refuse_changes(saved["config"], config.to_dict(settings), names, but)
 
 

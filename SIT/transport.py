@@ -8,13 +8,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PREDICTIONS = ("velocity", "noise", "data", "score")
+Prediction = Literal["velocity", "noise", "data", "score"]
+PREDICTIONS = get_args(Prediction)
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x (B, ...), t (B,)) -> (B, ...)
 
 # Where a or s is 0 a prediction of noise does not determine the data, nor one of data or score the noise. SiT leaves

@@ -25,6 +25,7 @@ class VAE:
     def __init__(self, autoencoder: "AutoencoderKL"):
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.scaling = float(autoencoder.config.scaling_factor)  # 0.18215 of Stable Diffusion 1's and 2's
+        self.channels = autoencoder.config.latent_channels  # C
 
     def to(self, device: torch.device | str) -> "VAE":
         """Move it to a device."""
@@ -39,7 +40,7 @@ class VAE:
             raise UserError(
                 f"the VAE needs images whose side is a multiple of {factor}, got {side}: convert them again"
             )
-        return shape.latent_channels, side // factor, side // factor
+        return self.channels, side // factor, side // factor
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -53,14 +54,15 @@ class VAE:
         return to_images(self.autoencoder.decode(latents.float() / self.scaling).sample)
 
 
-def load_vae(name: str = DEFAULT, folder: str | Path | None = None, device: torch.device | str = "cpu") -> VAE:
-    """Load a VAE from a folder with its config.json and weights or, without one, by its name on the Hugging Face Hub.
+def load_vae(name: str = DEFAULT, device: torch.device | str = "cpu") -> VAE:
+    """Load a VAE by its name on the Hugging Face Hub, or from a folder with its config.json and weights.
 
     Raises UserError where it is not there.
     """
     from diffusers import AutoencoderKL
 
-    return VAE(load_pretrained(AutoencoderKL, name, folder)).to(device)
+    where = (DEFAULT, name) if Path(name).is_dir() else (name, None)
+    return VAE(load_pretrained(AutoencoderKL, *where)).to(device)
 
 
 def vae_from_config(**shape: Any) -> VAE:

@@ -73,6 +73,8 @@ def distribute(
     network = place(model, settings, ranks, dtype, compile, trained=True)
     if settings.mode == "ddp" and ranks.world_size > 1:
         devices = [ranks.device] if ranks.device.type == "cuda" else None
+        # torch 2.13 has a new name for it, which 2.11 does not know.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         network = DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)  # they are constants
     return network
 

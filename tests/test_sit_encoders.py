@@ -264,7 +264,7 @@ def test_vae_decode_matches_diffusers_after_the_scaling_is_undone():
 
 def test_vae_round_trip_matches_an_identity_put_in_its_place():
     class Identity(torch.nn.Module):
-        config = SimpleNamespace(scaling_factor=0.18215)
+        config = SimpleNamespace(scaling_factor=0.18215, latent_channels=3)
 
         def encode(self, pixels):
             return SimpleNamespace(latent_dist=SimpleNamespace(mean=pixels, std=torch.zeros_like(pixels)))
@@ -288,12 +288,12 @@ def test_load_vae_reads_a_folder_and_says_where_to_put_what_is_missing(tmp_path)
     tiny = tiny_vae()
     tiny.autoencoder.save_pretrained(tmp_path / "vae")
     images = uint8_images(1, 3, 16, 16)
-    assert torch.equal(vae.load_vae(folder=tmp_path / "vae").encode(images), tiny.encode(images))
+    assert torch.equal(vae.load_vae(str(tmp_path / "vae")).encode(images), tiny.encode(images))
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         UserError, match=r"empty must hold stabilityai/sd-vae-ft-mse's .* `hf download stabilityai/"
     ) as caught:
-        vae.load_vae(folder=tmp_path / "empty")
+        vae.load_vae(str(tmp_path / "empty"))
     assert "\n" not in str(caught.value)
 
 

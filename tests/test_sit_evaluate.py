@@ -1,6 +1,7 @@
 """SIT/evaluate.py: the Frechet distance by closed forms, the judge's measures, a table and a picture of runs."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,18 +86,22 @@ def test_table_of_several_runs_has_a_row_a_method_and_validation_first(runs, tmp
     out = tmp_path / "new" / "digits.png"
     printed = evaluate_digits(Options((runs / "runs",), count=60, steps=2, out=out))
     header, _, real, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[:5]]
-    assert header == ["optimizer", "runs", "recognised", "Frechet distance"]
-    assert real[:2] == ["validation digits", ""] and 0.5 < float(real[2]) < 1
+    assert header == ["optimizer", "runs", "denoising loss", "projection loss", "recognised", "Frechet distance"]
+    assert real[:4] == ["validation digits", "", "", ""] and 0.5 < float(real[4]) < 1
     assert sorted(row[:2] for row in rows) == [["AdamW", "default/adamw-lr4e-3"], ["OLion", "default/olion-lr4e-3"]]
     assert all(cell.endswith("(2 seeds)") for row in rows for cell in row[2:])
-    distances = [float(row[3].split(" ")[0]) for row in rows]
+    distances = [float(row[5].split(" ")[0]) for row in rows]
     assert distances == sorted(distances)
     assert "muon-lr4e-3-s1 diverged, and is left out" in capsys.readouterr().err
 
     record = json.loads(out.with_suffix(".json").read_text())
     of_method = [run["frechet"] for run in record["runs"] if run["optimizer"] == rows[0][0].lower()]
     assert len(record["runs"]) == 4 and sum(of_method) / 2 == pytest.approx(distances[0], abs=5e-4)
-    assert record["validation"]["recognised"] == pytest.approx(float(real[2]), abs=5e-4)
+    assert record["validation"]["recognised"] == pytest.approx(float(real[4]), abs=5e-4)
+    for name, key in (("denoising", "val/denoising_loss"), ("projection", "val/projection_loss")):
+        for run in record["runs"]:
+            last = (runs / "runs" / run["folder"] / "metrics.jsonl").read_text().splitlines()[-1]
+            assert run[name] == json.loads(last)[key]
 
 
 def test_picture_of_several_runs_shows_the_first_digits_of_each(runs, tmp_path, monkeypatch):
@@ -121,6 +126,10 @@ def test_picture_of_several_runs_shows_the_first_digits_of_each(runs, tmp_path, 
 def test_runs_that_cannot_be_measured_refuse_in_one_line(runs, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"need the folders of runs with checkpoints; {tmp_path} has none"):
         find_runs((tmp_path,))
+    with pytest.raises(UserError, match=r"two are default/adamw-lr4e-3-s1: evaluate them apart"):
+        shutil.copytree(runs / "runs" / "default" / "adamw-lr4e-3-s1", tmp_path / "default" / "adamw-lr4e-3-s1")
+        monkeypatch.setattr(evaluate, "FOLDER", runs)
+        evaluate_digits(Options((runs / "runs", tmp_path), count=40, steps=1, out=tmp_path / "a.png"))
     with pytest.raises(UserError, match="count must be 40 or more; got 9"):
         evaluate_digits(Options((runs,), count=9))
     monkeypatch.setattr(evaluate, "FOLDER", tmp_path)
@@ -141,8 +150,33 @@ def test_fid_hands_the_images_of_a_npz_to_torch_fidelity(tmp_path, monkeypatch):
     assert fid(tmp_path / "a.npz", tmp_path) == 1.5
     assert isinstance(seen["input1"], Dataset) and len(seen["input1"]) == 3  # torch-fidelity takes no list
     assert seen["input2"] == str(tmp_path) and seen["fid"]
+    assert seen["samples_find_deep"]  # SIT.prepare makes a folder for each class
     assert seen["input1"][1].dtype == torch.uint8
     assert np.array_equal(seen["input1"][1].numpy(), images[1].transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"mu": np.zeros(3), "arr_0": np.zeros((3, 4, 4, 3), np.uint8)}, "is ADM's reference"),
+        ({"x": np.zeros(3)}, "arr_0"),
+    ],
+)
+def test_fid_refuses_a_npz_of_something_else(tmp_path, monkeypatch, arrays, said):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace(calculate_metrics=None))
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(UserError, match=said):
+        fid(tmp_path / "a.npz", tmp_path / "a.npz")
+    (tmp_path / "a.npz").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"must be a \.npz of images"):
+        fid(tmp_path / "a.npz", tmp_path / "a.npz")
+
+
+def test_samples_must_be_runs_or_one_npz(monkeypatch):
+    for arguments in ([], ["a.npz", "b.npz"], ["runs", "a.npz"]):
+        monkeypatch.setattr(sys, "argv", ["SIT.evaluate", *arguments])
+        with pytest.raises(UserError, match=r"need runs of digits, or one \.npz"):
+            evaluate.main()
 
 
 def test_fid_refuses_without_torch_fidelity_or_a_reference(tmp_path, monkeypatch):

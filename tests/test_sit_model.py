@@ -1,5 +1,7 @@
 """SIT.model and what it is made of, against the published sizes, slow float64 formulas and published checkpoints."""
 
+import argparse
+import dataclasses
 import math
 import subprocess
 import sys
@@ -9,9 +11,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from common import UserError
 from optimizers import build_optimizer
-from SIT.model import Block, ModelConfig, SiT, modulation_names, tensor_roles
-from SIT.published import load_published
+from SIT.model import SIZES, Block, ModelConfig, SiT, modulation_names, tensor_roles
+from SIT.published import load_published, open_published
 from SIT.tokens import patchify, sincos_positions, unpatchify
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -325,6 +328,39 @@ def test_load_published_refuses_what_does_not_fit_in_one_line(change, named):
     with pytest.raises(ValueError, match=named) as caught:
         load_published(SiT(TINY), state)
     assert "\n" not in str(caught.value)
+
+
+def test_load_published_refuses_what_does_not_tell_which_way_its_time_runs():
+    config = ModelConfig(**{**vars(TINY), "z_dim": 0})
+    with pytest.raises(ValueError, match="doubled outputs, as SiT's, or projectors, as REPA's"):
+        load_published(SiT(config), published_state(config, projector=False))
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+def test_published_file_matches_the_network_that_it_is_loaded_into(tmp_path, monkeypatch, doubled):
+    monkeypatch.setitem(SIZES, "SiT-T/2", {"patch_size": 2, "depth": 2, "width": 16, "n_head": 2})
+    config = ModelConfig("SiT-T/2", input_size=8, n_class=5, encoder_depth=1, projector_width=8, z_dim=4)
+    state = published_state(config.resolved(), doubled, projector=not doubled)
+    torch.save({"ema": state, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "a.pt")
+    expected = SiT(dataclasses.replace(config, z_dim=0))
+    load_published(expected, state)
+    found = open_published(tmp_path / "a.pt")
+    assert found.config.resolved() == dataclasses.replace(
+        config.resolved(), z_dim=0, encoder_depth=4, projector_width=2048
+    )
+    batch = torch.randn(3, 4, 8, 8), torch.rand(3), torch.tensor([0, 4, 5])
+    assert torch.equal(found(*batch)[0], expected(*batch)[0])
+
+
+def test_file_that_is_no_published_checkpoint_is_refused_in_one_line(tmp_path):
+    for content in ({"ema": {}}, [1], {"ema": published_state(TINY)}):
+        torch.save(content, tmp_path / "a.pt")
+        with pytest.raises(UserError, match=r"a\.pt must be a published SiT or REPA checkpoint") as caught:
+            open_published(tmp_path / "a.pt")
+        assert "\n" not in str(caught.value)
+    (tmp_path / "a.pt").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"a\.pt must be"):
+        open_published(tmp_path / "a.pt")
 
 
 # --- roles

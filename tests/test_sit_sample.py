@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from ranks import Ranks
+from tiny_sit import tiny_vae
 from tiny_sit_run import ONE, random_model
 from torch import Tensor, nn
 
@@ -19,9 +20,9 @@ from common.launch import Launch
 from SIT import sample as sampling
 from SIT.data import to_images
 from SIT.model import ModelConfig, SiT
-from SIT.sample import Options, Sampler, draw, load_run, picture, sample
+from SIT.sample import Options, Sampler, draw, load_run, open_decoder, picture, sample
 
-OBJECTIVE = {"path": "linear", "prediction": "velocity"}
+OBJECTIVE = {"path": "linear", "prediction": "velocity", "label_dropout": 0.1}
 CPU = torch.device("cpu")
 SAMPLERS = [Sampler(3, "euler"), Sampler(3, "heun"), Sampler(3, "sde"), Sampler(3, "heun", guidance=2.0)]
 
@@ -139,8 +140,11 @@ def test_folder_that_is_no_run_refuses_in_one_line(model, tmp_path):
         with pytest.raises(UserError, match="need the folder of a SIT run") as refusal:
             load_run(folder, CPU)
         assert "\n" not in str(refusal.value)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"need the folder of a SIT run, .* is none"):
+        load_run(tmp_path, CPU)
     write_record(tmp_path, model.config, experiment="nanogpt")
-    with pytest.raises(UserError, match="need the folder of a SIT run"):
+    with pytest.raises(UserError, match=r"need the folder of a SIT run; .* is of nanogpt"):
         load_run(tmp_path, CPU)
     write_record(tmp_path, model.config)
     with pytest.raises(UserError, match=r"has no checkpoint to sample from"):
@@ -150,8 +154,11 @@ def test_folder_that_is_no_run_refuses_in_one_line(model, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--count", "0"], "count must be at least 1, got 0"),
-        (["--batch-size", "-3"], "batch-size must be at least 1, got -3"),
+        (["--count", "0"], "count must be 1 or more; got 0"),
+        (["--batch-size", "-3"], "batch_size must be 1 or more; got -3"),
+        (["--seed", "-1"], "seed must be 0 or more; got -1"),
+        (["--guidance", "nan"], "--guidance must be a finite number, got nan"),
+        (["--out", "a.npz", "--npz"], "--out is the picture, a .png, beside which --npz writes its file; got a.npz"),
         (["--guidance", "2", "--interval", "0.8", "0.2"], "a guidance interval must be 0 <= low <= high <= 1"),
     ],
 )
@@ -162,3 +169,41 @@ def test_bad_option_ends_the_program_with_one_line(run, monkeypatch, capsys, arg
     assert ended.value.code == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ") and said in last
+
+
+def test_guidance_refuses_a_model_that_never_went_without_a_class(run, tmp_path, model, monkeypatch):
+    monkeypatch.setitem(OBJECTIVE, "label_dropout", 0.0)
+    write_record(tmp_path, model.config)
+    (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
+    with pytest.raises(UserError, match="label_dropout 0: leave --guidance out"):
+        sample(Options(run=tmp_path, guidance=2.0, device="cpu"), ONE)
+    sample(Options(run=tmp_path, count=1, steps=1, device="cpu"), ONE)
+
+
+def test_npz_is_whole_or_not_there_and_too_small_a_disk_refuses_before_all_is_drawn(run, tmp_path, monkeypatch):
+    out, options = tmp_path / "a.png", Options(run=run, count=30, batch_size=10, steps=1, npz=True, device="cpu")
+    rounds = []
+    monkeypatch.setattr(sampling, "draw", lambda *given: rounds.append(0) or draw(*given))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 4096}))
+    with pytest.raises(UserError, match="make room"):
+        sample(replace(options, out=out), ONE)
+    assert len(rounds) == 1
+    monkeypatch.undo()
+
+    def interrupted(opened, *arrays):
+        opened.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample(replace(options, out=out), ONE)
+    assert not out.with_suffix(".npz").exists()
+
+
+def test_decoder_of_another_vae_is_refused(tmp_path):
+    tiny_vae().autoencoder.save_pretrained(tmp_path)
+    decode = open_decoder("latents", str(tmp_path), 3, CPU, 0.18215)
+    assert decode(torch.zeros(1, 3, 4, 4)).shape == (1, 3, 8, 8)
+    for channels, scaling in ((4, None), (3, 0.13)):
+        with pytest.raises(UserError, match=r"need the VAE that encoded .* has 3 and 0.18215: name the other"):
+            open_decoder("latents", str(tmp_path), channels, CPU, scaling)

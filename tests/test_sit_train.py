@@ -22,10 +22,13 @@ from common import UserError, launch
 from common.config import parse_config
 from common.launch import Launch
 from common.runlog import read_metrics
+from common.schedule import ScheduleConfig
 from SIT import train as training
+from SIT.data import digits, to_pixels
 from SIT.model import SiT
-from SIT.sample import Options, sample
-from SIT.train import Config
+from SIT.sample import Options, sample, seeded
+from SIT.train import VALIDATION, Config
+from SIT.transport import COSINE, PREDICTIONS, target, times
 
 LAYOUTS = {
     "one process": (),
@@ -429,8 +432,47 @@ def test_import_leaves_the_heavy_libraries_out():
 def test_preview_is_drawn_at_each_validation(tiny, tmp_path):
     train(tiny, "--eval.preview", "4", "--eval.preview_steps", "2")
     pictures = sorted((run_folder(tmp_path / "runs") / "samples").iterdir())
-    assert [picture.name for picture in pictures] == ["00000002.png", "00000004.png"]
+    assert [picture.name for picture in pictures] == ["00000000.png", "00000002.png", "00000004.png"]
     assert Image.open(pictures[0]).size == (64, 64)  # 2 x 2 digits, four times as large
+
+
+def test_preview_matches_what_is_sampled_from_the_average(tiny, tmp_path):
+    train(tiny, "--eval.preview", "4", "--eval.preview_steps", "2", "--optimizer.lr", "0.1")
+    run = run_folder(tmp_path / "runs")
+    sample(Options(run=run, count=4, steps=2, device="cpu"), ONE)
+    preview, sampled = (np.asarray(Image.open(run / name)) for name in ("samples/00000004.png", "samples.png"))
+    assert np.array_equal(preview, sampled) and sampled.std() > 10
+
+
+def test_preview_that_fails_leaves_the_checkpoint_of_its_step(tiny, tmp_path, monkeypatch):
+    honest = training.preview
+
+    def full_disk(*arguments):
+        if arguments[-1] == 2:
+            raise OSError("no space left")
+        honest(*arguments)
+
+    monkeypatch.setattr(training, "preview", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        train(tiny, "--eval.preview", "1", "--eval.preview_steps", "1")
+    run = run_folder(tmp_path / "runs")
+    assert [path.name for path in run.glob("checkpoints/step-*")] == ["step-00000002"]
+    assert (run / "samples/00000000.png").exists()
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_first_validation_matches_the_objective_that_was_asked_for(tiny, tmp_path, prediction):
+    """An untrained SiT puts out zeros: its loss is the mean square of what it should have said."""
+    flags = ("--objective.prediction", prediction, "--objective.path", "cosine", "--objective.times", "lognormal")
+    train(tiny, *flags, "--steps", "1")
+    generator = seeded(VALIDATION)
+    t = times(5, "lognormal", generator, COSINE)
+    torch.rand(5, generator=generator)  # of the labels' dropout
+    e, x = torch.randn(5, 1, 8, 8, generator=generator), to_pixels(digits()["val"].images[:5])
+    wanted = target(x, e, t, COSINE, prediction)
+    if prediction == "score":
+        wanted = wanted * torch.sin(math.pi / 2 * t)[:, None, None, None]
+    assert curves(tmp_path / "runs")[0]["val/denoising_loss"] == pytest.approx(wanted.square().mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["digits", "sit_b2_imagenet"])
@@ -444,4 +486,7 @@ def test_config_files_match_the_paper_s_defaults_where_they_say_nothing(name):
     )
     if name != "digits":
         assert (settings.ema, settings.data.batch_size, settings.objective.encoder) == (0.9999, 256, "dinov2-b")
+        assert (settings.optimizer.peak_lr(), settings.optimizer.weight_decay, settings.clip) == (1e-4, 0.1, 1.0)
+        assert (settings.steps, settings.model.encoder_depth) == (400_000, 4)
+        assert settings.schedule == Config().schedule == ScheduleConfig(warmup=0, decay="constant")
         assert SiT(settings.model).num_parameters() == pytest.approx(130e6, rel=0.1)

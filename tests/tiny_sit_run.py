@@ -42,6 +42,7 @@ encoder_folder = "{encoder}"
 lr = 4e-3
 [schedule]
 warmup = 2
+decay = "cosine"
 [eval]
 preview = 0
 """
