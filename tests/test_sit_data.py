@@ -1,6 +1,9 @@
 """SIT.data and SIT.latents: what belongs together, in an order that (seed, step) fixes; damage is named."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from functools import partial
 from pathlib import Path
@@ -15,6 +18,7 @@ from common import UserError
 from SIT import data, latents
 
 Latents = partial(latents.Latents, n_class=3)
+ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (2, 3, 4)  # of a latent, (C, H, W); H and W differ, so that none is taken for the other
 
 
@@ -177,6 +181,23 @@ def test_read_ahead_gives_results_in_order_and_has_the_next_begun():
     assert begun[1].wait(10) and not begun[3].is_set()
     assert list(results) == [10, 20, 30]
     assert list(data.read_ahead(note, [])) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux lists them")
+def test_digits_are_read_ahead_without_a_second_set_of_torchs_threads():
+    program = """
+import os, torch
+from SIT import data
+items = data.digits()["train"]
+torch.ones(2000, 2000).sin()  # starts the first set
+fetch = lambda step: data.batch(items, seed=0, step=step, rows=slice(0, 128), global_batch=128)
+batches = data.read_ahead(fetch, range(3))
+before = len(os.listdir("/proc/self/task"))
+next(batches), next(batches)
+assert torch.get_num_threads() == 2 and len(os.listdir("/proc/self/task")) == before + 1
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
 def test_read_ahead_passes_a_failure_on():
