@@ -1,6 +1,6 @@
 """Weights of published SiT (github.com/willisma/SiT) and REPA (github.com/sihyun-yu/REPA) checkpoints.
 
-python -m SIT.sample SiT-XL-2-256.pt --method sde --steps 250 --guidance 1.5 --npz
+`python -m SIT.sample SiT-XL-2-256x256.pt` draws from one.
 """
 
 import argparse

@@ -115,9 +115,8 @@ def picture(images: Tensor, columns: int, least_side: int = 32) -> "Image":
 
     rows = math.ceil(len(images) / columns)
     empty = images.new_zeros(rows * columns - len(images), *images.shape[1:])
-    tiles = torch.cat([images.cpu(), empty.cpu()]).unflatten(
-        0, (rows, columns)
-    )  # (rows, columns, channels, side, side)
+    tiles = torch.cat([images.cpu(), empty.cpu()])
+    tiles = tiles.unflatten(0, (rows, columns))  # (rows, columns, channels, side, side)
     whole = tiles.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).squeeze(2).numpy()
     scale = math.ceil(least_side / images.shape[-1])
     return Image.fromarray(whole.repeat(scale, 0).repeat(scale, 1))
@@ -186,9 +185,27 @@ def sample(options: Options, ranks: launch.Launch) -> Path:
         raise UserError(f"--out is the picture, a .png, beside which --npz writes its file; got {out}: name a .png")
     model, objective, decode = open_model(options, ranks.device)
     launch.on_main(lambda: out.parent.mkdir(parents=True, exist_ok=True))
+    images = draw_all(model, objective, decode, options, out.parent, ranks)
+    if ranks.is_main:
+        if options.npz:
+            labels = labels_of(list(range(options.count)), model.config.n_class).numpy()
+            colored = np.broadcast_to(images, (*images.shape[:-1], 3))
+            write_whole(out.with_suffix(".npz"), lambda opened: np.savez(opened, colored, labels))
+        shown = torch.from_numpy(images[:100]).permute(0, 3, 1, 2)
+        picture(shown, columns=max(1, round(len(shown) ** 0.5))).save(out)
+        print(f"{options.count} images: {out}" + (f", {out.with_suffix('.npz')}" if options.npz else ""))
+    return out
+
+
+def draw_all(
+    model: SiT, objective: dict[str, Any], decode: Decode, options: Options, folder: Path, ranks: launch.Launch
+) -> np.ndarray | None:
+    """Draw each rank's share; rank 0 gets them all, (count, side, side, 1 or 3) uint8.
+
+    Raises UserError where the disk of `folder` has no room for the .npz.
+    """
     together = options.batch_size * ranks.world_size
-    images, filled = None, 0  # on rank 0: (count, side, side, 1 or 3)
-    rounds = range(0, options.count, together)
+    images, filled, rounds = None, 0, range(0, options.count, together)
     with progress(rounds, is_main=ranks.is_main, desc="sampling", unit="round") as bar:  # ends its line before an error
         for start in bar:
             first = start + options.batch_size * ranks.rank
@@ -199,19 +216,11 @@ def sample(options: Options, ranks: launch.Launch) -> Path:
                 drawn = drawn.permute(0, 2, 3, 1).cpu().numpy()  # (B, side, side, 1 or 3)
             for part in gather(drawn, ranks):
                 if images is None:
-                    check_space(out.parent, int(options.npz), options.count * 3 * part[0, ..., 0].size)
+                    check_space(folder, int(options.npz), options.count * 3 * part[0, ..., 0].size)
                     images = np.empty((options.count, *part.shape[1:]), np.uint8)  # once: 50,000 are 10 GB
                 images[filled : filled + len(part)] = part
                 filled += len(part)
-    if ranks.is_main:
-        if options.npz:
-            labels = labels_of(list(range(options.count)), model.config.n_class).numpy()
-            colored = np.broadcast_to(images, (*images.shape[:-1], 3))
-            write_whole(out.with_suffix(".npz"), lambda opened: np.savez(opened, colored, labels))
-        shown = torch.from_numpy(images[:100]).permute(0, 3, 1, 2)
-        picture(shown, columns=max(1, round(len(shown) ** 0.5))).save(out)
-        print(f"{options.count} images: {out}" + (f", {out.with_suffix('.npz')}" if options.npz else ""))
-    return out
+    return images
 
 
 def gather(images: np.ndarray | None, ranks: launch.Launch) -> list[np.ndarray]:
