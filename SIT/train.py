@@ -23,12 +23,21 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common import Diverged, UserError, checkpoint, config, launch, progress
+from common import UserError, checkpoint, config, launch, progress
 from common.checkpoint_folder import CheckpointConfig
 from common.config import at_least
 from common.optimizer_config import OptimizerConfig
-from common.parallel import ParallelConfig, autocast, clip_gradient, distribute, place, precision, synchronizing
-from common.runlog import RunLog, move_aside, run_name, write_end
+from common.parallel import (
+    ParallelConfig,
+    autocast,
+    clip_gradient,
+    cut_batch,
+    distribute,
+    place,
+    precision,
+    synchronizing,
+)
+from common.runlog import RunLog, end_if_diverged, move_aside, run_name, write_end
 from common.schedule import ScheduleConfig, multiplier
 from common.timer import Timer
 from optimizers import RuleOptimizer, build_optimizer
@@ -43,7 +52,6 @@ from SIT.transport import Path as NoisePath
 from SIT.transport import Prediction, denoising_loss, interpolate, projection_loss, times
 
 TRAINING, VALIDATION = 1, 2  # what noise and times are drawn for: never the same ones for both
-MAX_SKIPPED = 10  # non-finite steps in a row after which a run is lost; fp16's loss scale recovers within these
 
 
 @dataclass(frozen=True)
@@ -259,13 +267,7 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
             optimizer.zero_grad()
             step += 1
             timer.stop()
-            if in_a_row == MAX_SKIPPED:
-                if ranks.is_main:
-                    write_end(folder, step, {})
-                raise Diverged(
-                    f"training needs finite losses and gradients, and the {in_a_row} steps up to {step} had none; "
-                    "start anew with a lower learning rate (this run's last checkpoint is intact)"
-                )
+            end_if_diverged(folder, step, in_a_row, ranks.is_main)
 
             last, metrics = step == settings.steps, {}
             if step % settings.log_every == 0 or last:
@@ -395,18 +397,6 @@ def losses_of(
     return denoising, projection_loss(projected, features)
 
 
-def pieces(settings: Config, ranks: launch.Launch) -> list[tuple[slice, int]]:
-    """Cut a rank's rows of the global batch into pieces, one a pass: the rows of each, and how many of them count.
-
-    For FSDP all ranks have as many, so that one may be empty: it takes a row that does not count.
-    """
-    batch_size, shares = settings.data.batch_size, ranks.world_size
-    count = -(-batch_size // (shares * settings.data.micro_batch))
-    first = ranks.rank * count
-    bounds = [batch_size * piece // (shares * count) for piece in range(first, first + count + 1)]
-    return [(slice(start, max(stop, start + 1)), stop - start) for start, stop in itertools.pairwise(bounds)]
-
-
 def read_batches(
     items: data.Items, steps: range, settings: Config, ranks: launch.Launch
 ) -> Iterator[dict[str, Tensor]]:
@@ -416,7 +406,9 @@ def read_batches(
         step, (rows, _) = place
         return data.batch(items, seed=settings.seed, step=step, rows=rows, global_batch=settings.data.batch_size)
 
-    return data.read_ahead(read, itertools.product(steps, pieces(settings, ranks)))
+    return data.read_ahead(
+        read, itertools.product(steps, cut_batch(settings.data.batch_size, settings.data.micro_batch, ranks))
+    )
 
 
 def accumulate_gradient(
@@ -430,7 +422,8 @@ def accumulate_gradient(
 ) -> dict[str, float]:
     """Leave the gradient of the global batch's mean loss in the parameters, and return its parts."""
     network.train()
-    batch_size, shares, mine = settings.data.batch_size, ranks.world_size, pieces(settings, ranks)
+    batch_size, shares = settings.data.batch_size, ranks.world_size
+    mine = cut_batch(batch_size, settings.data.micro_batch, ranks)
     drawn = draw((TRAINING, settings.seed, step), batch_size, settings.model.input_shape, settings.objective)
     totals = 0  # then (2,): of the denoising and the projection loss
     for number, (rows, count) in enumerate(mine, start=1):

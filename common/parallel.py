@@ -7,6 +7,7 @@ Optimizer and checkpoints need not be told: parameters in shards are DTensors, w
 """
 
 import contextlib
+import itertools
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -101,6 +102,18 @@ def _shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, compile: bool
     # It stays gathered until its backward pass, by default: where none comes, what is written into the shards
     # meanwhile would be lost on the next forward pass.
     return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=None if trained else True)
+
+
+def cut_batch(batch_size: int, micro_batch: int, ranks: launch.Launch) -> list[tuple[slice, int]]:
+    """Cut a rank's rows of a global batch into pieces, one a pass: the rows of each, and how many of them count.
+
+    For FSDP all ranks have as many pieces, so that one may be empty: it takes a row that does not count.
+    """
+    shares = ranks.world_size
+    count = -(-batch_size // (shares * micro_batch))
+    first = ranks.rank * count
+    bounds = [batch_size * piece // (shares * count) for piece in range(first, first + count + 1)]
+    return [(slice(start, max(stop, start + 1)), stop - start) for start, stop in itertools.pairwise(bounds)]
 
 
 def synchronizing(network: nn.Module, synchronize: bool) -> AbstractContextManager:

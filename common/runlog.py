@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from common import one_line, warn
+from common import Diverged, one_line, warn
 
 METRICS_FILE = "metrics.jsonl"
 END = "finished.json"
+MAX_SKIPPED = 10  # non-finite steps in a row after which a run is lost; fp16's loss scale recovers within these
 WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # the cloud's, before wandb 0.31 and since
 WANDB_TIMEOUT_S = 30  # wandb waits 90 s for its server, which is most of a short run
 
@@ -68,6 +69,18 @@ def write_end(folder: Path, step: int, metrics: dict[str, float]) -> None:
     """Mark a run as over, with its last validation; without metrics, as diverged. scripts/sweep.py reads it."""
     end = {"step": step, "val_loss": metrics.get("val/loss"), "bits_per_byte": metrics.get("val/bits_per_byte")}
     (folder / END).write_text(json.dumps({**end, "diverged": not metrics}) + "\n")
+
+
+def end_if_diverged(folder: Path, step: int, in_a_row: int, is_main: bool) -> None:
+    """Mark a run as diverged and raise Diverged, on all ranks, once MAX_SKIPPED steps in a row were not finite."""
+    if in_a_row < MAX_SKIPPED:
+        return
+    if is_main:
+        write_end(folder, step, {})
+    raise Diverged(
+        f"training needs finite losses and gradients, and the {in_a_row} steps up to {step} had none; "
+        "start anew with a lower learning rate (this run's last checkpoint is intact)"
+    )
 
 
 class RunLog:

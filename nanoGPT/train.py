@@ -9,7 +9,6 @@ The run's folder, runs/nanogpt/GROUP/NAME, holds metrics.jsonl, config.json, che
 run repeats, bit for bit, what it would have done uninterrupted.
 """
 
-import itertools
 import math
 import signal
 import sys
@@ -20,12 +19,12 @@ from typing import Literal
 import torch
 from torch import nn
 
-from common import Diverged, UserError, checkpoint, config, launch, progress
+from common import UserError, checkpoint, config, launch, progress
 from common.checkpoint_folder import CheckpointConfig
 from common.config import at_least
 from common.optimizer_config import OptimizerConfig
-from common.parallel import ParallelConfig, autocast, clip_gradient, distribute, precision, synchronizing
-from common.runlog import RunLog, move_aside, run_name, write_end
+from common.parallel import ParallelConfig, autocast, clip_gradient, cut_batch, distribute, precision, synchronizing
+from common.runlog import RunLog, end_if_diverged, move_aside, run_name, write_end
 from common.schedule import ScheduleConfig, multiplier
 from common.timer import Timer
 from nanoGPT import data
@@ -35,7 +34,6 @@ from optimizers.rule import rule_named
 
 # Dense bf16 peaks of NVIDIA's data sheets, for MFU.
 PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
-MAX_SKIPPED = 10  # non-finite steps in a row after which a run is lost; fp16's loss scale recovers within these
 
 
 @dataclass(frozen=True)
@@ -189,13 +187,7 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
             optimizer.zero_grad()
             step += 1
             timer.stop()
-            if in_a_row == MAX_SKIPPED:
-                if ranks.is_main:
-                    write_end(folder, step, {})
-                raise Diverged(
-                    f"training needs finite losses and gradients, and the {in_a_row} steps up to {step} had none; "
-                    "start anew with a lower learning rate (this run's last checkpoint is intact)"
-                )
+            end_if_diverged(folder, step, in_a_row, ranks.is_main)
 
             last, metrics = step == settings.steps, {}
             if step % settings.log_every == 0 or last:
@@ -278,24 +270,22 @@ def accumulate_gradient(
     """Leave the gradient of the global batch's mean loss in the parameters, and return that loss."""
     network.train()
     batch_size, shares = settings.data.batch_size, ranks.world_size
-    pieces = -(-batch_size // (shares * settings.data.micro_batch))  # a rank's: the same number on all, for FSDP
-    first = ranks.rank * pieces
-    bounds = [batch_size * piece // (shares * pieces) for piece in range(first, first + pieces + 1)]
+    mine = cut_batch(batch_size, settings.data.micro_batch, ranks)
     total = torch.zeros((), device=ranks.device)
-    for number, (start, stop) in enumerate(itertools.pairwise(bounds), start=1):
+    for number, (sequences, count) in enumerate(mine, start=1):
         inputs, targets = data.batch(  # (b, T) each
             tokens,
             seed=settings.seed,
             step=step,
-            sequences=slice(start, max(stop, start + 1)),  # an empty piece takes part too, with a weight of 0
+            sequences=sequences,
             global_batch=batch_size,
             context=settings.model.context,
             device=ranks.device,
         )
-        with synchronizing(network, number == pieces):  # the ranks' gradients meet once a step
+        with synchronizing(network, number == len(mine)):  # the ranks' gradients meet once a step
             with autocast(network, precision(settings.dtype, ranks), ranks):
                 _, loss = network(inputs, targets)
-            loss = loss * ((stop - start) * shares / batch_size)  # the gradients' mean over the ranks is taken
+            loss = loss * (count * shares / batch_size)  # the gradients' mean over the ranks is taken
             scaler.scale(loss).backward()
         total += loss.detach()
     return launch.all_reduce_sum([total.item() / shares], ranks)[0]

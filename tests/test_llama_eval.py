@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from checkouts import copy_checkout
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 pytest.importorskip("lm_eval")
@@ -352,10 +353,7 @@ def test_evaluate_refuses_tasks_shots_and_unreachable_data_in_one_line(tuned, tm
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    for folder in ("Llama", "scripts"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "requirements.txt", tmp_path)
-    return tmp_path
+    return copy_checkout(tmp_path, "Llama", "scripts")
 
 
 def fake_python(path: Path, asked: Path) -> Path:

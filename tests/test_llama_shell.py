@@ -2,12 +2,12 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from checkouts import copy_checkout
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = (
@@ -24,10 +24,7 @@ QUICK = (
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    for folder in ("common", "Llama", "optimizers", "scripts"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "requirements.txt", tmp_path)
-    return tmp_path
+    return copy_checkout(tmp_path, "common", "Llama", "optimizers", "scripts")
 
 
 def bash(checkout: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:

@@ -1,13 +1,13 @@
 """The shell scripts, as a new user runs them: in a checkout of their own, without anything prepared."""
 
 import os
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from checkouts import copy_checkout
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("common", "nanoGPT", "optimizers", "scripts")
@@ -16,10 +16,7 @@ QUICK = ("--steps", "2", "--eval.windows", "4", "--data.batch_size", "2", "--wan
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    for folder in FOLDERS:
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "requirements.txt", tmp_path)
-    return tmp_path
+    return copy_checkout(tmp_path, *FOLDERS)
 
 
 def bash(checkout: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:

@@ -2,13 +2,13 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from checkouts import copy_checkout
 from PIL import Image
 from tiny_sit import DINOV2, tiny_dinov2, tiny_vae
 from tiny_sit_run import ONE, ROOT
@@ -25,10 +25,7 @@ QUICK = (*TINY, "--steps", "2", "--data.batch_size", "4", "--eval.images", "8", 
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    for folder in ("common", "optimizers", "scripts", "SIT"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "requirements.txt", tmp_path)
-    return tmp_path
+    return copy_checkout(tmp_path, "common", "optimizers", "scripts", "SIT")
 
 
 def run_script(checkout: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
