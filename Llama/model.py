@@ -78,6 +78,12 @@ class Llama(Transformer):
         return create_attention_mask(visible, rows, None, length, length, device=input_batch.device)
 
 
+def weights_on_meta(shape: Shape) -> dict[str, Tensor]:
+    """Return the names and sizes of a shape's weights, as tensors without memory."""
+    with torch.device("meta"):
+        return Llama(shape).state_dict()
+
+
 class _DrawWhole(TorchFunctionMode):
     """Draws a DTensor's random values for the whole tensor, on each rank, and keeps this rank's shard.
 

@@ -14,10 +14,10 @@ from Llama import data, instructions
 from Llama.checks import is_fine_tuning
 from Llama.config import JobConfig
 from Llama.cpu import adapt_model
+from Llama.hf import Adapter
 from Llama.metrics import MetricsProcessor
 from Llama.model import FLAVORS, Llama
 from Llama.validate import FixedSequences
-from Llama.weights import Adapter
 from optimizers import build_optimizer
 
 

@@ -13,36 +13,23 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
 import tyro
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
-from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from common import UserError
 from common.corpus import written_aside
 from common.launch import main_guard
-from Llama.model import FLAVORS, Llama, Shape
+from Llama.hf import DTYPES, Adapter, check_config, hf_config, stored_tensors
+from Llama.model import FLAVORS, Shape, weights_on_meta
 from Llama.templates import FINE_TUNING, TEMPLATES
-
-if TYPE_CHECKING:
-    from transformers import LlamaConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 CHECKPOINTS = "checkpoint"  # torchtitan's folder of them, below a run's
-
-
-class Adapter(Llama3StateDictAdapter):
-    """torchtitan's translation to Hugging Face's names, for weights that are cut within an attention head, too."""
-
-    def _permute(self, weight: Tensor, *sizes: int) -> Tensor:
-        # A view of a shard would mix heads, without an error where their number happens to divide.
-        if isinstance(weight, DTensor):
-            weight = weight.redistribute(placements=[Replicate()] * weight.device_mesh.ndim)
-        return super()._permute(weight, *sizes)
 
 
 @dataclass(frozen=True)
@@ -86,79 +73,46 @@ def find_weights(path: Path) -> tuple[Path, bool]:
 
 
 def check_weights(path: Path, is_hf: bool, shape: Shape, name: str) -> None:
-    """Refuse weights that are another model's, naming what differs. `name`: what a config calls the model."""
-    expected = _weights_on_meta(shape)
+    """Refuse weights that are not exactly those of a model, naming the first difference.
+
+    path, is_hf: as `find_weights` returns them. name: of the model, for the message.
+    """
+    expected = weights_on_meta(shape)
     if is_hf:
         expected = Adapter(shape, None).to_hf(expected)
-        found = _hf_sizes(path)
         if (path / "config.json").is_file():
-            _check_config(path, shape, name)
+            check_config(path / "config.json", shape, name)
+        found = {key: tensor.shape for key, tensor in stored_tensors(path).items()}
     else:
-        metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        found = {key: entry.size for key, entry in metadata.items() if hasattr(entry, "size")}
+        found = checkpoint_shapes(path)
+    remedy = "name their own model.name and model.flavor, or other weights"
     for key, tensor in expected.items():
         if key not in found or tuple(found[key]) != tuple(tensor.shape):
-            there = f"of shape {tuple(found[key])}" if key in found else "missing"
+            there = f"it is of shape {tuple(found[key])}" if key in found else "it is missing"
+            if key == "lm_head.weight" and key not in found:
+                there = "it is missing, so the head is tied to the embedding, which no model here does"
             raise UserError(
-                f"the weights of {name} must have {key} of shape {tuple(tensor.shape)}; in {path} it is {there}: name "
-                "their own model.name and model.flavor, or other weights"
+                f"the weights of {name} must have {key} of shape {tuple(tensor.shape)}; in {path} {there}: {remedy}"
             )
+    if leftover := sorted(found.keys() - expected.keys()):
+        raise UserError(
+            f"the weights of {name} must be those of its model alone; {path} has {leftover[0]}, too, and "
+            f"{len(leftover) - 1} more that the model does not: {remedy}"
+        )
 
 
-def _weights_on_meta(shape: Shape) -> dict[str, Tensor]:
-    with torch.device("meta"):
-        return Llama(shape).state_dict()
+def checkpoint_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the model's tensors in a checkpoint, whose other entries are the optimizer's and the run's.
 
-
-def _hf_sizes(path: Path) -> dict[str, list[int]]:
-    from safetensors import safe_open
-
-    sizes = {}
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            sizes |= {key: weights.get_slice(key).get_shape() for key in weights.keys()}
-    return sizes
-
-
-def _check_config(path: Path, shape: Shape, name: str) -> None:
-    from transformers import AutoConfig
-
-    found, expected = AutoConfig.from_pretrained(path).to_dict(), hf_config(shape).to_dict()
-    for key in ("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_parameters"):  # shapes miss these
-        if found.get(key) != expected[key]:
-            raise UserError(
-                f"the weights of {name} must have {key} {expected[key]}; {path / 'config.json'} says "
-                f"{found.get(key)}: name their own model.name and model.flavor, or other weights"
-            )
-
-
-def hf_config(shape: Shape, **more) -> "LlamaConfig":
-    """Say a shape in transformers' words."""
-    from transformers import LlamaConfig
-
-    scaling = shape.rope_scaling_args
-    rope = {"rope_type": "default", "rope_theta": float(shape.rope_theta)}
-    if scaling.scaling_factor != 1:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": scaling.scaling_factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_position_embeddings,
-        }
-    return LlamaConfig(
-        hidden_size=shape.dim,
-        num_hidden_layers=shape.n_layers,
-        num_attention_heads=shape.n_heads,
-        num_key_value_heads=shape.n_kv_heads or shape.n_heads,
-        intermediate_size=len(_weights_on_meta(shape)["layers.0.feed_forward.w1.weight"]),
-        vocab_size=shape.vocab_size,
-        rms_norm_eps=shape.norm_eps,
-        rope_parameters=rope,
-        max_position_embeddings=shape.max_seq_len,
-        architectures=["LlamaForCausalLM"],
-        **more,
-    )
+    Raises UserError where they are no floats.
+    """
+    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    parts = {key.partition(".")[0] for key in weights_on_meta(FLAVORS["llama2"]["debug"])}
+    found = {key: entry for key, entry in metadata.items() if key.partition(".")[0] in parts}
+    for key, entry in found.items():
+        if not isinstance(entry, TensorStorageMetadata) or entry.properties.dtype not in DTYPES.values():
+            raise UserError(f"weights must be float tensors; {key} in {path} is none: name another checkpoint")
+    return {key: tuple(entry.size) for key, entry in found.items()}
 
 
 # ---- Export
@@ -177,7 +131,7 @@ def export(options: Options) -> Path:
     model = settings["model"]
     shape, assets = FLAVORS[model["name"]][model["flavor"]], Path(model["hf_assets_path"])
     dtype = getattr(torch, options.dtype)
-    weights = {name: torch.empty_like(w, dtype=dtype, device="cpu") for name, w in _weights_on_meta(shape).items()}
+    weights = {name: torch.empty_like(w, dtype=dtype, device="cpu") for name, w in weights_on_meta(shape).items()}
     dcp.load(weights, checkpoint_id=checkpoint)
     with written_aside(options.out) as partial:
         tuned = settings["training"]["dataset"] in FINE_TUNING

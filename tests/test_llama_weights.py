@@ -1,18 +1,20 @@
 """Llama's weights against transformers' LlamaForCausalLM, there and back, and checkpoints against their model."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from common import UserError
-from Llama import weights
+from Llama import hf, weights
 from Llama.model import FLAVORS, Llama, Shape
 from Llama.prepare import Prepare, prepare
 from Llama.templates import TEMPLATES
@@ -58,13 +60,13 @@ def test_exported_logits_match_transformers(name, assets, tmp_path):
 @torch.no_grad()
 def test_imported_logits_match_transformers(name, tmp_path):
     torch.manual_seed(1)
-    config = weights.hf_config(SHAPES[name], initializer_range=0.2)
+    config = hf.hf_config(SHAPES[name], initializer_range=0.2)
     theirs = LlamaForCausalLM(config)
     theirs.save_pretrained(tmp_path)
     folder, is_hf = weights.find_weights(tmp_path)
     weights.check_weights(folder, is_hf, SHAPES[name], name)
     model = model_of(SHAPES[name])
-    adapter = weights.Adapter(SHAPES[name], None)
+    adapter = hf.Adapter(SHAPES[name], None)
     states = adapter.to_hf(model.state_dict())
     dcp.load(states, storage_reader=adapter.get_hf_storage_reader(str(folder)))  # as torchtitan loads them
     model.load_state_dict(adapter.from_hf(states))
@@ -79,10 +81,10 @@ def test_weights_cut_within_a_head_translate_as_whole_ones():
 def _cut_within_a_head() -> bool:
     shape = SHAPES["llama2"]
     whole = torch.arange(32 * 64.0).view(32, 64)  # keys of 2 heads of 16, on 4 ranks
-    adapter, name = weights.Adapter(shape, None), "layers.0.attention.wk.weight"
+    adapter, name = hf.Adapter(shape, None), "layers.0.attention.wk.weight"
     cut = distribute_tensor(whole, init_device_mesh("cpu", (4,)), [Shard(0)])
     (there,) = adapter.to_hf({name: cut}).values()
-    (expected,) = weights.Llama3StateDictAdapter(shape, None).to_hf({name: whole}).values()
+    (expected,) = hf.Llama3StateDictAdapter(shape, None).to_hf({name: whole}).values()
     return torch.equal(there.full_tensor(), expected)
 
 
@@ -132,7 +134,7 @@ def test_weights_of_another_model_are_refused_with_what_differs(assets, tmp_path
         weights.check_weights(checkpoint, is_hf, larger, "llama2 tiny")
     (tmp_path / "hf").mkdir()
     weights.write_hf(tmp_path / "hf", model_of(shape).state_dict(), shape, assets)
-    with pytest.raises(UserError, match=r"layers.2.* of shape .*; in .* it is missing"):
+    with pytest.raises(UserError, match=r"must have num_hidden_layers 3; .*config.json says 2: name their own model"):
         weights.check_weights(tmp_path / "hf", True, replace(shape, n_layers=3), "llama2 tiny")
     with pytest.raises(UserError, match=r"must have rope_parameters .*llama3.*; .*config.json says .*default"):
         weights.check_weights(tmp_path / "hf", True, SHAPES["llama3.1"], "llama3.1 tiny")
@@ -140,9 +142,193 @@ def test_weights_of_another_model_are_refused_with_what_differs(assets, tmp_path
         weights.find_weights(tmp_path / "nowhere")
 
 
+# ---- Foreign folders
+
+
+@pytest.fixture
+def foreign(tmp_path) -> Path:
+    """Weights of the small Llama as transformers writes them, in one file."""
+    torch.manual_seed(1)
+    LlamaForCausalLM(hf.hf_config(SHAPES["llama2"])).save_pretrained(tmp_path / "foreign")
+    return tmp_path / "foreign"
+
+
+def edit(path: Path, **entries) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def refusal(folder: Path) -> str:
+    """Return the one line by which a folder is refused."""
+    with pytest.raises(UserError) as refused:
+        weights.check_weights(*weights.find_weights(folder), SHAPES["llama2"], "llama2 tiny")
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"model_type": "mistral"}, "says model_type 'mistral'"),
+        ({"attention_bias": True}, "must have attention_bias False; .* says True: the model here has no such thing"),
+        ({"mlp_bias": True}, "must have mlp_bias False"),
+        ({"hidden_act": "gelu"}, "must have hidden_act silu; .* says gelu"),
+        ({"sliding_window": 4096}, "must have sliding_window None; .* says 4096: the model here has no such thing"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "must have quantization_config None"),
+        ({"tie_word_embeddings": True}, "says True: their head is tied to the embedding"),
+        ({"head_dim": 32}, "must have head_dim 16; .* says 32"),
+        ({"logit_scale": 0.5}, "must have logit_scale None"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "must have rope_parameters"),
+        ({"hidden_size": "64"}, "must be a Llama's config.json"),
+    ],
+)
+def test_config_of_another_model_refuses_with_the_entry(foreign, entries, message):
+    edit(foreign / "config.json", **entries)
+    assert re.search(message, refusal(foreign))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", "5", "[" * 100_000])
+def test_damaged_config_refuses_with_its_path(foreign, text):
+    (foreign / "config.json").write_text(text)
+    assert str(foreign / "config.json") in refusal(foreign)
+
+
+# config.json of meta-llama/Llama-2-7b-hf and of meta-llama/Llama-3.1-8B, what tells them apart from a default.
+@pytest.mark.parametrize(
+    ("name", "flavor", "published"),
+    [
+        (
+            "llama2",
+            "7B",
+            {"_name_or_path": "meta-llama/Llama-2-7b-hf", "bos_token_id": 1, "eos_token_id": 2, "pretraining_tp": 1}
+            | {"hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 4096, "rope_scaling": None}
+            | {"num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, "vocab_size": 32000}
+            | {"torch_dtype": "float16", "transformers_version": "4.31.0.dev0"},
+        ),
+        (
+            "llama3.1",
+            "8B",
+            {"attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000, "eos_token_id": 128001}
+            | {"hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": False}
+            | {"num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1}
+            | {"rope_theta": 500000.0, "vocab_size": 128256, "torch_dtype": "bfloat16"}
+            | {
+                "rope_scaling": {
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8192,
+                    "rope_type": "llama3",
+                },
+            },
+        ),
+    ],
+)
+def test_published_config_matches_its_flavor(tmp_path, name, flavor, published):
+    common = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "initializer_range": 0.02}
+    common |= {"model_type": "llama", "rms_norm_eps": 1e-05, "tie_word_embeddings": False, "use_cache": True}
+    (tmp_path / "config.json").write_text(json.dumps(common | published))
+    hf.check_config(tmp_path / "config.json", FLAVORS[name][flavor], f"{name} {flavor}")
+
+
+def test_config_that_brings_code_along_runs_none_of_it(foreign):
+    edit(foreign / "config.json", auto_map={"AutoConfig": "evil.Config"}, model_type="evil")
+    (foreign / "evil.py").write_text(f"open({str(foreign / 'ran')!r}, 'w')")
+    assert "model_type 'evil'" in refusal(foreign)
+    edit(foreign / "config.json", model_type="llama")
+    assert "auto_map" in refusal(foreign)
+    assert not (foreign / "ran").exists()
+
+
+def save(folder: Path, **files: dict[str, torch.Tensor]) -> None:
+    """Put files NAME.safetensors in place of a folder's own."""
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    for name, tensors in files.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+
+
+def test_tensors_that_the_model_lacks_or_cannot_read_refuse_in_one_line(foreign):
+    (foreign / "config.json").unlink()  # what its entries would say first
+    good = load_file(foreign / "model.safetensors")
+    norm, query = "model.norm.weight", "model.layers.0.self_attn.q_proj"
+    scale = {f"{query}.weight_scale": torch.ones(1)}
+    eight_bits = {f"{query}.weight": good[f"{query}.weight"].to(torch.float8_e4m3fn)}
+    whole_numbers = {f"{query}.weight": good[f"{query}.weight"].to(torch.int8)}
+    save(foreign, model=good | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+    weights.check_weights(foreign, True, SHAPES["llama2"], "llama2 tiny")  # a table of old exports
+    for tensors, message in [
+        (good | scale, f"has {query}.weight_scale, too, and 0 more"),
+        (good | {f"{query}.bias": torch.ones(64)}, f"has {query}.bias, too"),
+        (good | eight_bits | scale, f"{query}.weight in .*model.safetensors is F8_E4M3: .* not quantized"),
+        (good | whole_numbers, "is I8: download the weights that are not quantized"),
+        (
+            {key: each for key, each in good.items() if key != "lm_head.weight"},
+            "lm_head.* missing, so the head is tied",
+        ),
+        ({key: each for key, each in good.items() if key != norm}, f"must have {norm} of shape .* it is missing"),
+    ]:
+        save(foreign, model=tensors)
+        assert re.search(message, refusal(foreign)), message
+    save(foreign, a=good, b={norm: torch.zeros(64)})
+    assert re.search(f"{norm} is in .*a.safetensors and in .*b.safetensors", refusal(foreign))
+
+
+def test_cut_shard_refuses_with_its_name(foreign):
+    good = load_file(foreign / "model.safetensors")
+    names = sorted(good)
+    save(foreign, a={name: good[name] for name in names[:5]}, b={name: good[name] for name in names[5:]})
+    content = (foreign / "b.safetensors").read_bytes()
+    for size in (0, 7, 100, len(content) // 2, len(content) - 1):
+        (foreign / "b.safetensors").write_bytes(content[:size])
+        assert re.search(r"whole safetensors files; .*b.safetensors cannot be read", refusal(foreign)), size
+
+
+def loaded(folder: Path) -> dict[str, torch.Tensor]:
+    """Read a folder as torchtitan does."""
+    adapter = hf.Adapter(SHAPES["llama2"], None)
+    states = adapter.to_hf(model_of(SHAPES["llama2"]).state_dict())
+    dcp.load(states, storage_reader=adapter.get_hf_storage_reader(str(folder)))
+    return states
+
+
+def test_tensors_match_the_file_that_the_index_names(foreign):
+    good = load_file(foreign / "model.safetensors")
+    norm = "model.norm.weight"
+    save(foreign, a={norm: torch.zeros(64)}, b=good, c={norm: torch.ones(64) / 2}, d={"not.ours": torch.ones(1)})
+    index, owner = foreign / "model.safetensors.index.json", dict.fromkeys(good, "b.safetensors")
+    for file, value in (("a.safetensors", 0), ("b.safetensors", 1), ("c.safetensors", 0.5)):
+        index.write_text(json.dumps({"weight_map": owner | {norm: file}}))
+        weights.check_weights(foreign, True, SHAPES["llama2"], "llama2 tiny")
+        assert loaded(foreign)[norm].unique().item() == value
+    for content, message in [
+        ({"weight_map": owner | {norm: "d.safetensors"}}, r"d.safetensors must hold model.norm.weight, as the index"),
+        ({"weight_map": owner | {norm: "e.safetensors"}}, "e.safetensors cannot be read"),
+        ({"weight_map": owner | {norm: "../b.safetensors"}}, "must map tensors to files of its folder"),
+        ({"weight_map": []}, "must map tensors to files"),
+        ([], "must hold a JSON object"),
+    ]:
+        index.write_text(json.dumps(content))
+        assert re.search(message, refusal(foreign)), message
+
+
+def test_checkpoint_with_other_tensors_or_none_of_floats_refuses(tmp_path):
+    state = model_of(SHAPES["llama2"]).state_dict()
+    bias, norm = {"layers.0.attention.wq.bias": torch.ones(64)}, {"norm.weight": torch.ones(64, dtype=torch.int8)}
+    for number, (more, message) in enumerate(
+        [
+            (bias, "has layers.0.attention.wq.bias, too"),
+            (norm, "norm.weight in .* is none"),
+            ({"norm.weight": "x"}, "none"),
+        ]
+    ):
+        folder = tmp_path / f"step-{number}"
+        dcp.save(state | more, checkpoint_id=folder)
+        assert re.search(message, refusal(folder))
+
+
 def test_llama_31_matches_the_published_config():
     """config.json of meta-llama/Llama-3.1-8B."""
-    config = weights.hf_config(FLAVORS["llama3.1"]["8B"])
+    config = hf.hf_config(FLAVORS["llama3.1"]["8B"])
     assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (4096, 14_336, 32)
     assert (config.num_attention_heads, config.num_key_value_heads, config.vocab_size) == (32, 8, 128_256)
     assert config.rope_parameters == {

@@ -1,0 +1,210 @@
+"""Weights in Hugging Face's format: their names, the file of each tensor, and the checks of a foreign folder.
+
+A model of this repository is a plain Llama in floating point. A folder that holds anything else (quantized tensors,
+biases, another activation, a tensor twice) is refused in one line, since the rest would load and compute other values.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.hf_storage import _HFStorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.tensor import DTensor, Replicate
+from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
+
+from common import UserError, one_line
+from Llama.model import Shape, weights_on_meta
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+# safetensors' names of the element types that weights may have, github.com/huggingface/safetensors
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INDEX = "*.safetensors.index.json"
+NOT_WEIGHTS = "rotary_emb.inv_freq"  # a table that old exports hold, and that is computed here
+
+# Entries of config.json that change no logits: ids, defaults of generation and training, and who wrote the file.
+IRRELEVANT = set(
+    "architectures attention_dropout bad_words_ids bos_token_id chunk_size_feed_forward do_sample dtype eos_token_id "
+    "finetuning_task gradient_checkpointing id2label initializer_range label2id max_length max_position_embeddings "
+    "output_attentions output_hidden_states pad_token_id pretraining_tp problem_type return_dict temperature "
+    "tokenizer_class top_k top_p torch_dtype unk_token_id use_cache".split()
+)
+
+
+class Adapter(Llama3StateDictAdapter):
+    """torchtitan's translation to Hugging Face's names, also for weights that are sharded within an attention head."""
+
+    def _permute(self, weight: Tensor, *sizes: int) -> Tensor:
+        # A view of a shard would mix heads, without an error where their number happens to divide.
+        if isinstance(weight, DTensor):
+            weight = weight.redistribute(placements=[Replicate()] * weight.device_mesh.ndim)
+        return super()._permute(weight, *sizes)
+
+    def get_hf_storage_reader(self, path: str, from_quantized: bool = False) -> "Reader":
+        return Reader(path)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, by its header."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Reader(HuggingFaceStorageReader):
+    """torch's reader of safetensors, by `stored_tensors`: torch's own takes the last file that holds a name."""
+
+    def read_metadata(self) -> Metadata:
+        tensors, storage = {}, {}
+        for name, found in stored_tensors(Path(self.path)).items():
+            dtype, size = DTYPES[found.dtype], torch.Size(found.shape)
+            start = torch.Size([0] * len(size))
+            chunks = [ChunkStorageMetadata(offsets=start, sizes=size)]
+            tensors[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
+            storage[MetadataIndex(name, start)] = _HFStorageInfo(str(found.file), size, dtype)
+        return Metadata(tensors, storage_data=storage, storage_meta=StorageMeta(load_id=self.load_id))
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Read the headers of a folder's *.safetensors: those that its index names, or all.
+
+    Raises UserError for an index or a file that cannot be read, a tensor in two files, and an element type that is
+    no float of 16 bits or more.
+    """
+    owner = read_index(folder)
+    tensors: dict[str, Stored] = {}
+    for file in sorted({folder / name for name in owner.values()} if owner else folder.glob("*.safetensors")):
+        for name, found in read_header(file).items():
+            if name.endswith(NOT_WEIGHTS) or owner.get(name, file.name) != file.name:
+                continue
+            if name in tensors:
+                raise UserError(
+                    f"each tensor must be in one file; {name} is in {tensors[name].file} and in {file}: remove one, or "
+                    "add the model.safetensors.index.json that says which"
+                )
+            if found.dtype not in DTYPES:
+                raise UserError(
+                    f"weights must be float32, float16 or bfloat16; {name} in {file} is {found.dtype}: download the "
+                    "weights that are not quantized"
+                )
+            tensors[name] = found
+    if lost := owner.keys() - tensors.keys() - {name for name in owner if name.endswith(NOT_WEIGHTS)}:
+        name = min(lost)
+        raise UserError(f"{folder / owner[name]} must hold {name}, as the index says; download that file again")
+    return tensors
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Return the file of each tensor by the folder's index, or {} where there is none; UserError for a damaged one."""
+    indices = sorted(folder.glob(INDEX))
+    if not indices:
+        return {}
+    path = folder / "model.safetensors.index.json"
+    path = path if path in indices else indices[0]
+    entries = read_json(path).get("weight_map")
+    well_formed = isinstance(entries, dict) and all(
+        isinstance(file, str) and file.endswith(".safetensors") and Path(file).name == file for file in entries.values()
+    )
+    if not entries or not well_formed:
+        raise UserError(f"{path} must map tensors to files of its folder, in weight_map; download it again")
+    return entries
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """Read the shapes and element types of a file; UserError, with its name, where it is missing, cut or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}
+            return {name: Stored(file, tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"weights must be whole safetensors files; {file} cannot be read ({one_line(error)[:100]}): download it "
+            "again"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object; UserError where it does not."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} must be readable JSON; it is not ({one_line(error)[:100]}): restore it") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} must hold a JSON object; it holds {found!r:.40}: restore it")
+    return found
+
+
+# ---- config.json
+
+
+def check_config(path: Path, shape: Shape, name: str) -> None:
+    """Refuse a config.json that differs from `shape` in anything that changes logits, unknown entries included.
+
+    The file is read as JSON: transformers' AutoConfig would offer to run code that a folder brings along.
+    """
+    from transformers import LlamaConfig
+
+    entries = read_json(path)
+    if (kind := entries.get("model_type", "llama")) != "llama":
+        raise UserError(f"the weights of {name} must be a Llama's; {path} says model_type {kind!r}: name other weights")
+    expected = hf_config(shape).to_dict() | {"head_dim": shape.dim // shape.n_heads}
+    try:  # in today's words: older files have rope_theta and rope_scaling, and leave out what was the default
+        found = LlamaConfig(**{key: value for key, value in entries.items() if key != "model_type"}).to_dict()
+    except Exception as error:  # transformers' checks share no narrower class
+        raise UserError(f"{path} must be a Llama's config.json: {one_line(error)[:200]}; restore it") from error
+    for key in sorted(found.keys() - IRRELEVANT):
+        value, here = found[key], expected.get(key)
+        if value == here or key.startswith("_") or key.endswith("version") or (value is False and here is None):
+            continue
+        remedy = "name their own model.name and model.flavor, or other weights"
+        if key == "tie_word_embeddings":
+            remedy = "their head is tied to the embedding, which no model here does; name other weights"
+        elif here in (None, False):
+            remedy = "the model here has no such thing; name other weights"
+        raise UserError(f"the weights of {name} must have {key} {here}; {path} says {value}: {remedy}")
+
+
+def hf_config(shape: Shape, **more: Any) -> "LlamaConfig":
+    """Write a shape as transformers' config."""
+    from transformers import LlamaConfig
+
+    scaling = shape.rope_scaling_args
+    rope = {"rope_type": "default", "rope_theta": float(shape.rope_theta)}
+    if scaling.scaling_factor != 1:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.scaling_factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        }
+    return LlamaConfig(
+        hidden_size=shape.dim,
+        num_hidden_layers=shape.n_layers,
+        num_attention_heads=shape.n_heads,
+        num_key_value_heads=shape.n_kv_heads or shape.n_heads,
+        intermediate_size=len(weights_on_meta(shape)["layers.0.feed_forward.w1.weight"]),
+        vocab_size=shape.vocab_size,
+        rms_norm_eps=shape.norm_eps,
+        rope_parameters=rope,
+        max_position_embeddings=shape.max_seq_len,
+        architectures=["LlamaForCausalLM"],
+        **more,
+    )
