@@ -2,12 +2,13 @@
 
 from .adamuon import AdaMuon
 from .adamw import AdamW
+from .build import build_optimizer
 from .engine import RuleOptimizer
 from .lion import Lion
 from .muon import Muon
 from .olion import OLion
 from .polar import orthogonalize
-from .roles import build_optimizer, roles_of
+from .roles import roles_of
 from .rule import RULES, UpdateRule, register
 from .wire import count_bytes
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional
 
@@ -155,8 +156,7 @@ def test_a_raw_parameter_is_refused_until_its_role_is_declared(name, shape):
     for role, group in expected.items():
         optimizer = build_optimizer(model, name, lr=1e-3, roles={"*.gate": role})
         assert groups_of(optimizer)["blocks.0.gate"] == group
-    options = {"as_matrices": "batch"} if name in MATRIX_RULES else {}
-    optimizer = build_optimizer(model, name, lr=1e-3, roles={"*.gate": "matrix"}, **options)
+    optimizer = build_optimizer(model, name, lr=1e-3, roles={"*.gate": "matrix"}, as_matrices="batch")
     assert groups_of(optimizer)["blocks.0.gate"] == (name, 0.1)
 
 
@@ -179,6 +179,187 @@ def test_a_convolution_is_a_matrix_and_refused_until_told_how_to_see_it(name):
     with pytest.raises(ValueError, match=r"0\.weight.*as_matrices"):
         build_optimizer(model, name, lr=1e-3)
     build_optimizer(model, name, lr=1e-3, as_matrices="flatten")
+
+
+TINY = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 16,
+}
+
+
+def names_of(model: nn.Module, role: str, **options) -> set[str]:
+    return {name for name, found in roles_of(model, **options).items() if found == role}
+
+
+class WithValue(nn.Module):
+    """A language model with a value head after it, as reinforcement learning adds one."""
+
+    def __init__(self, language_model: nn.Module, width: int):
+        super().__init__()
+        self.language_model, self.value = language_model, nn.Linear(width, 1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("labels", [2, 3])
+def test_heads_of_bert_match_its_outputs(tied, labels):
+    config = transformers.BertConfig(**TINY, tie_word_embeddings=tied, num_labels=labels)
+    decoder = set() if tied else {"cls.predictions.decoder.weight"}
+    model = transformers.BertForPreTraining(config)
+    assert names_of(model, "head") == decoder | {"cls.seq_relationship.weight"}
+    assert "cls.predictions.transform.dense.weight" in names_of(model, "matrix")
+    classifier = transformers.BertForSequenceClassification(config)
+    assert names_of(classifier, "head") == {"classifier.weight"}
+    assert len(names_of(classifier, "matrix")) == 2 * 6 + 1  # six a layer, and the pooler
+
+
+def test_heads_of_musicgen_match_its_codebooks():
+    config = transformers.MusicgenDecoderConfig(
+        vocab_size=48,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=64,
+        max_position_embeddings=16,
+        num_codebooks=4,
+        pad_token_id=0,
+        bos_token_id=0,
+        tie_word_embeddings=False,
+    )
+    model = transformers.MusicgenForCausalLM(config)
+    assert names_of(model, "head") == {f"lm_heads.{i}.weight" for i in range(4)}
+    assert names_of(model, "embedding") == {f"model.decoder.embed_tokens.{i}.weight" for i in range(4)}
+
+
+def gpt2(tied: bool = True) -> nn.Module:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 50, "n_positions": 16}
+    config = transformers.GPT2Config(**sizes, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0)
+    return transformers.GPT2LMHeadModel(config)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_heads_of_gpt2_with_a_value_head_match_both(tied):
+    model = WithValue(gpt2(tied), 32)
+    assert names_of(model, "head") == {"value.weight"} | (set() if tied else {"language_model.lm_head.weight"})
+    assert len(names_of(model, "matrix")) == 2 * 4  # Conv1D weights
+
+
+def mixtral(**options) -> nn.Module:
+    config = transformers.MixtralConfig(**TINY, num_key_value_heads=1, num_local_experts=4, **options)
+    return transformers.MixtralForCausalLM(config)
+
+
+def test_experts_of_mixtral_match_batches_and_its_routers_are_refused_together():
+    model = mixtral()
+    with pytest.raises(ValueError, match=r"got 2 without") as caught:
+        build_optimizer(model, "olion", lr=1e-3)
+    assert 'roles={"model.layers.*.mlp.gate.weight": "matrix"}' in str(caught.value)
+    optimizer = build_optimizer(model, "olion", lr=1e-3, roles={"model.layers.*.mlp.gate.weight": "matrix"})
+    batches = {
+        name for group in optimizer.param_groups if group.get("as_matrices") == "batch" for name in group["param_names"]
+    }
+    assert batches == {f"model.layers.{i}.mlp.experts.{each}" for i in (0, 1) for each in ("gate_up_proj", "down_proj")}
+    assert names_of(model, "head", roles={"*.gate.weight": "matrix"}) == {"lm_head.weight"}
+
+
+def language_model(heads_first: bool = False, heads: int = 1, outputs: int = 50, width: int = 32, **more) -> nn.Module:
+    """A table of 50, a body of two layers, and heads before or after it."""
+    model = nn.Module()
+    body = nn.ModuleList(nn.TransformerEncoderLayer(width, 2, 2 * width, batch_first=True) for _ in range(2))
+    outer = nn.ModuleList(nn.Linear(width, outputs) for _ in range(heads))
+    model.table = nn.Embedding(50, width)
+    for name, module in (("heads", outer), ("body", body))[:: 1 if heads_first else -1]:
+        model.add_module(name, module)
+    for name, module in more.items():
+        model.add_module(name, module)
+    return model
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        language_model(),
+        language_model(heads=4),
+        language_model(heads_first=True),
+        language_model(outputs=64),
+        language_model(outputs=48, heads_first=True, width=40),  # the table is padded
+    ],
+)
+def test_heads_match_the_vocabulary_wherever_they_are(model):
+    assert names_of(model, "head") == {f"heads.{i}.weight" for i in range(len(model.heads))}
+    assert len(names_of(model, "matrix")) == 2 * 4
+
+
+def test_a_last_layer_of_a_size_that_earlier_layers_read_is_refused():
+    """A decoder back to the input or the end of a residual branch: head or hidden cannot be seen."""
+    with pytest.raises(ValueError, match=r"4.weight \(20, 6\) may be a head"):
+        roles_of(nn.Sequential(nn.Linear(20, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 20)))
+
+
+@pytest.mark.parametrize("labels", [1, 2, 3, 7])
+def test_a_classifier_and_a_value_head_match_heads_whatever_their_size(labels):
+    model = language_model(classifier=nn.Linear(32, labels), value=nn.Linear(32, 1))
+    assert names_of(model, "head") == {"heads.0.weight", "classifier.weight", "value.weight"}
+
+
+def test_a_head_of_a_size_that_later_layers_read_is_refused_until_declared():
+    model = language_model(heads_first=True, outputs=64, heads=2)  # 64 = 2 x 32, as a fused hidden layer
+    with pytest.raises(ValueError, match="got 2 without") as caught:
+        roles_of(model)
+    assert 'roles={"heads.*.weight": "matrix"}' in str(caught.value) and "\n" not in str(caught.value)
+    assert names_of(model, "head", roles={"heads.*.weight": "head"}) == {"heads.0.weight", "heads.1.weight"}
+
+
+def test_every_tensor_without_a_role_matches_the_message():
+    model = TinyGPT()
+    model.gate, model.blocks[1].mixing = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, match="got 2 without") as caught:
+        build_optimizer(model, "olion", lr=1e-3)
+    assert 'roles={"gate": "matrix", "blocks.*.mixing": "matrix"}' in str(caught.value)
+
+
+def options_of(optimizer, option: str) -> dict[str, object]:
+    """{name: this option} of every tensor of the matrices' rule."""
+    matrices = [group for group in optimizer.param_groups if group["rule"] != "adamw"]
+    return {name: group[option] for group in matrices for name in group["param_names"]}
+
+
+@every_name
+def test_blocks_of_fused_weights_of_torch_match_their_gates(name):
+    model = nn.Module()
+    model.attention, model.keys = nn.MultiheadAttention(8, 2, add_bias_kv=True), nn.MultiheadAttention(8, 2, kdim=4)
+    model.lstm, model.gru, model.rnn = nn.LSTM(8, 8, proj_size=4), nn.GRU(4, 8), nn.RNN(8, 8)
+    model.cell, model.norm = nn.LSTMCell(8, 8), nn.LayerNorm((2, 8))
+    optimizer = build_optimizer(model, name, lr=1e-3)
+    found = roles_of(model)
+    assert {found[each] for each in ("attention.bias_k", "attention.bias_v", "norm.weight", "norm.bias")} == {"vector"}
+    if name in MATRIX_RULES:
+        split = options_of(optimizer, "qkv_split")
+        assert {each: count for each, count in split.items() if count != 1} == {
+            "attention.in_proj_weight": 3,
+            **{f"{module}.weight_{kind}": 4 for module, kind in (("cell", "ih"), ("cell", "hh"))},
+            **{f"lstm.weight_{kind}_l0": 4 for kind in ("ih", "hh")},
+            **{f"gru.weight_{kind}_l0": 3 for kind in ("ih", "hh")},
+        }
+        declared = options_of(build_optimizer(model, name, lr=1e-3, qkv_split={"lstm.*_l0": 1}), "qkv_split")
+        assert declared["lstm.weight_ih_l0"] == 1 and declared["gru.weight_ih_l0"] == 3
+
+
+@every_name
+def test_as_matrices_of_a_pattern_matches_its_tensors_and_elementwise_rules_ignore_it(name):
+    model = nn.Sequential(nn.Conv2d(3, 8, 2), nn.ReLU(), nn.Conv1d(8, 8, 2))
+    with pytest.raises(ValueError, match="as_matrices: 'x'"):
+        build_optimizer(model, name, lr=1e-3, as_matrices={"x": "flatten"})
+    optimizer = build_optimizer(model, name, lr=1e-3, as_matrices={"0.*": "flatten", "2.*": "batch"})
+    assert groups_of(optimizer)["0.weight"] == (name, 0.1)
+    if name in MATRIX_RULES:
+        assert options_of(optimizer, "as_matrices") == {"0.weight": "flatten", "2.weight": "batch"}
+        with pytest.raises(ValueError, match="got none for") as caught:
+            build_optimizer(model, name, lr=1e-3)
+        assert 'as_matrices={"0.weight": "flatten", "2.weight": "flatten"}' in str(caught.value)
 
 
 def test_the_rates_of_matrices_and_rest_match_what_was_asked():

@@ -1,0 +1,134 @@
+"""One optimizer for a whole model: a rule on its matrices, AdamW on the rest."""
+
+from collections.abc import Mapping, Sequence
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+
+from .engine import RuleOptimizer
+from .roles import DECAYED, Use, match, outline, refuse_unmatched, uses_of
+from .rule import rule_named
+
+# Each optimizer's configuration in the OLion paper (arXiv 2602.01105), where it differs from the default.
+# The paper's Lion mixes with the new average, betas (0.95, 0.98): 0.95 x 0.98 = 0.931 before the old one.
+PAPER = {
+    "muon": {"adjust_lr_fn": "match_rms_adamw"},
+    "lion": {"betas": (0.931, 0.98), "scale": 0.2},
+    "adamw": {"betas": (0.9, 0.95)},
+}
+
+Blocks = int | Sequence[int]
+Groups = list[dict]
+
+
+def build_optimizer(
+    model: nn.Module,
+    name: str = "olion",
+    *,
+    lr: float,
+    adamw_lr: float | None = None,
+    weight_decay: float = 0.1,
+    adamw_betas: tuple[float, float] = (0.9, 0.95),
+    adamw_eps: float = 1e-8,
+    qkv_split: Mapping[str, Blocks] | None = None,
+    as_matrices: str | Mapping[str, str] | None = None,
+    roles: Mapping[str, str] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    **options,
+) -> RuleOptimizer:
+    """Build one optimizer for a whole model: rule `name` on its matrices, AdamW on the rest.
+
+    Args:
+        model: its trainable parameters are divided by role; see `roles_of`. DistributedDataParallel brings its process
+            group along, DTensors (FSDP2, tensor parallelism) their layout.
+        name: olion, muon, adamuon, lion, adamw, or a rule of your own.
+        lr: learning rate of the matrices.
+        adamw_lr: learning rate of the rest; None is `lr`, as in the paper.
+        weight_decay: of every decayed tensor.
+        adamw_betas, adamw_eps: of the rest.
+        qkv_split: {name pattern: number of equal blocks, or their proportions} of fused weights, whose blocks are
+            orthogonalized one by one: {"*.c_attn.weight": 3}. nn.MultiheadAttention, LSTM and GRU are split by
+            default. Without effect on elementwise rules.
+        as_matrices: {name pattern: "batch", "flatten" or "transpose"}, or one of these for every tensor of more than
+            two dimensions; see `matrix_shape`. Without effect on elementwise rules.
+        roles: {name pattern: role}, overruling the model's own; see `roles_of`.
+        process_group: the ranks that hold the same plain tensors and gradients, and share the work.
+        options: of the rule, over the paper's configuration (`PAPER`), over its defaults.
+
+    Raises ValueError for unknown names, options and roles, and for a model without trainable parameters.
+
+    Example:
+        >>> optimizer = build_optimizer(model, "olion", lr=6e-4)
+    """
+    rule = rule_named(name)
+    model, process_group = _unwrapped(model, process_group)
+    uses = uses_of(model, roles)
+    if not uses:
+        raise ValueError("the model must have trainable parameters; none requires a gradient")
+    params = dict(model.named_parameters())
+    views = _views(uses, params, qkv_split or {}, as_matrices, split=rule.direct is not None)
+    groups = [
+        {"params": [(each, params[each]) for each in views if views[each] == view], **dict(view)}
+        for view in sorted(set(views.values()), key=str)
+    ]
+    rest = {"rule": "adamw", "lr": lr if adamw_lr is None else adamw_lr, "betas": adamw_betas, "eps": adamw_eps}
+    for decayed in (True, False):
+        chosen = [each for each, use in uses.items() if use.role != "matrix" and (use.role in DECAYED) == decayed]
+        if chosen:
+            members = [(each, params[each]) for each in chosen]
+            groups.append({"params": members, "weight_decay": weight_decay if decayed else 0.0, **rest})
+    options = {"weight_decay": weight_decay, **PAPER.get(name, {}), **options}
+    return RuleOptimizer(groups, name, lr=lr, process_group=process_group, **options)
+
+
+def _unwrapped(model: nn.Module, process_group: dist.ProcessGroup | None) -> tuple[nn.Module, dist.ProcessGroup | None]:
+    """Return the module inside torch.compile's and DistributedDataParallel's wrappers, and the process group."""
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, DistributedDataParallel):
+        process_group = process_group or model.process_group
+        model = getattr(model.module, "_orig_mod", model.module)
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "FSDP must be FSDP2, whose parameters are DTensors, got FullyShardedDataParallel; use fully_shard"
+        )
+    return model, process_group
+
+
+def _views(
+    uses: dict[str, Use],
+    params: dict[str, nn.Parameter],
+    qkv_split: Mapping[str, Blocks],
+    as_matrices: str | Mapping[str, str] | None,
+    split: bool,
+) -> dict[str, tuple]:
+    """Return the group options of every matrix, by name: its blocks and the way to see it, if `split`."""
+    names = [name for name, use in uses.items() if use.role == "matrix"]
+    refuse_unmatched("qkv_split", qkv_split, names, "matrix")
+    if isinstance(as_matrices, Mapping):
+        refuse_unmatched("as_matrices", as_matrices, names, "matrix")
+    if not split:
+        return dict.fromkeys(names, ())
+    views, unseen = {}, []
+    for name in names:
+        seen = uses[name].as_matrices
+        if isinstance(as_matrices, Mapping):
+            seen = match(as_matrices, name) or seen
+        elif params[name].ndim > 2:
+            seen = as_matrices or seen
+        if params[name].ndim > 2 and seen is None:
+            unseen.append(name)
+        declared = match(qkv_split, name)
+        blocks = uses[name].blocks if declared is None else declared
+        blocks = blocks if isinstance(blocks, int) else tuple(blocks)
+        options = {"as_matrices": seen} if seen else {}
+        views[name] = tuple({**options, **({} if blocks == 1 else {"qkv_split": blocks})}.items())
+    if unseen:
+        described, patterns = outline(unseen, uses, lambda name: str(tuple(params[name].shape)))
+        answers = ", ".join(f'"{pattern}": "flatten"' for pattern in patterns)
+        raise ValueError(
+            f"matrices of more than two dimensions need a way to see them, got none for {described}; pass "
+            f'as_matrices={{{answers}}}, each "flatten" (d0 x the rest, as for convolutions) or "batch"'
+        )
+    return views
