@@ -17,12 +17,13 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torchtitan.components.dataloader import BaseDataLoader
-from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
+from torchtitan.components.tokenizer import BaseTokenizer
 
 from common import UserError, one_line
 from common.corpus import local_files
 from Llama.checks import shape_of
 from Llama.config import JobConfig
+from Llama.tokenizer import Tokenizer
 
 Batch = tuple[dict[str, Tensor], Tensor]  # {"input": (b, T)}, labels (b, T), int64, as torchtitan wants them
 Source = datasets.Dataset | datasets.IterableDataset
@@ -199,16 +200,15 @@ def validation_windows(
     return batches, lane.bytes_read / lane.tokens_read
 
 
-def build_tokenizer(job_config: JobConfig) -> HuggingFaceTokenizer:
+def build_tokenizer(job_config: JobConfig) -> Tokenizer:
     """Read the tokenizer of model.hf_assets_path; UserError where there is none, or one that the model cannot use."""
     folder, model = Path(job_config.model.hf_assets_path), job_config.model
-    missing = [name for name in ("tokenizer.json", "tokenizer_config.json") if not (folder / name).is_file()]
-    if missing:
+    tokenizer = Tokenizer(folder)
+    if tokenizer.eos_id is None:
         raise UserError(
-            f"model.hf_assets_path must hold tokenizer.json and tokenizer_config.json; {folder} has no {missing[0]}: "
-            "download them (hf download meta-llama/... --local-dir FOLDER), or make some (python -m Llama.prepare)"
+            f"the tokenizer of model.hf_assets_path must name the eos_token that documents end with; {folder} has none "
+            "in tokenizer_config.json: add it, or name another tokenizer"
         )
-    tokenizer = HuggingFaceTokenizer(str(folder))
     size, most = tokenizer.get_vocab_size(), shape_of(model).vocab_size
     if size > most or (size < most and model.flavor != "debug"):  # a published model has its own
         raise UserError(

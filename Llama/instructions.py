@@ -8,13 +8,12 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.tools.logging import logger
 
 from common import UserError, one_line, progress
@@ -23,39 +22,14 @@ from common.launch import process_rank
 from Llama.config import JobConfig
 from Llama.data import Batch, split_of
 from Llama.templates import ROLES, TEMPLATES, Messages, Template
+from Llama.tokenizer import Example, Tokenizer, encode
 
 MATH_INSTRUCT = "TIGER-Lab/MathInstruct"  # on the Hugging Face Hub; has a training split only
 WIDTH = 64  # padded rows are a multiple of this long, so that kernels see few different shapes
 CHUNK = 1024  # conversations that are tokenized together, on all cores
 
 
-class Example(NamedTuple):
-    """A conversation's tokens (n,), int32, and which of them are trained on (n,), bool."""
-
-    tokens: np.ndarray
-    trained: np.ndarray
-
-
 # ---- Examples
-
-
-def encode(conversations: list[Messages], tokenizer: HuggingFaceTokenizer, template: Template) -> list[Example]:
-    """Tokenize conversations; a prompt and a response never share a token, as in decoding they cannot."""
-    segments = [list(template.segments(messages)) for messages in conversations]
-    # SentencePiece's tokenizers begin every text with a space of their own.
-    own_space = tokenizer.tokenizer.encode("x", add_special_tokens=False).tokens[0].startswith("▁")
-    texts = [text.removeprefix(" ") if own_space and response else text for each in segments for text, response in each]
-    encodings = iter(tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False))
-    end = tokenizer.eos_id if template.end is None else tokenizer.token_to_id(template.end)
-    examples = []
-    for each in segments:
-        tokens, trained = [tokenizer.bos_id], [False]
-        for _, is_response in each:
-            part = next(encodings).ids + [end] * is_response
-            tokens += part
-            trained += [is_response] * len(part)
-        examples.append(Example(np.array(tokens, np.int32), np.array(trained)))
-    return examples
 
 
 def fit(examples: list[Example], length: int) -> tuple[list[Example], int, int]:
@@ -68,7 +42,7 @@ def fit(examples: list[Example], length: int) -> tuple[list[Example], int, int]:
     return kept, sum(len(example.tokens) > length + 1 for example in examples), len(cut) - len(kept)
 
 
-def read_examples(tokenizer: HuggingFaceTokenizer, settings: JobConfig, split: str) -> list[Example]:
+def read_examples(tokenizer: Tokenizer, settings: JobConfig, split: str) -> list[Example]:
     """Read and tokenize the examples of a split, and say how many were cut.
 
     Raises UserError for a template that the tokenizer has no tokens for, rows that are no conversation, and a hub
@@ -97,17 +71,23 @@ def read_examples(tokenizer: HuggingFaceTokenizer, settings: JobConfig, split: s
     return kept
 
 
-def check_tokens(tokenizer: HuggingFaceTokenizer, template: Template, settings: JobConfig) -> None:
+def check_tokens(tokenizer: Tokenizer, template: Template, settings: JobConfig) -> None:
     """Refuse a template with tokens that the tokenizer does not have."""
     folder, name = settings.model.hf_assets_path, settings.fine_tuning.template
-    wanted = {"its end of text" if template.end is None else template.end: template.end or tokenizer.eos_token}
-    wanted["its begin of text"] = tokenizer.bos_token
+    wanted = {token: token for token in sorted(template.tokens())} | {"its begin of text": tokenizer.bos_token}
+    if template.end is None:
+        wanted["its end of text"] = tokenizer.eos_token
     for what, token in wanted.items():
         if token is None or tokenizer.token_to_id(token) is None:
             raise UserError(
                 f"the template {name} needs a tokenizer with {what}, which {folder} lacks; set "
                 "fine_tuning.template, or name the model's own tokenizer"
             )
+    if tokenizer.begins_with_space and template.lead != " ":
+        raise UserError(
+            f"the template {name} needs a tokenizer that puts no space before a text; that of {folder} does: set "
+            "fine_tuning.template, or name the model's own tokenizer"
+        )
 
 
 # ---- Conversations
@@ -260,12 +240,12 @@ class Loader(BaseDataLoader):
         self._rows = rows_of_epoch(self._lengths, order, packing, room)
 
 
-def build_loader(dp_world_size: int, dp_rank: int, tokenizer: HuggingFaceTokenizer, job_config: JobConfig) -> Loader:
+def build_loader(dp_world_size: int, dp_rank: int, tokenizer: Tokenizer, job_config: JobConfig) -> Loader:
     """Make the training batches of one data-parallel rank."""
     return Loader(read_examples(tokenizer, job_config, "train"), job_config, dp_rank, dp_world_size)
 
 
-def validation_rows(tokenizer: HuggingFaceTokenizer, job_config: JobConfig, mine: slice) -> list[Batch]:
+def validation_rows(tokenizer: Tokenizer, job_config: JobConfig, mine: slice) -> list[Batch]:
     """Read the batches of one rank of the validation set, an example a row; the first `windows` of the set.
 
     Raises UserError where the set holds fewer.

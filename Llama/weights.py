@@ -10,7 +10,6 @@ the three kinds of folder (Hugging Face weights, a run, one of its checkpoints) 
 
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,9 +25,9 @@ from common.corpus import written_aside
 from common.launch import main_guard
 from Llama.hf import DTYPES, Adapter, check_config, hf_config, stored_tensors
 from Llama.model import FLAVORS, Shape, weights_on_meta
-from Llama.templates import FINE_TUNING, TEMPLATES
+from Llama.templates import FINE_TUNING, TEMPLATES, Template
+from Llama.tokenizer import Tokenizer, export_tokenizer
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 CHECKPOINTS = "checkpoint"  # torchtitan's folder of them, below a run's
 
 
@@ -136,31 +135,24 @@ def export(options: Options) -> Path:
     with written_aside(options.out) as partial:
         tuned = settings["training"]["dataset"] in FINE_TUNING
         template = TEMPLATES[settings["fine_tuning"]["template"]] if tuned else None
-        write_hf(partial, weights, shape, assets, ends=(template.end,) if template and template.end else ())
-        if template:
-            (partial / "chat_template.jinja").write_text(template.jinja())
+        write_hf(partial, weights, shape, assets, template)
     print(f"{options.out}: {checkpoint}, in {options.dtype}")
     return options.out
 
 
-def write_hf(folder: Path, weights: dict[str, Tensor], shape: Shape, assets: Path, ends: tuple[str, ...] = ()) -> None:
-    """Write weights of Llama.model, their config, and the tokenizer of `assets`; `ends`: more tokens to stop at."""
+def write_hf(
+    folder: Path, weights: dict[str, Tensor], shape: Shape, assets: Path, template: Template | None = None
+) -> None:
+    """Write weights of Llama.model, their config, and the tokenizer of `assets`, with a fine-tuned one's template."""
     from huggingface_hub import save_torch_state_dict
-    from tokenizers import Tokenizer
 
+    export_tokenizer(folder, assets, template)  # first: it may refuse
     save_torch_state_dict(Adapter(shape, None).to_hf(weights), folder)
-    for name in TOKENIZER_FILES:
-        if (assets / name).is_file():
-            shutil.copy(assets / name, folder)
-    tokens = json.loads((assets / "tokenizer_config.json").read_text())
-    tokenizer = Tokenizer.from_file(str(assets / "tokenizer.json"))
-    ids = {}
-    for kind in ("bos", "eos"):
-        token = tokens.get(f"{kind}_token")
-        token = token["content"] if isinstance(token, dict) else token  # the Hub has both spellings
-        ids[f"{kind}_token_id"] = token and tokenizer.token_to_id(token)
-    if ends:
-        ids["eos_token_id"] = [ids["eos_token_id"], *map(tokenizer.token_to_id, ends)]
+    tokenizer = Tokenizer(assets)
+    ends = [tokenizer.eos_id]
+    if template and template.end:
+        ends.append(tokenizer.token_to_id(template.end))  # to stop at, too
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
     dtype = next(iter(weights.values())).dtype
     hf_config(shape, dtype=dtype, **ids).save_pretrained(folder)
 

@@ -22,11 +22,11 @@ from lm_eval.models.huggingface import HFLM
 
 from common import UserError
 from Llama import evaluate, weights
-from Llama.instructions import HuggingFaceTokenizer, encode
 from Llama.model import FLAVORS, Llama, Shape
 from Llama.prepare import Prepare, prepare
 from Llama.tasks import problems
 from Llama.templates import TEMPLATES
+from Llama.tokenizer import Tokenizer, encode
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = Shape(dim=32, n_layers=1, n_heads=4, vocab_size=300, max_seq_len=2048, multiple_of=16)
@@ -104,7 +104,7 @@ def scores_of(monkeypatch, capsys, models: list[Path], tasks: list[str], *more: 
 def prompt_tokens(assets: Path, *messages: dict[str, str]) -> list[int]:
     """What Llama.instructions trains a model to continue: the tokens before the last response."""
     conversation = [*messages, {"role": "assistant", "content": "x"}]
-    (example,) = encode([conversation], HuggingFaceTokenizer(str(assets)), QUESTION)
+    (example,) = encode([conversation], Tokenizer(assets), QUESTION)
     end = (~example.trained).nonzero()[0][-1] + 1
     return example.tokens[:end].tolist()
 
@@ -153,7 +153,7 @@ def test_prompts_with_worked_examples_match_the_conversation_that_training_encod
         messages += [user(each["question"]), {"role": "assistant", "content": each["solution"]}]
         text += f"Question: {each['question']}\nAnswer: {each['solution']}\n\n"
     last = "Question: How much is 2 + 3?\nAnswer:"
-    tokenizer = HuggingFaceTokenizer(str(assets))
+    tokenizer = Tokenizer(assets)
     assert sent == [
         prompt_tokens(assets, *messages, user("How much is 2 + 3?")),
         prompt_tokens(assets, user("How much is 2 + 3?")),

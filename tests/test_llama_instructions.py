@@ -16,11 +16,8 @@ from Llama import arithmetic, instructions
 from Llama.config import JobConfig
 from Llama.instructions import (
     IGNORE_INDEX,
-    Example,
-    HuggingFaceTokenizer,
     Loader,
     conversation,
-    encode,
     fit,
     local_rows,
     rows_of_epoch,
@@ -29,6 +26,7 @@ from Llama.instructions import (
 from Llama.model import FLAVORS, Llama
 from Llama.prepare import Prepare, prepare
 from Llama.templates import TEMPLATES
+from Llama.tokenizer import Example, Tokenizer, encode
 
 CHAT = [
     {"role": "system", "content": "be brief"},
@@ -64,11 +62,11 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(folder) -> HuggingFaceTokenizer:
-    return HuggingFaceTokenizer(str(folder))
+def tokenizer(folder) -> Tokenizer:
+    return Tokenizer(folder)
 
 
-def trained_texts(example: Example, tokenizer: HuggingFaceTokenizer) -> list[str]:
+def trained_texts(example: Example, tokenizer: Tokenizer) -> list[str]:
     """Decode what a batch's labels keep, each stretch of them for itself."""
     _, labels = to_batch([[example]], packing=False, room=512)
     stretches, previous = [], IGNORE_INDEX
@@ -222,8 +220,8 @@ def test_template_without_its_tokens_and_hub_out_of_reach_refuse_in_one_line(tmp
     plain = prepare(Prepare(str(tmp_path / "text"), tmp_path / "tokenizer", vocab_size=260))
     settings = JobConfig()
     settings.model.hf_assets_path, settings.fine_tuning.template = str(plain), "llama3"
-    with pytest.raises(UserError, match=r"the template llama3 needs a tokenizer with <\|eot_id\|>, which"):
-        instructions.check_tokens(HuggingFaceTokenizer(str(plain)), TEMPLATES["llama3"], settings)
+    with pytest.raises(UserError, match=r"the template llama3 needs a tokenizer with <\|end_header_id\|>, which"):
+        instructions.check_tokens(Tokenizer(plain), TEMPLATES["llama3"], settings)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"mathinstruct \(nowhere/there\) is not reachable"):
         instructions.load_math_instruct("nowhere/there")
