@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes the environment, .venv with requirements.txt, if there is none; prints the interpreter to use.
+# Makes the environment, .venv with requirements.txt, if there is none; prints the interpreter to use, and one line per
+# stage on stderr.
 #   bash scripts/setup.sh                          a .venv here, from python3.11 or newer
 #   PYTHON=~/torch/bin/python bash scripts/setup.sh    one's own interpreter: nothing is installed, only checked
 set -euo pipefail
@@ -32,15 +33,22 @@ if [[ ! -x "$python" ]] || ! cmp -s requirements.txt "$stamp"; then
     echo "error: Python 3.11 or newer is required and none was found; install one or set PYTHON" >&2
     exit 1
   fi
-  echo "setting up .venv with $("$base" --version) (minutes the first time)" >&2
-  [[ -x "$python" ]] || "$base" -m venv .venv || {
-    rm -rf .venv
-    echo "error: $base must be able to make a venv (on Debian: apt install python3-venv); or set PYTHON" >&2
-    exit 1
-  }
+  if [[ ! -x "$python" ]]; then
+    echo "setup 1/3: .venv with $("$base" --version)" >&2
+    "$base" -m venv .venv || {
+      rm -rf .venv
+      echo "error: $base must be able to make a venv (on Debian: apt install python3-venv); or set PYTHON" >&2
+      exit 1
+    }
+  fi
+  # -qq: errors only. A machine's pip may warn of its version, its cache or its index, none of which a user can act on.
+  install() { "$python" -m pip install -qq --disable-pip-version-check "$@" >&2; }
   # torch alone first: with it in place, no other package can choose another build of it.
-  "$python" -m pip install --quiet "$(grep -o '^torch==[^ ]*' requirements.txt)" >&2
-  "$python" -m pip install --quiet -r requirements.txt >&2
+  torch=$(grep -o '^torch==[^ ]*' requirements.txt)
+  echo "setup 2/3: $torch (minutes the first time)" >&2
+  install "$torch"
+  echo "setup 3/3: the other packages of requirements.txt (minutes the first time)" >&2
+  install -r requirements.txt
   cp requirements.txt "$stamp"
 fi
 echo "$PWD/$python"

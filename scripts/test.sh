@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
-# Runs the whole test suite, lint first; sets up the environment if there is none.
-#   bash scripts/test.sh                    everything
+# Runs lint, the type check and the tests; sets up the environment if there is none.
+#   bash scripts/test.sh                    everything: minutes
+#   bash scripts/test.sh --fast             without the tests marked slow: under a minute
 #   bash scripts/test.sh tests/test_polar.py -k gram
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=$(bash scripts/setup.sh)
 
+arguments=()
+for argument in "$@"; do
+  if [[ "$argument" == --fast ]]; then arguments+=(-m "not slow"); else arguments+=("$argument"); fi
+done
+
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 export WANDB_MODE=${WANDB_MODE:-offline} # no test may reach a server
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest ${arguments[@]+"${arguments[@]}"}
