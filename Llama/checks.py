@@ -1,15 +1,21 @@
 """What of a Llama config cannot work, each refused in one line before any data is touched."""
 
+import math
+import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
 
+from common import UserError
 from common.config import ConfigError, at_least
 from Llama.cpu import CPU, on_cpu
 from Llama.model import FLAVORS, Llama, Shape
 from Llama.templates import FINE_TUNING, TEMPLATES
 
 if TYPE_CHECKING:
+    from torchtitan.config.job_config import LRScheduler
+
     from Llama.config import JobConfig, Model
 
 TEXTS = ("c4", "c4_validation", "text")  # the second is torchtitan's name for a part of the first
@@ -71,15 +77,17 @@ def check_steps(settings: "JobConfig") -> None:
     """Refuse numbers of steps that torchtitan would stumble over."""
     at_least(1, settings.checkpoint, "interval")
     at_least(1, settings.metrics, "log_freq")
+    at_least(1, settings.training, "gc_freq")
     planned, steps = settings.lr_scheduler.total_steps, settings.training.steps
     if planned is not None and planned < steps:
         raise ConfigError(
             f"lr_scheduler.total_steps must be training.steps {steps} or more, or left out; got {planned}: the rate "
             "would fall below zero"
         )
-    if settings.checkpoint.keep_latest_k == 1:
+    if settings.checkpoint.keep_latest_k < 0 or settings.checkpoint.keep_latest_k == 1:
         raise ConfigError(
-            "checkpoint.keep_latest_k must be 0, which keeps all, or 2 and more; got 1: one is being written"
+            "checkpoint.keep_latest_k must be 0, which keeps all, or 2 and more; got "
+            f"{settings.checkpoint.keep_latest_k}: one is being written"
         )
     if settings.checkpoint.load_step != -1 and not settings.job.resume:
         raise ConfigError(
@@ -88,6 +96,73 @@ def check_steps(settings: "JobConfig") -> None:
         )
     if settings.comm.mode == "local_tensor":
         raise ConfigError("comm.mode must be default or fake_backend; got 'local_tensor', which does not train")
+    check_schedule(settings.lr_scheduler, planned or steps)
+
+
+def check_schedule(schedule: "LRScheduler", steps: int) -> None:
+    """Refuse a schedule with rates outside zero and the peak, or with a warm-up that never ends."""
+    if not 0 <= schedule.warmup_steps <= steps:
+        raise ConfigError(f"lr_scheduler.warmup_steps must be between 0 and {steps} steps; got {schedule.warmup_steps}")
+    for name in ("decay_ratio", "min_lr_factor"):
+        value = getattr(schedule, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ConfigError(f"lr_scheduler.{name} must be a fraction, between 0 and 1; got {value}")
+
+
+def check_numbers(settings: "JobConfig") -> None:
+    """Refuse numbers that are not finite, gradient norms below zero, and seeds that not every generator takes."""
+    for section, values in asdict(settings).items():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            numbers = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
+            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+                raise ConfigError(f"{section}.{key} must be finite; got {value}")
+    at_least(0, settings.training, "max_norm")
+    if not 0 <= settings.debug.seed < 2**63:
+        raise ConfigError(f"debug.seed must be between 0 and 2**63 - 1; got {settings.debug.seed}")
+
+
+def check_device(settings: "JobConfig") -> None:
+    """Refuse what torchtitan does on GPUs alone, or what is not tested here."""
+    profiling, training = settings.profiling, settings.training
+    if settings.checkpoint.async_mode not in ("disabled", "async"):
+        raise ConfigError(
+            f"checkpoint.async_mode must be disabled or async; got {settings.checkpoint.async_mode!r}, whose process "
+            "of its own is not tested here"
+        )
+    if training.enable_cpu_offload:
+        raise ConfigError("training.enable_cpu_offload must be false: the optimizers step where the model computes")
+    for key in ("enable_profiling", "enable_memory_snapshot"):
+        if getattr(profiling, key) and on_cpu():
+            raise ConfigError(f"profiling.{key} needs a GPU, whose events torchtitan records; leave it out")
+    at_least(1, profiling, "profile_freq", "profiler_active")
+    at_least(0, profiling, "profiler_warmup")
+    cycle = profiling.profiler_warmup + profiling.profiler_active
+    if profiling.enable_profiling and profiling.profile_freq < cycle:
+        raise ConfigError(
+            f"profiling.profile_freq must be profiler_warmup + profiler_active, {cycle} steps, or more; got "
+            f"{profiling.profile_freq}"
+        )
+
+
+def environment() -> tuple[int, int]:
+    """Return this process's rank and the number of ranks, as torchrun names them, or (0, 1) without any of the names.
+
+    Raises UserError where one is missing, which would leave this process waiting for others, or is no number.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+    there = {name: os.environ[name] for name in names if name in os.environ}
+    if not there:
+        return 0, 1
+    for name in names:
+        if not there.get(name, "").isdecimal():
+            raise UserError(
+                f"torchrun sets {', '.join(names)}, each a number; {name} is {there.get(name, 'missing')!r} and "
+                f"{next(iter(there))} is set: start with torchrun (bash Llama/run.sh), or unset them all"
+            )
+    rank, ranks = int(there["RANK"]), int(there["WORLD_SIZE"])
+    if rank >= ranks:
+        raise UserError(f"RANK must be below WORLD_SIZE {ranks}; got {rank}: start with torchrun (bash Llama/run.sh)")
+    return rank, ranks
 
 
 def is_fine_tuning(settings: "JobConfig") -> bool:
@@ -137,6 +212,8 @@ def data_ranks(settings: "JobConfig", world_size: int) -> int:
     at_least(1, parallelism, "tensor_parallel_degree", "data_parallel_replicate_degree")
     model_ranks, shape = parallelism.tensor_parallel_degree, shape_of(settings.model)
     heads, length = shape.n_kv_heads or shape.n_heads, settings.training.seq_len
+    if length % 2:
+        raise ConfigError(f"training.seq_len must be even, as torchtitan cuts it; got {length}")
     if heads % model_ranks or (model_ranks > 1 and length % (2 * model_ranks)):
         raise ConfigError(
             f"tensor_parallel_degree must divide the {heads} key and value heads, and half of training.seq_len {length}"

@@ -19,7 +19,9 @@ from common.optimizer_config import OptimizerConfig
 from Llama.checks import (
     check_batches,
     check_data,
+    check_device,
     check_flavor,
+    check_numbers,
     check_steps,
     check_unread,
     data_ranks,
@@ -64,7 +66,9 @@ class Training(titan.Training):
     local_batch_size: int = 1
     """Sequences that one rank takes through the model at once, at most; the result does not depend on it."""
     global_batch_size: int = 8
-    """Sequences a step, over all ranks and micro-batches."""
+    """Sequences per step, over all ranks and micro-batches."""
+    max_norm: float = 1.0
+    """The norm that gradients are clipped to; 0 clips none."""
 
     def __post_init__(self):
         at_least(1, self, "lanes", "local_batch_size", "global_batch_size", "seq_len", "steps")
@@ -146,12 +150,14 @@ def parse_config(argv: list[str] | None = None) -> JobConfig:
     Raises ConfigError, one line, for what is unknown, unread, of a wrong type, or impossible with this many ranks.
     """
     settings = parse(JobConfig, argv)
+    check_numbers(settings)
     check_unread(settings, JobConfig())
     fake = settings.comm.mode == "fake_backend"  # torchtitan's dry run: one process, as if there were NGPU
     world_size = int(os.environ.get("NGPU" if fake else "WORLD_SIZE", 1))
     check_flavor(settings)
     check_data(settings)
     check_steps(settings)
+    check_device(settings)
     ranks = data_ranks(settings, world_size)
     check_batches(settings, ranks)
     settings = filled_in(settings, ranks)

@@ -11,6 +11,7 @@ replaces; --help lists them.
 
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -26,6 +27,7 @@ import Llama.spec  # noqa: F401  (registers the TrainSpec)
 from common import UserError, launch
 from common.config import refuse_changes
 from common.runlog import END, move_aside
+from Llama.checks import environment
 from Llama.config import JobConfig, parse_config
 from Llama.cpu import on_cpu
 from Llama.metrics import name_of, record_of
@@ -38,6 +40,8 @@ class Trainer(titan.Trainer):
     def __init__(self, job_config: JobConfig, stop_request: launch.StopRequest):
         super().__init__(job_config)
         self.stop_request = stop_request
+        if not job_config.training.max_norm:  # torchtitan would scale gradients to nothing
+            self.job_config = replace(job_config, training=replace(job_config.training, max_norm=math.inf))
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.ranks = launch.Launch(rank, int(os.environ["LOCAL_RANK"]), world_size, self.device)
         self.timer = self.metrics_processor.timer
@@ -84,6 +88,7 @@ class Trainer(titan.Trainer):
 
 def main() -> None:
     """Read the configuration and train."""
+    environment()
     settings = parse_config()
     for name, alone in [("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_PORT", "0")]:
         os.environ.setdefault(name, alone)  # torchrun's; without it this is the only process

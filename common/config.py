@@ -211,7 +211,7 @@ def _nearest(name: str, known: list[str]) -> str:
     found = found or difflib.get_close_matches(name, known, n=1)
     if not found:
         leaves = {key.rpartition(".")[2]: key for key in known}
-        found = [leaves[near] for near in difflib.get_close_matches(leaf, leaves, n=1)]
+        found = [leaves[near] for near in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
     return f"; the nearest known key is '{found[0]}'" if found else "; see --help"
 
 

@@ -11,7 +11,7 @@ import Llama.cpu
 from common import UserError
 from common.config import ConfigError
 from common.optimizer_config import OptimizerConfig
-from Llama.checks import NOT_READ
+from Llama.checks import NOT_READ, environment
 from Llama.config import JobConfig, parse_config
 from optimizers import build_optimizer
 
@@ -85,12 +85,60 @@ def test_misspelt_key_of_a_file_refuses_with_the_nearest_key(tmp_path):
         ),
         (["--checkpoint.initial_load_path", "nowhere"], "weights are .*; nowhere does not exist"),
         (["--validation.freq", "0"], "freq must be 1 or more"),
+        (["--training.max_norm", "-1"], "max_norm must be 0 or more; got -1"),
+        (["--training.max_norm", "nan"], "training.max_norm must be finite; got nan"),
+        (["--training.gc_freq", "0"], "gc_freq must be 1 or more"),
+        (["--training.seq_len", "33"], "seq_len must be even"),
+        (["--training.enable_cpu_offload"], "enable_cpu_offload must be false"),
+        (["--checkpoint.async_mode", "async_with_pinned_mem"], "async_mode must be disabled or async"),
+        (["--checkpoint.keep_latest_k", "-1"], "keep_latest_k must be 0, .* got -1"),
+        (["--profiling.enable_memory_snapshot"], "enable_memory_snapshot needs a GPU"),
+        (["--profiling.profile_freq", "0"], "profile_freq must be 1 or more"),
+        (["--lr_scheduler.warmup_steps", "-1"], "warmup_steps must be between 0 and 400 steps; got -1"),
+        (["--lr_scheduler.warmup_steps", "401"], "warmup_steps must be between 0 and 400 steps; got 401"),
+        (["--lr_scheduler.decay_ratio", "5"], "decay_ratio must be a fraction, between 0 and 1; got 5"),
+        (["--lr_scheduler.min_lr_factor", "nan"], "min_lr_factor must be finite; got nan"),
+        (["--lr_scheduler.min_lr_factor", "2"], "min_lr_factor must be a fraction, between 0 and 1; got 2"),
+        (["--optimizer.lr", "inf"], "optimizer.lr must be finite"),
+        (["--optimizer.weight_decay", "inf"], "optimizer.weight_decay must be finite"),
+        (["--optimizer.adamw_lr", "nan"], "optimizer.adamw_lr must be finite"),
+        (["--debug.seed", str(2**70)], r"debug.seed must be between 0 and 2\*\*63 - 1"),
+        (["--debug.seed", "-1"], "debug.seed must be between 0"),
+        (["--debug.seed", "2**70"], "2\\*\\*70"),
+        (["--nosuch.flag", "1"], "unknown flag '--nosuch.flag'; see --help"),
     ],
 )
 def test_impossible_setting_refuses_in_one_line(flags, message):
     with pytest.raises((UserError, ValueError), match=message) as error:
         parse_config([STDLIB, *flags])
     assert "\n" not in str(error.value)
+
+
+def test_profile_shorter_than_its_parts_refuses(monkeypatch):
+    monkeypatch.setattr("Llama.checks.on_cpu", lambda: False)
+    with pytest.raises(
+        ConfigError, match=r"profile_freq must be profiler_warmup \+ profiler_active, 4 steps, or more; got 3"
+    ):
+        parse_config([STDLIB, "--profiling.enable_profiling", "--profiling.profile_freq", "3"])
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK is 'missing' and WORLD_SIZE is set: start with torchrun"),
+        ({"RANK": "0"}, "LOCAL_RANK is 'missing'"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "x", "MASTER_PORT": "1"}, "WORLD_SIZE is 'x'"),
+        ({"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "RANK must be below WORLD_SIZE 2"),
+    ],
+)
+def test_half_of_torchruns_variables_refuse_at_once(variables, message, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert environment() == (0, 1)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        environment()
 
 
 def test_large_model_without_gpus_refuses_with_its_memory_and_the_small_command(monkeypatch):

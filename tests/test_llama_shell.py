@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 QUICK = (
     "--training.steps",
     "2",
+    "--lr_scheduler.warmup_steps",
+    "1",
     "--training.seq_len",
     "32",
     "--validation.windows",
