@@ -5,19 +5,20 @@
 
 The tensors are written by torch.distributed.checkpoint under the model's own names, each rank its shards, so a run may
 go on with another number of ranks and another layout (one process, DDP, FSDP2, HSDP). Under a process group every rank
-must call `save` and `load`, and all must see one file system. What keeps a folder whole is in checkpoint_folder.py.
+must call `save` and `load`, and all must see one file system. Folders are kept whole by checkpoint_folder.py, and
+compared with their checksums by manifest.py. Nothing is executed on reading: tensors are read as such, everything else
+is JSON in the manifest.
 """
 
 import contextlib
+import errno
 import json
-import random
 import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -29,7 +30,11 @@ from torch.optim import Optimizer
 
 from common import UserError, one_line, warn
 from common.checkpoint_folder import finish, free_space, prepare, remove_old, survey
+from common.group_options import decode, encode
 from common.launch import on_main, process_rank
+from common.manifest import verify_manifest
+from common.random_states import random_states, set_random_states
+from common.tensor_reader import TensorReader, refuse_objects, refuse_unlisted
 
 FAILURES = (Exception, CheckpointException)  # torch's CheckpointException is no Exception
 Groups = list[dict[str, Any]]  # an optimizer's param groups, with names as "params"
@@ -40,49 +45,59 @@ class CheckpointError(UserError, RuntimeError):
 
 
 def save(
-    folder: str | Path, step: int, model: nn.Module, optimizer: Optimizer, extra: dict[str, Any], keep: int = 2
+    folder: str | Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    extra: dict[str, Any],
+    keep: int = 2,
+    checksums: bool = True,
 ) -> Path:
     """Write folder/step-<step>, then remove all but the last `keep` checkpoints; returns the new folder.
 
     `extra` is anything that JSON can hold. Checkpoints of later steps are removed too: they belong to a run that was
-    left behind when this one started over, or resumed from before them.
+    left behind when this one started over, or resumed from before them. `checksums`: hash every file, which rank 0
+    does for all, at about 1 GB/s per core.
 
     Raises CheckpointError when it cannot be written (a full disk); nothing saved before is touched then. Raises
-    ValueError for keep < 1, TypeError for an `extra` that JSON cannot hold.
+    ValueError for keep < 1, TypeError for an `extra` or an option of the optimizer that JSON cannot hold.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
     folder = Path(folder)
     tensors, groups = _collect(model, optimizer)
-    contents = {"tensors": _shapes(tensors), "groups": _layout(groups), "extra": extra}
+    contents = {"tensors": _shapes(tensors), "groups": encode(groups), "extra": extra}
     json.dumps(contents)  # fails before anything is written
-    state = {**tensors, **_random_states(), "groups": groups}
+    state = {**tensors, **_random_tensors()}
     partial = None
     try:
         partial = on_main(lambda: prepare(folder, step))
         with _no_warning():
             dcp.save(state, storage_writer=dcp.FileSystemWriter(partial), no_dist=not dist.is_initialized())
         on_main(lambda: _refuse_missing(partial))
-        final = on_main(lambda: finish(partial, step, contents))
+        final = on_main(lambda: finish(partial, step, contents, checksums))
     except FAILURES as error:
         reason = f"{_cause(error)} ({free_space(folder)})"
         if partial is not None:
             on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
         raise CheckpointError(
             f"the checkpoint of step {step} was not saved in {folder}: {reason}; "
-            "the ones before are untouched: make room, or name another folder, and resume"
+            f"the ones before are untouched: {_remedy(error)}, and resume"
         ) from error
     on_main(lambda: remove_old(folder, step, keep))
     return final
 
 
 @torch.no_grad()
-def load(folder: str | Path, model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Any] | None:
+def load(
+    folder: str | Path, model: nn.Module, optimizer: Optimizer | None = None, checksums: bool = True
+) -> dict[str, Any] | None:
     """Restore the newest whole checkpoint and the random states; returns {"step": step, **extra}, or None without one.
 
     A damaged checkpoint is passed over with a warning. Everything is checked, and read into copies, before the first
     tensor is changed. The optimizer's hyperparameters become those of the checkpoint, as in torch; its state
-    keeps the dtype it was built with. A rank that the saving run did not have keeps its own random state.
+    keeps the dtype it was built with. A rank that the saving run did not have keeps its own random state. `checksums`:
+    hash every file before it is read, and compare.
 
     Raises CheckpointError, and changes nothing, when the checkpoint is of another model or optimizer (naming the
     first three differences), or when there are checkpoints but none can be read.
@@ -92,24 +107,29 @@ def load(folder: str | Path, model: nn.Module, optimizer: Optimizer | None = Non
     for path, manifest in whole:
         live, groups = _collect(model, optimizer, make_state=any(map(_is_optimizer_key, manifest["tensors"])))
         try:
+            on_main(lambda path=path: verify_manifest(path, checksums) and None)  # the manifest need not be sent
             _refuse_mismatch(path, manifest, live, groups)
-            staged = _read(path, live, groups)
+            saved_groups = decode(manifest["groups"])
+            staged, random_tensors = _read(path, manifest, live)
         except FAILURES as error:
             if not had_state:
                 optimizer.state.clear()
             if isinstance(error, CheckpointError):
                 raise
-            damaged, reason = True, _cause(error)
-            on_main(lambda path=path, reason=reason: warn(f"checkpoint {path} is passed over: {reason}"))
+            reason = _cause(error)
+            damaged.append(f"{path}: {reason}")
+            on_main(lambda path=path, reason=reason: warn(f"checkpoint {path} is damaged and passed over: {reason}"))
             continue
         for key, tensor in live.items():
             _local(tensor).copy_(_local(staged[key]))
         if optimizer is not None:
-            _restore_groups(optimizer, staged["groups"])
-        _restore_random_states(staged)
+            _restore_groups(optimizer, saved_groups)
+        set_random_states(random_tensors)
         return {"step": manifest["step"], **manifest["extra"]}
     if damaged:
-        raise CheckpointError(f"no checkpoint in {folder} can be read; restore one, or start without resuming")
+        raise CheckpointError(
+            f"no checkpoint in {folder} can be read ({damaged[0]}); restore one, or start without resuming"
+        )
     return None
 
 
@@ -119,7 +139,7 @@ def read_extra(folder: str | Path) -> dict[str, Any] | None:
     return {"step": whole[0][1]["step"], **whole[0][1]["extra"]} if whole else None
 
 
-# --- what a checkpoint holds: "model.<name>", "optimizer.<name>.<buffer>", "random.<rank>.<generator>" and "groups"
+# --- contents: tensors "model.<name>", "optimizer.<name>.<buffer>", "random.<rank>.<generator>"; groups in the manifest
 
 
 def _collect(
@@ -164,24 +184,12 @@ def _restore_groups(optimizer: Optimizer, saved_groups: Groups) -> None:
         group.update({key: value for key, value in saved.items() if key not in ("params", "rule")})
 
 
-def _random_states() -> dict[str, Any]:
-    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return {f"random.{process_rank()}.{generator}": state for generator, state in states.items()}
+def _random_tensors() -> dict[str, Tensor]:
+    return {f"{_random_prefix()}{generator}": state for generator, state in random_states().items()}
 
 
-def _restore_random_states(saved: dict[str, Any]) -> None:
-    setters = {
-        "python": random.setstate,
-        "numpy": np.random.set_state,
-        "torch": torch.set_rng_state,
-        "cuda": torch.cuda.set_rng_state,
-    }
-    for generator, set_state in setters.items():
-        key = f"random.{process_rank()}.{generator}"
-        if key in saved:
-            set_state(saved[key])
+def _random_prefix() -> str:
+    return f"random.{process_rank()}."
 
 
 # --- checking and reading
@@ -195,7 +203,7 @@ def _refuse_mismatch(path: Path, manifest: dict[str, Any], live: dict[str, Tenso
         # The rules first: another rule says more than the other state that follows from it.
         _refuse_difference(path, "optimizer", _rules(manifest["groups"]), _rules(groups))
         _refuse_difference(path, "optimizer", saved, here)
-        if manifest["groups"] != _layout(groups):
+        if _layout(manifest["groups"]) != _layout(groups):
             raise CheckpointError(f"checkpoint {path} has other param groups; build those that it was saved with")
 
 
@@ -217,23 +225,23 @@ def _refuse_difference(path: Path, part: str, saved: dict[str, Any], here: dict[
         )
 
 
-def _read(path: Path, live: dict[str, Tensor], groups: Groups) -> dict[str, Any]:
-    """Read a checkpoint into copies of the live tensors, of the groups and of this rank's random states."""
-    reader = dcp.FileSystemReader(path)
+def _read(path: Path, manifest: dict[str, Any], live: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Read a checkpoint into copies of the live tensors, and this rank's random states by generator."""
+    reader = TensorReader(path)
     staged = {key: _copy(tensor.detach()) for key, tensor in live.items()}
     # Read once for all: a failure on one rank alone would leave the others waiting for it.
-    saved_keys = on_main(lambda: set(reader.read_metadata().state_dict_metadata))
-    staged |= {key: state for key, state in _random_states().items() if key in saved_keys}
-    if groups:
-        staged["groups"] = groups
+    metadata = on_main(reader.read_metadata)
+    refuse_objects(metadata.state_dict_metadata, metadata)
+    refuse_unlisted(metadata, manifest["files"])
+    random_tensors = {key: state for key, state in _random_tensors().items() if key in metadata.state_dict_metadata}
     with _no_warning():
-        dcp.load(staged, storage_reader=reader, no_dist=not dist.is_initialized())
-    return staged
+        dcp.load(staged | random_tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    return staged, {key.removeprefix(_random_prefix()): state for key, state in random_tensors.items()}
 
 
 def _refuse_missing(partial: Path) -> None:
     """Raise OSError where a rank on another machine wrote its part to a disk of its own."""
-    for item in dcp.FileSystemReader(partial).read_metadata().storage_data.values():
+    for item in TensorReader(partial).read_metadata().storage_data.values():
         if not (partial / item.relative_path).is_file():
             raise OSError(f"another rank's {item.relative_path} is not there: all ranks must share one file system")
 
@@ -248,12 +256,21 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _cause(error: BaseException) -> str:
-    """Say what failed in the first place: torch hides a full disk behind an assertion about positions in its file."""
+    return one_line(_first_error(error))
+
+
+def _first_error(error: BaseException) -> BaseException:
+    """Return the first failure: torch hides a full disk behind an assertion about positions in its file."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    while error.__context__ is not None and not isinstance(error, OSError):
+    while error.__context__ is not None and not isinstance(error, OSError | UserError):
         error = error.__context__
-    return one_line(error)
+    return error
+
+
+def _remedy(error: BaseException) -> str:
+    full = getattr(_first_error(error), "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return "make room, or name another folder" if full else "mend that, or name another folder"
 
 
 @contextlib.contextmanager

@@ -1,14 +1,13 @@
 """The folders that checkpoints live in: each whole or absent, whatever happens while it is written.
 
     folder/step-00001000/            whole: written aside, forced to disk, then renamed
-        manifest.json                what it holds, and the sizes of its other files
+        manifest.json                its contents, and the sizes and SHA-256 of its other files
         .metadata, __0_0.distcp...   the tensors, by torch.distributed.checkpoint
     folder/.partial-step-00002000/   being written, or left by a killed process and swept away by the next save
 
 Where there are several processes, rank 0 alone calls these functions.
 """
 
-import json
 import os
 import re
 import shutil
@@ -16,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import one_line, warn
+from common import warn
 from common.config import at_least
+from common.manifest import MANIFEST, Damaged, read_manifest, write_manifest
 
-MANIFEST = "manifest.json"
-FORMAT = 1  # of the folder; to be raised when this code would misread a newer one
+Manifest = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What can be resumed."""
+    """Checkpoints of a run."""
 
     every: int = 1000
     """Steps between checkpoints, and one at the end; 0 writes none."""
@@ -37,23 +36,44 @@ class CheckpointConfig:
         at_least(1, self, "keep")
 
 
-def survey(folder: Path) -> tuple[list[tuple[Path, dict[str, Any]]], bool]:
-    """Return the whole checkpoints with their manifests, newest first, and whether any was damaged (with a warning)."""
-    whole, damaged = [], False
-    for _, path in sorted(_numbered(folder), reverse=True):
+def survey(folder: Path) -> tuple[list[tuple[Path, Manifest]], list[str]]:
+    """Return the checkpoints with their manifests, newest first, and a line about each damaged one (also warned of).
+
+    Manifests and sizes are checked here; the contents of files by `verify_manifest`, for the one that is loaded.
+    """
+    whole, damaged = [], []
+    for step, path in sorted(_numbered(folder), reverse=True):
         try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            if manifest["format"] != FORMAT:
-                raise ValueError(f"its format is {manifest['format']}, and this code reads {FORMAT}")
-            for name, size in manifest["files"].items():
-                found = (path / name).stat().st_size
-                if found != size:
-                    raise ValueError(f"{name} has {found} bytes instead of {size}")
+            manifest = read_manifest(path)
+            _refuse_misshapen(manifest, step)
             whole.append((path, manifest))
-        except (OSError, ValueError, KeyError) as error:
-            damaged = True
-            warn(f"checkpoint {path} is damaged and passed over: {one_line(error)}")
+        except Damaged as error:
+            damaged.append(f"{path}: {error}")
+            warn(f"checkpoint {path} is damaged and passed over: {error}")
     return whole, damaged
+
+
+def _refuse_misshapen(manifest: Manifest, step: int) -> None:
+    """Raise Damaged where `checkpoint.load` would not find in a manifest what `checkpoint.save` writes."""
+    if manifest.get("step") != step:
+        raise Damaged(f"its {MANIFEST} is of step {manifest.get('step')}")
+    tensors, groups, extra = (manifest.get(key) for key in ("tensors", "groups", "extra"))
+    if not (isinstance(tensors, dict) and all(map(_is_shape, tensors.values()))):
+        raise Damaged(f"its {MANIFEST} must hold tensors, a shape for each name")
+    if not (isinstance(groups, list) and all(map(_is_group, groups))):
+        raise Damaged(f"its {MANIFEST} must hold groups, each with a rule and names of params")
+    if not isinstance(extra, dict):
+        raise Damaged(f"its {MANIFEST} must hold extra, an object")
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(size, int) for size in value)
+
+
+def _is_group(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("rule"), str):
+        return False
+    return isinstance(value.get("params"), list) and all(isinstance(name, str) for name in value["params"])
 
 
 def prepare(folder: Path, step: int) -> Path:
@@ -66,13 +86,9 @@ def prepare(folder: Path, step: int) -> Path:
     return partial
 
 
-def finish(partial: Path, step: int, contents: dict[str, Any]) -> Path:
+def finish(partial: Path, step: int, contents: dict[str, Any], checksums: bool = True) -> Path:
     """Write the manifest into a written folder and give the folder its name, in place of an older one of that step."""
-    files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-    with open(partial / MANIFEST, "w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, "step": step, "files": files, **contents}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_manifest(partial, {"step": step, **contents}, checksums)
     _sync(partial)
     final = partial.with_name(_name(step))
     replaced = partial.with_name(f"{partial.name}-replaced")

@@ -1,9 +1,11 @@
 """Checkpoints: what is restored, what is refused, and what survives a failure."""
 
 import json
+import pickle
 import random
 import resource
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ from torch.distributed.fsdp import fully_shard
 
 from common import checkpoint
 from common.checkpoint import CheckpointError, load, read_extra, save
+from common.group_options import decode, encode
+from common.manifest import Damaged, verify_manifest, write_manifest
 
 
 def build(width=6, seed=0, optimizer_class=torch.optim.AdamW, **options):
@@ -170,6 +174,201 @@ def test_load_with_every_checkpoint_damaged_refuses_and_changes_nothing(tmp_path
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read"):
         load(tmp_path, fresh, fresh_optimizer)
     assert everything(fresh, fresh_optimizer) == before
+
+
+def two_checkpoints(folder):
+    """Checkpoints of steps 1 and 2, the newest first, and the model's state at step 1."""
+    model, optimizer = build()
+    train(model, optimizer, 1)
+    first = save(folder, 1, model, optimizer, {"of": "one"})
+    expected = everything(model, optimizer)
+    train(model, optimizer, 1)
+    return save(folder, 2, model, optimizer, {"of": "two"}), first, expected
+
+
+def flip(path, bit):
+    content = bytearray(path.read_bytes())
+    content[bit // 8 % len(content)] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "manifest.json"])
+def test_load_after_any_flipped_bit_names_the_file_and_matches_the_checkpoint_before(tmp_path, capsys, name):
+    """Of a manifest, bits of white space and of a key's case may stay unseen: they change nothing that is read."""
+    newest, _, expected = two_checkpoints(tmp_path)
+    whole, bits = (newest / name).read_bytes(), random.Random(5)
+    seen = 0
+    for _ in range(25):
+        flip(newest / name, bits.randrange(8 * len(whole)))
+        fresh, fresh_optimizer = build(seed=1)
+        loaded = load(tmp_path, fresh, fresh_optimizer)
+        warning = capsys.readouterr().err
+        if loaded == {"step": 1, "of": "one"}:
+            seen += 1
+            assert everything(fresh, fresh_optimizer) == expected
+            assert warning.count("\n") == 1 and "step-00000002" in warning and name in warning
+        else:
+            assert name == "manifest.json" and loaded == {"step": 2, "of": "two"} and not warning
+        (newest / name).write_bytes(whole)
+    assert seen == 25 if name != "manifest.json" else seen > 15
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "manifest.json"])
+def test_load_with_a_file_of_another_step_matches_the_checkpoint_before(tmp_path, capsys, name):
+    newest, first, expected = two_checkpoints(tmp_path)
+    shutil.copy(first / name, newest / name)
+    fresh, fresh_optimizer = build(seed=1)
+    assert load(tmp_path, fresh, fresh_optimizer) == {"step": 1, "of": "one"}
+    assert everything(fresh, fresh_optimizer) == expected
+    assert "step-00000002 is damaged" in capsys.readouterr().err
+
+
+def test_every_damaged_file_is_named(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("a", "b", "sub/c", "d"):
+        (tmp_path / name).write_text(f"this is {name}")
+    assert write_manifest(tmp_path, {"step": 3})["step"] == 3
+    assert verify_manifest(tmp_path)["step"] == 3
+    for name in ("a", "sub/c"):
+        flip(tmp_path / name, 9)
+    with pytest.raises(Damaged, match=r"SHA-256 differs: a, sub/c$"):
+        verify_manifest(tmp_path)
+    assert verify_manifest(tmp_path, checksums=False)["step"] == 3
+    (tmp_path / "b").unlink()
+    (tmp_path / "d").write_text("")
+    with pytest.raises(Damaged, match="b is missing; d has 0 bytes instead of 9"):
+        verify_manifest(tmp_path)
+
+
+def test_without_checksums_sizes_alone_are_compared(tmp_path):
+    model, optimizer = build()
+    path = save(tmp_path, 1, model, optimizer, {}, checksums=False)
+    assert all(file["sha256"] is None for file in verify_manifest(path)["files"].values())
+    assert load(tmp_path, model, optimizer) == {"step": 1}
+    with open(path / "__0_0.distcp", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(CheckpointError, match="bytes instead of"):
+        load(tmp_path, model, optimizer, checksums=False)
+
+
+def rewritten(change):
+    """Return a function that rewrites a manifest with a fitting SHA-256, as a foreign program could."""
+
+    def rewrite(path):
+        manifest = verify_manifest(path)
+        (path / "manifest.json").unlink()
+        change(manifest)
+        contents = {key: value for key, value in manifest.items() if key != "files"}
+        write_manifest(path, contents)
+
+    return rewrite
+
+
+def text(content):
+    return lambda path: (path / "manifest.json").write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        *[(text(each), "manifest") for each in ("", "[]", "null", "5", '"x"', "{}", '{"manifest": 5, "sha256": 6}')],
+        (text("[" * 100_000), "cannot be read"),
+        (text("9" * 5000), "cannot be read"),
+        (text('{"format": 1, "step": 2}'), "format 1, of an older version"),
+        (rewritten(lambda m: m.update(step=10**9)), "of step 1000000000"),
+        (rewritten(lambda m: m.update(step=None)), "of step None"),
+        (rewritten(lambda m: m.update(tensors=[])), "must hold tensors"),
+        (rewritten(lambda m: m.pop("groups")), "must hold groups"),
+        (rewritten(lambda m: m.update(extra=3)), "must hold extra"),
+        (rewritten(lambda m: m.update(groups=[3])), "groups"),
+        (rewritten(lambda m: m.update(groups=[{"rule": "AdamW"}])), "groups"),
+        (rewritten(lambda m: m.update(tensors={"model.0.weight": 5})), "tensors"),
+    ],
+)
+def test_load_of_a_manifest_of_another_shape_warns_and_matches_the_checkpoint_before(tmp_path, capsys, spoil, said):
+    newest, _, expected = two_checkpoints(tmp_path)
+    spoil(newest)
+    fresh, fresh_optimizer = build(seed=1)
+    assert load(tmp_path, fresh, fresh_optimizer) == {"step": 1, "of": "one"}
+    assert everything(fresh, fresh_optimizer) == expected
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and "step-00000002 is damaged" in warning and said in warning
+    assert read_extra(tmp_path) == {"step": 1, "of": "one"}
+
+
+class Payload:
+    """Runs code when it is unpickled: harmless, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def poison_metadata(path, mark):
+    (path / ".metadata").write_bytes(pickle.dumps(Payload(mark)))
+
+
+def poison_planner_data(path, mark):
+    metadata = checkpoint.dcp.FileSystemReader(path).read_metadata()
+    metadata.planner_data = Payload(mark)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def poison_entries(path, mark):
+    """Every entry, weights and random states alike, becomes an object that torch would unpickle."""
+    keys = checkpoint.dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = {key: Payload(mark) for key in keys}
+        checkpoint.dcp.save(state, storage_writer=checkpoint.dcp.FileSystemWriter(path), no_dist=True)
+    mark.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("poison", [poison_metadata, poison_planner_data, poison_entries])
+def test_nothing_in_a_checkpoint_is_executed(tmp_path, poison):
+    """The manifest fits the poisoned files, as a stranger's would."""
+    model, optimizer = build()
+    path, mark = save(tmp_path / "checkpoints", 1, model, optimizer, {}), tmp_path / "executed"
+    manifest = verify_manifest(path)
+    poison(path, mark)
+    contents = {key: value for key, value in manifest.items() if key != "files"}
+    write_manifest(path, contents)
+    before = everything(model, optimizer)
+    assert read_extra(path.parent) == {"step": 1}
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read"):
+        load(path.parent, model, optimizer)
+    assert not mark.exists()
+    assert everything(model, optimizer) == before
+
+
+def test_metadata_that_reads_another_folder_is_refused(tmp_path):
+    model, optimizer = build()
+    path = save(tmp_path, 1, model, optimizer, {})
+    manifest = verify_manifest(path)
+    content = (path / ".metadata").read_bytes()
+    assert content.count(b"__0_0.distcp") == 1
+    (path / ".metadata").write_bytes(content.replace(b"__0_0.distcp", b"../_0.distcp"))
+    write_manifest(path, {key: value for key, value in manifest.items() if key != "files"})
+    with pytest.raises(CheckpointError, match="files of its folder"):
+        load(tmp_path, model, optimizer)
+
+
+@pytest.mark.parametrize(
+    "value", [1, 0.1, float("inf"), True, None, "x", (0.9, (1, 2)), [1, (2,)], torch.bfloat16, {"a": (1,)}]
+)
+def test_group_options_come_back_equal_from_json(value):
+    back = decode(json.loads(json.dumps(encode(value))))
+    assert back == value and type(back) is type(value)
+
+
+def test_a_group_option_that_cannot_be_saved_is_refused_before_writing(tmp_path):
+    model, optimizer = build()
+    optimizer.param_groups[0]["made_by"] = object()
+    with pytest.raises(TypeError, match="object"):
+        save(tmp_path, 1, model, optimizer, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_load_into_another_model_refuses_and_changes_nothing(tmp_path):
