@@ -6,7 +6,7 @@ from itertools import pairwise
 from torch import nn
 
 _FUSED = 6  # most blocks of one hidden layer that later modules read apart: adaLN's shifts, scales and gates
-_PADDING = 128  # vocabularies are padded to a multiple of at most this
+_MULTIPLE, _PADDING = 8, 128  # vocabularies are padded to a multiple of at least 8, at most 128
 
 _WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
@@ -71,7 +71,7 @@ def _verdict(
 def _about(rows: int, outputs: int) -> bool:
     """Whether two sizes are of one vocabulary, either of them padded."""
     low, high = sorted((rows, outputs))
-    return high <= -(-low // _PADDING) * _PADDING
+    return high == low or (high % _MULTIPLE == 0 and high <= -(-low // _PADDING) * _PADDING)
 
 
 def _declared(model: nn.Module) -> Iterator[nn.Linear]:

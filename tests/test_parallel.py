@@ -139,7 +139,7 @@ def test_manifest_of_every_layout_matches_that_of_one_process(runs):
     manifests = {}
     for layout in LAYOUTS:
         manifest = run_folder(runs / RESUMED / layout) / f"checkpoints/step-{SAVED:08d}/manifest.json"
-        manifests[layout] = {key: json.loads(manifest.read_text())[key] for key in ("tensors", "groups")}
+        manifests[layout] = {key: json.loads(manifest.read_text())["manifest"][key] for key in ("tensors", "groups")}
     assert all(manifest == manifests["one process"] for manifest in manifests.values())
 
 

@@ -265,12 +265,14 @@ def test_experts_of_mixtral_match_batches_and_its_routers_are_refused_together()
     assert names_of(model, "head", roles={"*.gate.weight": "matrix"}) == {"lm_head.weight"}
 
 
-def language_model(heads_first: bool = False, heads: int = 1, outputs: int = 50, width: int = 32, **more) -> nn.Module:
-    """A table of 50, a body of two layers, and heads before or after it."""
+def language_model(
+    heads_first: bool = False, heads: int = 1, outputs: int = 50, width: int = 32, table: int = 50, **more
+) -> nn.Module:
+    """A table, a body of two layers, and heads before or after it."""
     model = nn.Module()
     body = nn.ModuleList(nn.TransformerEncoderLayer(width, 2, 2 * width, batch_first=True) for _ in range(2))
     outer = nn.ModuleList(nn.Linear(width, outputs) for _ in range(heads))
-    model.table = nn.Embedding(50, width)
+    model.table = nn.Embedding(table, width)
     for name, module in (("heads", outer), ("body", body))[:: 1 if heads_first else -1]:
         model.add_module(name, module)
     for name, module in more.items():
@@ -285,7 +287,7 @@ def language_model(heads_first: bool = False, heads: int = 1, outputs: int = 50,
         language_model(heads=4),
         language_model(heads_first=True),
         language_model(outputs=64),
-        language_model(outputs=48, heads_first=True, width=40),  # the table is padded
+        language_model(table=64, heads_first=True, width=40),  # the table is padded
     ],
 )
 def test_heads_match_the_vocabulary_wherever_they_are(model):
