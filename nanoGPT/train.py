@@ -271,7 +271,7 @@ def accumulate_gradient(
     network.train()
     batch_size, shares = settings.data.batch_size, ranks.world_size
     mine = cut_batch(batch_size, settings.data.micro_batch, ranks)
-    total = torch.zeros((), device=ranks.device)
+    total = 0.0  # becomes a tensor of the loss's own dtype: a float32 zero would round the losses of a float64 run
     for number, (sequences, count) in enumerate(mine, start=1):
         inputs, targets = data.batch(  # (b, T) each
             tokens,
@@ -288,7 +288,7 @@ def accumulate_gradient(
             loss = loss * (count * shares / batch_size)  # the gradients' mean over the ranks is taken
             scaler.scale(loss).backward()
         total += loss.detach()
-    return launch.all_reduce_sum([total.item() / shares], ranks)[0]
+    return launch.all_reduce_sum([float(total) / shares], ranks)[0]
 
 
 @torch.no_grad()

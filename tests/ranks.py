@@ -25,6 +25,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from common.launch import leave
+
 TIMEOUT_S = 40  # of one call; a collective gives up earlier, so that the error names it
 COLLECTIVE_TIMEOUT_S = 25
 GRACE_S = 3  # for the other ranks to answer once one has failed: they may be waiting for it forever
@@ -112,6 +114,16 @@ class Ranks:
         self._processes, self._connections = [], []
 
 
+def spawn(function: Callable, arguments: tuple, size: int) -> None:
+    """Run function(rank, *arguments) once in each of `size` new processes; raises what the first failing one raised."""
+    torch.multiprocessing.spawn(_run_and_leave, (function, arguments), nprocs=size)
+
+
+def _run_and_leave(rank: int, function: Callable, arguments: tuple) -> None:
+    function(rank, *arguments)
+    leave()  # the interpreter's shutdown may abort a process whose gloo threads are alive
+
+
 def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
     faulthandler.register(signal.SIGUSR1, file=open(Path(folder) / str(rank), "w"))
     torch.set_num_threads(1)
@@ -126,3 +138,4 @@ def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
             except BaseException:  # pytest.fail, too, which is no Exception
                 answer = pickle.dumps((False, f"raised\n{traceback.format_exc()}"))
             connection.send_bytes(answer)
+    leave()

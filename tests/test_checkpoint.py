@@ -19,6 +19,7 @@ from common import checkpoint
 from common.checkpoint import CheckpointError, load, read_extra, save
 from common.group_options import decode, encode
 from common.manifest import Damaged, verify_manifest, write_manifest
+from tests.ranks import spawn
 
 
 def build(width=6, seed=0, optimizer_class=torch.optim.AdamW, **options):
@@ -534,7 +535,7 @@ def run_on_two_ranks(rank, folder):
 def two_ranks(tmp_path_factory):
     """What two gloo ranks wrote, in one run, since starting processes is most of the time."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    torch.multiprocessing.spawn(run_on_two_ranks, (folder,), nprocs=2)
+    spawn(run_on_two_ranks, (folder,), 2)
     return folder
 
 

@@ -28,6 +28,7 @@ from common.launch import (
     start,
     stop,
 )
+from tests.ranks import spawn
 
 ROOT = Path(__file__).parents[1]
 SINGLE = Launch(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
@@ -139,7 +140,7 @@ def test_two_ranks_agree_on_sums_results_failures_and_stopping(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(on_each_rank, (port, tmp_path), nprocs=2)
+    spawn(on_each_rank, (port, tmp_path), 2)
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
             "launch": [rank, rank, 2, rank == 0, 1],

@@ -95,20 +95,19 @@ def test_resume_after_kill_9_matches_the_uninterrupted_run_bit_for_bit(tiny, tmp
 
 
 def test_two_ranks_match_one_process_at_the_same_global_batch(tiny):
-    train(tiny)
+    """In float64: in float32 the order of sums, a matter of the CPU, turns signs of OLion's entries next to zero."""
+    exact = ("--dtype", "float64")
+    train(tiny, *exact)
     one = curves(tiny)
     run_folder(tiny).rename(tiny.parent / "one")
-    run_module("nanoGPT.train", *command_line(tiny, "--data.micro_batch", "1"), ranks=2)
+    run_module("nanoGPT.train", *command_line(tiny, *exact, "--data.micro_batch", "1"), ranks=2)
     two = curves(tiny)
     assert [line["step"] for line in one] == [line["step"] for line in two]
-    # fp32 sums in another order; a flipped sign of a near-zero entry of OLion moves one weight by 2 lr x 0.2.
     for a, b in zip(one, two, strict=True):
-        assert a["train/loss" if "train/loss" in a else "val/loss"] == pytest.approx(
-            b["train/loss" if "train/loss" in b else "val/loss"], abs=1e-4
-        )
-        if "val/loss" in a:
-            assert a["val/loss"] == pytest.approx(b["val/loss"], abs=1e-4)
-    assert one[0]["val/loss"] == pytest.approx(two[0]["val/loss"], abs=1e-6)
+        for name in ("train/loss", "val/loss"):
+            assert (name in a) == (name in b)
+            if name in a:
+                assert a[name] == pytest.approx(b[name], rel=0, abs=1e-9), (name, a["step"])
 
 
 def test_sigterm_saves_a_checkpoint_that_resume_continues(tiny):
