@@ -68,7 +68,7 @@ class DigitsCNN(nn.Module):
         if images.dtype != torch.uint8 or images.shape[1:] != (1, 8, 8):
             came = f"{tuple(images.shape)} {images.dtype}"
             raise ValueError(f"the digits' network reads uint8 images (B, 1, 8, 8), got {came}: convert with to_images")
-        return self.patches(to_pixels(images))  # (B, z_dim, 4, 4)
+        return self.patches(to_pixels(images).to(self.classes.weight.dtype))  # (B, z_dim, 4, 4)
 
 
 def train_digits_cnn(seed: int, *, width: int = 16, z_dim: int = 64, steps: int = STEPS) -> tuple[DigitsCNN, float]:

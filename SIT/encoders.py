@@ -29,6 +29,9 @@ class Encoder(Protocol):
     def __call__(self, images: Tensor) -> Tensor:
         """Turn uint8 images (B, 1 or 3, side, side) into features (B, grid * grid, z_dim) float32, row by row."""
 
+    def double(self) -> "Encoder":
+        """Compute, and give features, in float64: float32's rounding depends on the CPU and on the batch."""
+
 
 class Dinov2:
     """The patch tokens of DINOv2 after its final norm, as REPA takes them.
@@ -46,9 +49,13 @@ class Dinov2:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        pixels = imagenet_pixels(images, self.side)  # (B, 3, side, side)
+        pixels = imagenet_pixels(images, self.side).to(self.model.dtype)  # (B, 3, side, side)
         tokens = self.model(pixel_values=pixels).last_hidden_state  # (B, 1 + grid * grid, C), the class token first
-        return tokens[:, 1:].float()
+        return tokens[:, 1:].to(torch.promote_types(tokens.dtype, torch.float32))
+
+    def double(self) -> "Dinov2":
+        self.model.double()
+        return self
 
 
 class DigitsEncoder:
@@ -60,6 +67,10 @@ class DigitsEncoder:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         return self.network.tokens(images)
+
+    def double(self) -> "DigitsEncoder":
+        self.network.double()
+        return self
 
 
 def imagenet_pixels(images: Tensor, side: int) -> Tensor:

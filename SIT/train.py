@@ -329,7 +329,8 @@ def open_encoder(settings: Config, ranks: launch.Launch) -> Encoder | None:
     if not settings.objective.encoder:
         return None
     folder = settings.objective.encoder_folder or None
-    return load_encoder(settings.objective.encoder, ranks.device, folder, settings.model.grid)
+    encoder = load_encoder(settings.objective.encoder, ranks.device, folder, settings.model.grid)
+    return encoder.double() if precision(settings.dtype, ranks) == torch.float64 else encoder
 
 
 def build_model(
