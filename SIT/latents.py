@@ -12,6 +12,7 @@ import copy
 import json
 import os
 import struct
+import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -234,10 +235,16 @@ def encode_again(path: Path) -> str:
     return f"remove it, then run {command} again"
 
 
+# numpy parses a header by `ast`, whose recursion counter all threads share in Python 3.11: headers parsed at the same
+# time now and then raise "SystemError: AST constructor recursion depth mismatch".
+_header_lock = threading.Lock()
+
+
 def open_array(path: Path) -> np.ndarray:
     """Map a .npy file into memory; raises Corrupt where it is none."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        with _header_lock:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError, struct.error) as error:  # numpy has no class of its own
         raise Corrupt(f"{path} must be a whole .npy file, is not ({one_line(error)}): {encode_again(path)}") from error
 

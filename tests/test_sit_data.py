@@ -547,3 +547,24 @@ def test_read_image_gives_rgb_of_any_mode(tmp_path, mode):
     Image.fromarray(np.full((4, 6, 3), 255, dtype=np.uint8)).convert(mode).save(path)
     image = latents.read_image(path)
     assert image.shape == (3, 4, 6) and image.dtype == np.uint8 and image.min() >= 254
+
+
+def test_headers_of_arrays_are_parsed_one_at_a_time_whatever_the_number_of_threads(tmp_path, monkeypatch):
+    """Python 3.11's parser raises SystemError now and then where two threads parse; see SIT.latents."""
+    parsing, most, load = [], [], np.load
+
+    def slow_load(*arguments, **options):
+        parsing.append(1)
+        most.append(len(parsing))
+        threading.Event().wait(0.005)  # lets another thread in
+        parsing.pop()
+        return load(*arguments, **options)
+
+    np.save(tmp_path / "0.npy", np.zeros((2, 3), np.float32))
+    monkeypatch.setattr(np, "load", slow_load)
+    threads = [threading.Thread(target=latents.open_array, args=(tmp_path / "0.npy",)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 8 and max(most) == 1
