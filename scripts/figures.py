@@ -13,7 +13,8 @@ import json
 import math
 import statistics
 import sys
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import cycle, groupby
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,24 @@ import numpy as np
 import tyro
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from common import UserError, one_line, warn
 from common.figure import FAINT, label_ends, markdown, mean_and_spread, new_figure, rate, save, style_of
 from common.launch import main_guard
-from common.runlog import read_metrics
+from common.runlog import METRICS_FILE, read_metrics
 
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))  # several lines of one optimizer
 NAMES = {
     "val/loss": "validation loss",
-    "val/bits_per_byte": "validation loss, bits a byte",
+    "val/bits_per_byte": "validation loss, bits per byte",
     "val/exact_match": "responses repeated exactly, share",
-    "val/pretrain_loss": "loss on the pretraining text, nats a token",
+    "val/pretrain_loss": "loss on the pretraining text, nats per token",
     "val/denoising_loss": "denoising loss on validation images",
     "val/projection_loss": "projection loss on validation images",
     "train/loss": "training loss",
-    "step_ms": "time a step, ms",
+    "step_ms": "time per step, ms",
     "optimizer_ms": "time in the optimizer, ms",
 }
-TOKEN_LOSSES, TEXT = ("val/loss", "train/loss"), {"nanogpt", "llama"}  # nats a token in experiments with text
+TOKEN_LOSSES, TEXT = ("val/loss", "train/loss"), {"nanogpt", "llama"}  # nats per token in experiments with text
 LOSSES = ("loss", "bits_per_byte")  # how their names end
 COLUMNS = {  # of the table -> heading, digits after the point
     "val/loss": ("val loss", 3),
@@ -47,11 +49,18 @@ COLUMNS = {  # of the table -> heading, digits after the point
     "val/pretrain_loss": ("pretraining loss", 3),
     "val/denoising_loss": ("denoising loss", 3),
     "val/projection_loss": ("projection loss", 3),
-    "step_ms": ("ms a step", 1),
+    "step_ms": ("ms per step", 1),
     "optimizer_ms": ("ms in the optimizer", 2),
     "optimizer_state_mb": ("optimizer state MB", 2),
 }
 # Settings that make no other method: runs that differ in these alone are repetitions of one.
+TITLES = {  # of pictures, by experiment and group; any other group gives its own name
+    ("nanogpt", "stdlib"): "A small GPT on Python's standard library",
+    ("llama", "stdlib"): "A small Llama on Python's standard library",
+    ("llama", "sft_arithmetic"): "Fine-tuning on word problems",
+    ("sit", "digits"): "A small SiT on handwritten digits",
+}
+EXPERIMENTS = {"nanogpt": "GPT", "llama": "Llama", "sit": "SiT"}
 BOOKKEEPING = {"seed", "resume", "wandb", "checkpoint", "device", "out"}
 
 
@@ -62,13 +71,13 @@ class Options:
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Run folders, folders that hold runs at any depth, globs of those, or the one JSON beside a figure."""
     out: Path | None = None
-    """The picture; its JSON lies beside it. Default: images/EXPERIMENT_GROUP.png, or the picture of the JSON."""
+    """The picture; its JSON lies beside it. Default: curves.png beside the first run, or the picture of the JSON."""
     metric: tuple[str, ...] = ("val/loss",)
-    """Which recorded quantities are drawn against --x, a panel each."""
+    """Recorded quantities to draw against --x, one panel each."""
     x: str = "step"
     """step, tokens, or any other recorded quantity."""
     title: str | None = None
-    """Default: the experiment and its group."""
+    """Default: the experiment and its data."""
     ylim: tuple[float, float] | None = None
     """Lowest and highest value shown, of a single metric. Default: all, a loss cut above what its last 3/5 reach."""
 
@@ -90,6 +99,11 @@ class Run:
     def optimizer(self) -> str:
         return str(self.config.get("optimizer", {}).get("name", self.name.split("-")[0]))
 
+    @property
+    def length(self) -> float:
+        """The last x at which anything was drawn."""
+        return max(max(points["x"]) for points in self.points.values())
+
 
 @dataclass(frozen=True)
 class Line:
@@ -99,6 +113,11 @@ class Line:
     label: str
     dash: Any
     runs: list[Run]
+
+    @property
+    def length(self) -> float:
+        """The largest x of any run."""
+        return max(run.length for run in self.runs)
 
     def having(self, metric: str) -> "Line":
         return replace(self, runs=[run for run in self.runs if metric in run.points])
@@ -110,7 +129,7 @@ class Line:
         shared = sorted(set.intersection(*map(set, curves)))
         if not shared:
             names = ", ".join(run.name for run in self.runs)
-            raise ValueError(f"a mean needs points that all seeds share; {names} share no {metric}: draw them apart")
+            raise UserError(f"a mean needs points that all seeds share; {names} share no {metric}: draw them apart")
         return np.array(shared), np.array([[curve[x] for x in shared] for curve in curves])
 
 
@@ -123,15 +142,64 @@ def method(config: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def read_object(path: Path) -> dict:
+    """The object in a JSON file; UserError where the file holds anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} must hold JSON, got {one_line(error)}; restore the file or remove it") from None
+    require(isinstance(found, dict), path, "a JSON object", found)
+    return found
+
+
+def require(holds: bool, where: Path | str, wanted: str, got: Any) -> None:
+    if not holds:
+        raise UserError(f"{where} must hold {wanted}, got {str(got)[:60]!r}; restore the file or remove it")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def read_config(folder: Path) -> dict:
     """A run's config.json, the learning rate that was used standing in `optimizer.lr`; {} where there is none."""
     path = folder / "config.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
-    if isinstance(optimizer := record.get("config", {}).get("optimizer"), dict):
+    record = read_object(path) if path.exists() else {}
+    config = record.get("config", {})
+    require(isinstance(config, dict), path, "an object as config", config)
+    if isinstance(optimizer := config.get("optimizer", {}), dict):
         tuned = optimizer.pop("tuned_lr", {})  # the rates that stand in for one that was not asked for
+        require(isinstance(tuned, dict), path, "an object as optimizer.tuned_lr", tuned)
         if optimizer.get("lr") is None:
             optimizer["lr"] = tuned.get(optimizer.get("name"))
+        for key in ("lr", "adamw_lr"):
+            value = optimizer.get(key)
+            require(value is None or is_number(value), path, f"a number as optimizer.{key}", value)
+    else:
+        require(False, path, "an object as config.optimizer", optimizer)
     return record
+
+
+def read_lines(folder: Path) -> list[dict]:
+    """A run's metrics, one object per logged step; UserError for a damaged file."""
+    path = folder / METRICS_FILE
+    try:
+        lines = read_metrics(folder)
+    except (ValueError, RecursionError) as error:
+        text = one_line(error)
+        raise UserError(text if str(path) in text else f"{path} must hold JSON lines in UTF-8, got {text}") from None
+    for number, line in enumerate(lines, start=1):
+        whole = isinstance(line, dict) and is_number(line.get("step"))
+        require(whole, f"{path}: line {number}", "an object with a step", line)
+    return lines
+
+
+def values_of(lines: Iterable[dict], key: str) -> list[float | None]:
+    """A quantity at each line; None where it was not measured, or is not finite."""
+    values = [line.get(key) for line in lines]
+    for value in values:
+        require(value is None or is_number(value), f"each {key} in {METRICS_FILE}", "a number", value)
+    return [value if value is not None and math.isfinite(value) else None for value in values]
 
 
 def find_runs(patterns: tuple[str, ...]) -> list[Path]:
@@ -160,7 +228,7 @@ def summarize(lines: list[dict]) -> dict[str, float]:
     """The table's numbers: the last of what is a result, the median of what is a time."""
 
     def values(key: str) -> list[float]:
-        return [line[key] for line in lines if line.get(key) is not None]
+        return [value for value in values_of(lines, key) if value is not None]
 
     times = ("step_ms", "optimizer_ms")
     return {k: statistics.median(values(k)) if k in times else values(k)[-1] for k in COLUMNS if values(k)}
@@ -168,10 +236,11 @@ def summarize(lines: list[dict]) -> dict[str, float]:
 
 def read_run(folder: Path, metrics: tuple[str, ...], x: str) -> Run | None:
     """One run, or None when it has no point to draw; what it lacks is said on stderr."""
-    lines, points = read_metrics(folder), {}
+    lines, points = read_lines(folder), {}
     for metric in metrics:
-        if drawn := [line for line in lines if all(line.get(key) is not None for key in (x, metric))]:
-            points[metric] = {"x": [line[x] for line in drawn], "y": [line[metric] for line in drawn]}
+        pairs = zip(values_of(lines, x), values_of(lines, metric), strict=True)
+        if drawn := [pair for pair in pairs if None not in pair]:
+            points[metric] = dict(zip("xy", map(list, zip(*drawn, strict=True)), strict=True))
     if lacking := [metric for metric in metrics if metric not in points]:
         print(f"left out: {folder} has no {' or '.join(lacking)} against {x} (yet)", file=sys.stderr)
     if not points:
@@ -207,10 +276,16 @@ def group_lines(runs: list[Run]) -> list[Line]:
     return lines
 
 
+def seeds_of(lines: list[Line]) -> str:
+    """The seeds of the runs, as "seed 1337" or "seeds 1337, 1338"."""
+    seeds = sorted({str(run.config.get("seed", "unknown")) for line in lines for run in line.runs})
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds[:5])}{', ...' * (len(seeds) > 5)}"
+
+
 def name_of(metric: str, lines: list[Line]) -> str:
     """What a panel calls a metric."""
     of_text = {run.experiment for line in lines for run in line.runs} <= TEXT
-    return NAMES.get(metric, metric) + (", nats a token" if of_text and metric in TOKEN_LOSSES else "")
+    return NAMES.get(metric, metric) + (", nats per token" if of_text and metric in TOKEN_LOSSES else "")
 
 
 def draw(lines: list[Line], record: dict, out: Path, ylim: tuple[float, float] | None) -> None:
@@ -219,9 +294,15 @@ def draw(lines: list[Line], record: dict, out: Path, ylim: tuple[float, float] |
     panel_lines = [[line for line in (line.having(metric) for line in lines) if line.runs] for metric in metrics]
     counts = {len(line.runs) for lines in panel_lines for line in lines}
     many = "seeds" if len(counts) > 1 else f"{max(counts)} seeds"
-    seeds = "one seed a line" if counts == {1} else f"mean of {many}, band from lowest to highest"
+    seeds = f"mean of {many}, band from lowest to highest; {seeds_of(lines)}"
+    if counts == {1}:
+        seeds = (
+            seeds_of(lines)
+            if len({str(run.config.get("seed")) for line in lines for run in line.runs}) == 1
+            else "one seed per line"
+        )
     names = [name_of(metric, lines) for metric, lines in zip(metrics, panel_lines, strict=True)]
-    alone = names[0] if counts == {1} else f"{names[0]}; {seeds}"
+    alone = f"{names[0]}; {seeds}"
     figure, panels = new_figure(record["title"], alone if len(names) == 1 else seeds, rows=len(names))
     longest = max(max(points["x"]) for line in lines for run in line.runs for points in run.points.values())
     for panel, metric, name, its_lines in zip(panels, metrics, names, panel_lines, strict=True):
@@ -242,7 +323,8 @@ def draw_panel(panel, lines: list[Line], metric: str, longest: float, ylim: tupl
         style = style_of(line.optimizer)
         at, values = line.points(metric)
         mean = values.mean(0)  # (points,)
-        panel.plot(at, mean, color=style.color, linewidth=style.width, linestyle=line.dash)
+        every = {"marker": style.marker, "markevery": max(1, len(at) // 8), "markersize": 3 + style.width}  # grey print
+        panel.plot(at, mean, color=style.color, linewidth=style.width, linestyle=line.dash, **every)
         panel.plot(at[-1], mean[-1], style.marker, color=style.color, markersize=5 + style.width, clip_on=False)
         if len(line.runs) > 1:
             panel.fill_between(at, values.min(0), values.max(0), color=style.color, alpha=0.18, linewidth=0)
@@ -255,8 +337,12 @@ def draw_panel(panel, lines: list[Line], metric: str, longest: float, ylim: tupl
     label_ends(panel, ends)
 
 
-def table(lines: list[Line]) -> str:
-    """The runs in one table, lowest loss first, without columns that none has; times are medians over log lines."""
+def table(lines: list[Line], x: str = "step") -> str:
+    """The runs in one table, lowest loss first, without columns that none has; times are medians over log lines.
+
+    Runs of different lengths get a column of their last x.
+    """
+    uneven = lengths_differ(lines)
 
     def values(line: Line, key: str) -> list[float]:
         return [run.summary[key] for run in line.runs if key in run.summary]
@@ -275,10 +361,25 @@ def table(lines: list[Line]) -> str:
 
     columns = {key: of for key, of in COLUMNS.items() if any(values(line, key) for line in lines)}
     rows = [
-        [line.label, learning_rate(line)] + [cell(line, key, digits) for key, (_, digits) in columns.items()]
+        [line.label, learning_rate(line)]
+        + ([f"{line.length:,.6g}"] if uneven else [])
+        + [cell(line, key, digits) for key, (_, digits) in columns.items()]
         for line in sorted(lines, key=lambda line: statistics.fmean(values(line, "val/loss") or [math.inf]))
     ]
-    return markdown(["optimizer", "learning rate", *(heading for heading, _ in columns.values())], rows)
+    last = [f"last {x}"] if uneven else []
+    return markdown(["optimizer", "learning rate", *last, *(heading for heading, _ in columns.values())], rows)
+
+
+def lengths_differ(lines: list[Line]) -> bool:
+    return len({run.length for line in lines for run in line.runs}) > 1
+
+
+def tell_lengths(lines: list[Line], x: str) -> None:
+    """Warn of runs of different lengths: their last losses are not of one budget."""
+    if lengths_differ(lines):
+        runs = sorted((run for line in lines for run in line.runs), key=lambda run: run.length)
+        ends = ", ".join(f"{run.name} at {x} {run.length:,.6g}" for run in (runs[0], runs[-1]))
+        warn(f"runs of different lengths stand beside one another ({ends}); compare runs of one length, or say so")
 
 
 def collect(options: Options) -> dict:
@@ -287,36 +388,67 @@ def collect(options: Options) -> dict:
     runs = [run for folder in folders if (run := read_run(folder, options.metric, options.x))]
     absent = [metric for metric in options.metric if not any(metric in run.points for run in runs)]
     if absent or not runs:
-        keys = ", ".join(sorted({key for folder in folders for line in read_metrics(folder) for key in line}))
+        keys = ", ".join(sorted({key for folder in folders for line in read_lines(folder) for key in line}))
         wanted = " or ".join(absent) or "an empty --metric"
-        raise ValueError(f"no run has {wanted} against {options.x}; recorded are {keys or 'no quantities'}")
+        raise UserError(f"no run has {wanted} against {options.x}; recorded are {keys or 'no quantities'}")
     return {
-        "title": origin(runs[0], ", "),
+        "title": title_of(runs[0].experiment, runs[0].group),
         "metric": options.metric,
         "x": options.x,
         "runs": [asdict(run) for run in runs],
     }
 
 
-def origin(run: Run, separator: str) -> str:
-    return separator.join(word for word in (run.experiment, run.group) if word)
+def title_of(experiment: str, group: str) -> str:
+    """A picture's title in plain words."""
+    plain = f"{EXPERIMENTS.get(experiment, experiment)}: {group.replace('_', ' ')}".strip(": ")
+    return TITLES.get((experiment, group), plain)
+
+
+def read_record(path: Path) -> dict:
+    """The record of a figure, as `collect` makes it; UserError for another shape."""
+    record = read_object(path)
+    texts = [record.get("title"), record.get("x"), *(metric := record.get("metric") or [None])]
+    require(
+        isinstance(metric, list) and all(isinstance(text, str) for text in texts), path, "title, metric and x", texts
+    )
+    runs = record.get("runs")
+    require(isinstance(runs, list) and bool(runs), path, "a list of runs", runs)
+    for run in runs:
+        known = isinstance(run, dict) and run.keys() == {field.name for field in fields(Run)}
+        require(known, path, "runs as scripts.figures records them", run)
+        require(isinstance(run["config"], dict) and isinstance(run["summary"], dict), path, "a run's config", run)
+        require(isinstance(run["points"], dict) and bool(run["points"]), path, "points of each run", run["points"])
+        for points in run["points"].values():
+            lists = isinstance(points, dict) and [points.get("x"), points.get("y")]
+            whole = lists and all(isinstance(each, list) and each and all(map(is_number, each)) for each in lists)
+            require(bool(whole) and len(lists[0]) == len(lists[1]), path, "equally many numbers x and y", points)
+    return record
+
+
+def check_limits(ylim: tuple[float, float] | None, metrics: Sequence[str]) -> None:
+    if ylim and len(metrics) > 1:
+        raise UserError(f"--ylim takes a single metric, got {', '.join(metrics)}; draw them apart")
+    if ylim and not (all(map(math.isfinite, ylim)) and ylim[0] < ylim[1]):
+        raise UserError(f"--ylim must be two finite numbers, the lower first; got {ylim[0]:g} {ylim[1]:g}")
 
 
 def main() -> None:
     options = tyro.cli(Options)
+    check_limits(options.ylim, options.metric)
     again = Path(options.runs[0]) if len(options.runs) == 1 and options.runs[0].endswith(".json") else None
-    record = json.loads(again.read_text()) if again else collect(options)
-    if options.ylim and len(record["metric"]) > 1:
-        raise ValueError(f"--ylim takes a single metric, but {', '.join(record['metric'])} came: draw them apart")
+    record = read_record(again) if again else collect(options)
+    check_limits(options.ylim, record["metric"])
     record["title"] = options.title or record["title"]
     runs = [Run(**run) for run in record["runs"]]
-    out = options.out or again or Path("images", origin(runs[0], "_").replace(".", "-"))
+    out = options.out or again or find_runs(options.runs)[0].parent / "curves.png"
     out = out.with_suffix(".png")
     lines = group_lines(runs)
+    tell_lengths(lines, record["x"])
     draw(lines, record, out, options.ylim)
     out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     drawn = f"{', '.join(record['metric'])} against {record['x']}"
-    print(f"{table(lines)}\n\n{drawn}: {out}, its points: {out.with_suffix('.json')}")
+    print(f"{table(lines, record['x'])}\n\n{drawn}: {out}, its points: {out.with_suffix('.json')}")
 
 
 if __name__ == "__main__":

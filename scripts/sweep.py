@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -26,20 +27,21 @@ from typing import Annotated, Any
 import tyro
 from matplotlib.ticker import NullLocator
 
-from common import UserError, progress, warn
+from common import UserError, one_line, progress, warn
 from common.figure import STYLES, label_ends, markdown, mean_and_spread, new_figure, rate, save, style_of
 from common.launch import StopRequest, main_guard
-from common.runlog import run_name
-from scripts.figures import method, read_config
+from common.runlog import END, run_name
+from scripts.figures import is_number, method, read_config, read_object, require, title_of
 
 KEY = ("config", "optimizer", "lr", "adamw_lr", "seed")  # what makes a recorded run another run
 SWEPT = {"optimizer.name", "optimizer.lr", "optimizer.adamw_lr", "seed"}
+MAX_EXTENDS = 8  # configs in a row; more are a circle
 TITAN = {"seed": "debug.seed", "group": "job.group", "steps": "training.steps"}  # torchtitan's words for these keys
 
 warn_once = cache(warn)  # not after every run
 
-# (rate of the AdamW part, optimizer) -> learning rate -> a loss for each seed
-Curves = dict[tuple[float | None, str], dict[float, list[float]]]
+Curve = dict[float, dict[int, float]]  # learning rate -> seed -> loss, infinite where the run diverged or failed
+Curves = dict[tuple[float | None, str], Curve]  # (rate of the AdamW part, optimizer) -> curve
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Options:
         return self.module.split(".")[0].lower()
 
     def key(self, name: str) -> str:
-        """What the training module calls its key `name`."""
+        """The training module's word for the key `name`."""
         return TITAN.get(name, name) if self.experiment == "llama" else name
 
     @property
@@ -84,13 +86,18 @@ class Options:
         return "sweep-" + re.sub(r"[^\w.]+", "-", self.name)
 
     @property
+    def plain_title(self) -> str:
+        settings = f", {', '.join(sorted(self.settings))}" if self.settings else ""
+        return f"Learning rates: {title_of(self.experiment, self.config.stem)}{settings}"
+
+    @property
     def runs(self) -> Path:
-        """Where the training module leaves the runs of a group."""
+        """The folder in which the training module keeps the runs of a group."""
         return Path("runs", self.experiment, self.group)
 
     @property
     def logs(self) -> Path:
-        """What the runs printed; not among them, where a training module may move old folders aside."""
+        """Output of the runs; not among them, where a training module may move old folders aside."""
         return self.runs.with_name(f"{self.group}.logs")
 
     @property
@@ -115,9 +122,9 @@ class Trial:
         return options.runs / self.name
 
     def command(self, options: Options) -> list[str]:
-        flags = {"optimizer.name": self.optimizer, "optimizer.lr": f"{self.lr:g}", options.key("seed"): self.seed}
+        flags = {"optimizer.name": self.optimizer, "optimizer.lr": repr(self.lr), options.key("seed"): self.seed}
         if self.adamw_lr is not None:
-            flags["optimizer.adamw-lr"] = f"{self.adamw_lr:g}"
+            flags["optimizer.adamw-lr"] = repr(self.adamw_lr)  # all digits: they name the run's folder
         flags[options.key("group")] = options.group
         flags |= dict(setting.split("=", 1) for setting in options.settings)
         arguments = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
@@ -131,7 +138,8 @@ def grid(options: Options) -> list[Trial]:
     """Every cell, seeds outermost: a sweep that is stopped early has seen all rates once."""
     parts = options.adamw_lr or (look_up(options.config, "optimizer.adamw_lr"),)
     cells = product(options.seeds, parts, options.lrs, options.optimizers)
-    return [Trial(optimizer, lr, adamw_lr, seed) for seed, adamw_lr, lr, optimizer in cells]
+    trials = [Trial(optimizer, lr, adamw_lr, seed) for seed, adamw_lr, lr, optimizer in cells]
+    return list(dict.fromkeys(trials))  # a rate given twice is one run
 
 
 def check(options: Options) -> None:
@@ -141,47 +149,68 @@ def check(options: Options) -> None:
     for setting in options.settings:
         key, equals, _ = setting.partition("=")
         if not key or not equals or key.replace("-", "_") in SWEPT | {options.key("seed")}:
-            raise ValueError(f"--set takes key=value for keys that are not swept; got {setting!r}")
+            raise UserError(f"--set takes key=value for keys that are not swept; got {setting!r}")
     if options.jobs < 1:
-        raise ValueError(f"--jobs takes a number of runs from 1 up; got {options.jobs}")
+        raise UserError(f"--jobs takes a number of runs from 1 up; got {options.jobs}")
 
 
-def look_up(path: Path, key: str) -> Any:
-    """What a TOML, or the one that it extends, says of a key such as "optimizer.adamw_lr"; None where neither does."""
+def look_up(path: Path, key: str, depth: int = 0) -> Any:
+    """The value of a key such as "optimizer.adamw_lr" in a TOML or the one that it extends; None without one."""
     try:
-        table = value = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is no TOML: {error}") from None
+        table = value = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} must be TOML in UTF-8, got {one_line(error)}; correct the file") from None
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
-    if value is None and "extends" in table:
-        return look_up(path.parent / table["extends"], key)
-    return value
+    if value is not None or "extends" not in table:
+        return value
+    extended = path.parent / str(table["extends"])
+    if depth == MAX_EXTENDS:
+        raise UserError(
+            f"`extends` must end within {MAX_EXTENDS} files, got a longer chain at {path}; break the circle"
+        )
+    return look_up(extended, key, depth + 1)
 
 
 def planned_steps(options: Options) -> int | None:
     """The last step of a run, or None where only the training module knows."""
     key = options.key("steps")
     set_here = [setting.removeprefix(f"{key}=") for setting in options.settings if setting.startswith(f"{key}=")]
-    return int(set_here[-1]) if set_here else look_up(options.config, key)
+    if not set_here:
+        return look_up(options.config, key)
+    if not set_here[-1].isdecimal() or len(set_here[-1]) > 15:
+        raise UserError(f"--set {key} takes a number of steps; got {set_here[-1]!r}")
+    return int(set_here[-1])
 
 
 def finished(folder: Path, steps: int | None) -> bool:
     """finished.json is written when a run ends or diverges; a run of another length was another sweep's."""
-    mark = folder / "finished.json"
-    end = json.loads(mark.read_text()) if mark.exists() else None
-    return end is not None and (end.get("diverged", False) or steps in (None, end["step"]))
+    if not (folder / END).exists():
+        return False
+    end = read_end(folder)
+    return bool(end.get("diverged", False)) or steps in (None, end["step"])
+
+
+def read_end(folder: Path) -> dict:
+    """A run's finished.json: its last step and validation."""
+    path = folder / END
+    end = read_object(path)
+    require(is_number(end.get("step")), path, "a number as step", end.get("step"))
+    for key in ("val_loss", "bits_per_byte"):
+        require(end.get(key) is None or is_number(end[key]), path, f"a number or null as {key}", end.get(key))
+    return end
 
 
 def outcome(options: Options, trial: Trial, error: str | None = None) -> dict:
-    """What is recorded of a run: its losses (None where it diverged or failed), and what it ran with and on."""
+    """The record of a run: its losses (None where it diverged or failed), its settings and its machine."""
     folder = trial.folder(options)
     entry = {"config": options.name, "optimizer": trial.optimizer, "lr": trial.lr, "adamw_lr": trial.adamw_lr}
     entry |= {"seed": trial.seed, "val_loss": None, "bits_per_byte": None, "steps": None, "error": error}
     if error is None:
-        end = json.loads((folder / "finished.json").read_text())
+        end = read_end(folder)
         for key in ("val_loss", "bits_per_byte"):
-            entry[key] = end[key] if end[key] is not None and math.isfinite(end[key]) else None
+            value = end.get(key)
+            entry[key] = value if value is not None and math.isfinite(value) else None
         entry["steps"] = end["step"]
     about = read_config(folder)
     settings = {key: value for key, value in method(about.get("config", {})).items() if key not in SWEPT}
@@ -189,7 +218,18 @@ def outcome(options: Options, trial: Trial, error: str | None = None) -> dict:
 
 
 def read_record(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {"settings": {}, "runs": []}
+    """A sweep's record, its shape checked; an empty one where there is none."""
+    if not path.exists():
+        return {"settings": {}, "runs": []}
+    record = read_object(path)
+    require(isinstance(record.setdefault("settings", {}), dict), path, "an object as settings", record["settings"])
+    require(isinstance(record.get("runs"), list), path, "a list of runs", record.get("runs"))
+    for run in record["runs"]:
+        whole = isinstance(run, dict) and run.keys() >= {*KEY, "val_loss", "error"}
+        whole = whole and is_number(run["lr"]) and is_number(run["seed"]) and isinstance(run["optimizer"], str)
+        whole = whole and all(run[key] is None or is_number(run[key]) for key in ("adamw_lr", "val_loss"))
+        require(whole, path, "runs as scripts.sweep records them", run)
+    return record
 
 
 def add(path: Path, entry: dict) -> None:
@@ -203,7 +243,7 @@ def add(path: Path, entry: dict) -> None:
     changed = [f"{key} {before[key]} -> {value}" for key, value in settings.items() if before.get(key, value) != value]
     if changed:
         warn_once(f"{path} now mixes runs of different settings, {', '.join(changed[:3])}: give them another --out")
-    # One line a run: what a later sweep adds is what a diff shows.
+    # One line per run, so that a diff shows only the runs that a later sweep adds.
     lines = ",\n".join(f"  {json.dumps(run)}" for run in sorted(runs.values(), key=lambda run: str(run)))
     settings_lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(of)}" for key, of in record["settings"].items())
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -221,7 +261,7 @@ def start(options: Options, trial: Trial) -> subprocess.Popen:
 
 
 def last_words(log: Path) -> str:
-    """Why a run failed: its error line, or else the last thing that it said."""
+    """The reason for a run's failure: its error line, or else its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return ([line for line in lines if line.startswith("error:")] or lines or ["error: ended without a word"])[-1]
 
@@ -235,7 +275,7 @@ def ended(options: Options, trial: Trial, status: int, steps: int | None) -> dic
 
 
 def train(options: Options) -> list[str]:
-    """Runs what is missing of the grid, `jobs` at once, and records each end; returns the names of what failed."""
+    """Run the missing cells of the grid, `jobs` at once, and record each end; returns the names of failed runs."""
     trials, steps, failures = grid(options), planned_steps(options), []
     waiting = [trial for trial in trials if not finished(trial.folder(options), steps)]
     for trial in set(trials) - set(waiting):
@@ -266,29 +306,63 @@ def train(options: Options) -> list[str]:
 
 
 def losses(runs: list[dict]) -> Curves:
-    """Sorts recorded runs into curves; a run that diverged or failed has an infinite loss."""
+    """Sort recorded runs into curves; a run that diverged or failed has an infinite loss."""
     curves: Curves = {}
     order = [*STYLES, *sorted({run["optimizer"] for run in runs} - set(STYLES))]
     for run in sorted(runs, key=lambda run: (run["adamw_lr"] or 0, order.index(run["optimizer"]), run["lr"])):
         curve = curves.setdefault((run["adamw_lr"], run["optimizer"]), {})
-        curve.setdefault(run["lr"], []).append(math.inf if run["val_loss"] is None else run["val_loss"])
+        curve.setdefault(run["lr"], {})[run["seed"]] = math.inf if run["val_loss"] is None else run["val_loss"]
     return curves
 
 
-def best_rate(curve: dict[float, list[float]]) -> float:
-    return min(curve, key=lambda lr: statistics.fmean(curve[lr]))
+def mean(losses: dict[int, float], seeds: Iterable[int] | None = None) -> float:
+    return statistics.fmean(losses[seed] for seed in (losses if seeds is None else seeds))
+
+
+def best_rate(curve: Curve) -> float:
+    """The rate of lowest mean loss among those with equal seeds: the largest set of seeds that some rates share.
+
+    A rate tried with fewer seeds is no candidate, however lucky: `contested` says where it is lower.
+    """
+    sets = [frozenset(losses) for losses in curve.values()]
+    seeds = max(sets, key=lambda each: (len(each), sets.count(each)))
+    return min((lr for lr in curve if curve[lr].keys() == seeds), key=lambda lr: mean(curve[lr]))
+
+
+def contested(curve: Curve) -> list[float]:
+    """Rates with other seeds than the best's that are lower on the seeds they share with it."""
+    best = curve[best_rate(curve)]
+    return [
+        lr
+        for lr, losses in sorted(curve.items())
+        if losses.keys() != best.keys()
+        and (shared := losses.keys() & best.keys())
+        and mean(losses, shared) < mean(best, shared)
+    ]
+
+
+def at_edge(curve: Curve) -> str:
+    """On which side the best rate has no neighbour: "below", "above" or ""."""
+    best, rates = best_rate(curve), sorted(curve)
+    return "below" if best == rates[0] else "above" if best == rates[-1] else ""
+
+
+def bracketed(curve: Curve) -> str:
+    """Whether rates on both sides of the best one were tried, and none is lower on fewer seeds."""
+    doubts = [f"try {side} {rate(best_rate(curve))}"] if (side := at_edge(curve)) else []
+    doubts += [f"{rate(lr)} is lower on the seeds it has: try all seeds there" for lr in contested(curve)]
+    return f"no: {'; '.join(doubts)}" if doubts else "yes"
 
 
 def table(curves: Curves) -> str:
-    """Each optimizer's best rate, what it reached there, and whether rates on both sides of it were tried."""
+    """Each optimizer's best rate, the loss there, and whether rates on both sides of it were tried."""
     rows = []
     for (adamw_lr, optimizer), curve in curves.items():
-        best, rates = best_rate(curve), sorted(curve)
-        edges = {rates[0]: f"no: try below {rate(best)}", rates[-1]: f"no: try above {rate(best)}"}
-        diverged = math.isinf(statistics.fmean(curve[best]))
-        reached = "diverged or failed" if diverged else mean_and_spread(curve[best])
+        best = best_rate(curve)
+        diverged = math.isinf(mean(curve[best]))
+        reached = "diverged or failed" if diverged else mean_and_spread(list(curve[best].values()))
         part = "the same" if adamw_lr is None else rate(adamw_lr)
-        rows.append([style_of(optimizer).label, part, rate(best), reached, edges.get(best, "yes")])
+        rows.append([style_of(optimizer).label, part, rate(best), reached, bracketed(curve)])
     return markdown(["optimizer", "AdamW part's rate", "best rate", "validation loss", "bracketed"], rows)
 
 
@@ -296,16 +370,15 @@ def draw(curves: Curves, out: Path, title: str) -> None:
     """Final loss against learning rate, a panel for each rate of the AdamW part; the valleys fill the picture."""
     valleys = []  # each best, and what was tried right beside it
     for curve in curves.values():
-        means = [statistics.fmean(curve[lr]) for lr in sorted(curve)]
-        at = means.index(min(means))
-        valleys += [mean for mean in means[max(0, at - 1) : at + 2] if math.isfinite(mean)]
+        means, at = [mean(curve[lr]) for lr in sorted(curve)], sorted(curve).index(best_rate(curve))
+        valleys += [each for each in means[max(0, at - 1) : at + 2] if math.isfinite(each)]
     if not valleys:
-        raise ValueError(
+        raise UserError(
             f"every run diverged or failed, so there is no curve to draw; {out.with_suffix('.json')} says why"
         )
     margin = (max(valleys) - min(valleys)) * 0.1 or 0.05
     parts = list(dict.fromkeys(adamw_lr for adamw_lr, _ in curves))
-    legend = "final validation loss, mean over seeds; ring: best, bar: lowest to highest, ×: diverged or failed"
+    legend = "final validation loss, mean over seeds; ring: best (square: at the grid's edge), hollow: fewer seeds"
     figure, panels = new_figure(title, legend, rows=len(parts), sharey=True)
     for panel, part in zip(panels, parts, strict=True):
         panel.set_ylim(min(valleys) - margin, max(valleys) + margin)
@@ -316,7 +389,8 @@ def draw(curves: Curves, out: Path, title: str) -> None:
     save(figure, out)
 
 
-def draw_panel(panel, curves: dict[str, dict[float, list[float]]]) -> None:
+def draw_panel(panel, curves: dict[str, Curve]) -> None:
+    """Curves over the rates, bars from the lowest to the highest seed, an × above for runs that diverged or failed."""
     bottom, top = panel.get_ylim()
     tried = sorted({lr for curve in curves.values() for lr in curve})
     panel.set_xscale("log")
@@ -328,20 +402,28 @@ def draw_panel(panel, curves: dict[str, dict[float, list[float]]]) -> None:
     labels, diverged = [], dict.fromkeys(tried, 0)
     for optimizer, curve in sorted(curves.items(), key=lambda item: style_of(item[0]).width):  # the thickest on top
         style, rates, best = style_of(optimizer), sorted(curve), best_rate(curve)
-        color, lowest = style.color, statistics.fmean(curve[best])
-        means = [min(statistics.fmean(curve[lr]), 2 * top - bottom) for lr in rates]  # out of sight, yet finite
+        color, lowest, edge_best = style.color, mean(curve[best]), at_edge(curve)
+        means = [min(mean(curve[lr]), 2 * top - bottom) for lr in rates]  # out of sight, yet finite
         panel.plot(rates, means, color=color, linewidth=style.width, marker=style.marker, markersize=6)
-        panel.plot(best, lowest, "o", markersize=14, markerfacecolor="none", color=color, markeredgewidth=1.6)
+        fewer = [(lr, each) for lr, each in zip(rates, means, strict=True) if len(curve[lr]) < len(curve[best])]
+        for lr, each in fewer:
+            panel.plot(lr, each, style.marker, color=color, markerfacecolor="white", markersize=6)
+        ring = {"markersize": 14, "markerfacecolor": "none", "color": color, "markeredgewidth": 1.6}
+        panel.plot(best, lowest, "s" if edge_best else "o", **ring)
         panel.plot([best, edge], [lowest, lowest], ":", color=color, linewidth=1, alpha=0.7)
         for lr in rates:
-            finite = [loss for loss in curve[lr] if math.isfinite(loss)]
+            finite = [loss for loss in curve[lr].values() if math.isfinite(loss)]
             if len(finite) > 1:
                 panel.vlines(lr, min(finite), max(finite), color=color, linewidth=6, alpha=0.3)
             if len(finite) < len(curve[lr]):  # above the panel, one over the other
                 height = top + (top - bottom) * (0.025 + 0.03 * diverged[lr])
                 panel.plot(lr, height, "x", color=color, markeredgewidth=2, clip_on=False)
                 diverged[lr] += 1
-        words = f"{lowest:#.4g}  {style.label} at {rate(best)}" if math.isfinite(lowest) else f"{style.label} has none"
+        words = (
+            f"{lowest:#.4g}  {style.label} at {rate(best)}{', edge' * bool(edge_best)}"
+            if math.isfinite(lowest)
+            else f"{style.label} has none"
+        )
         labels.append((edge, lowest, words, optimizer))
     label_ends(panel, labels)
 
@@ -354,13 +436,13 @@ def main() -> None:
     curves = losses([run for run in recorded if run["config"] == options.name])
     if not curves:
         names = ", ".join(sorted({run["config"] for run in recorded})) or "nothing"
-        raise ValueError(f"there is no run of {options.name} in {options.record}; it holds {names}")
+        raise UserError(f"there is no run of {options.name} in {options.record}; it holds {names}")
     print(table(curves))
-    draw(curves, options.record.with_suffix(".png"), options.title or f"Learning rates on {options.name}")
+    draw(curves, options.record.with_suffix(".png"), options.title or options.plain_title)
     print(f"\n{options.record.with_suffix('.png')}, from {options.record}")
     if failures:
         named = ", ".join(failures[:3]) + ", ..." * (len(failures) > 3)
-        raise ValueError(f"{len(failures)} runs failed ({named}): what they said is in {options.logs}")
+        raise UserError(f"{len(failures)} runs failed ({named}): their output is in {options.logs}")
 
 
 if __name__ == "__main__":

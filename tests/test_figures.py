@@ -99,7 +99,7 @@ def test_panels_match_the_metrics_in_their_order(tmp_path, monkeypatch):
     make_run(tmp_path / "runs", "muon", values=(3.0, 2.5), more={"lr_unnamed": (7.0, 8.0)})
     figure_ = drawn(monkeypatch, tmp_path / "runs", "--out", tmp_path / "a.png", "--metric", *metrics)
     titles = [panel.get_title(loc="left") for panel in figure_.axes]
-    assert titles == ["responses repeated exactly, share", "validation loss, nats a token", "lr_unnamed"]
+    assert titles == ["responses repeated exactly, share", "validation loss, nats per token", "lr_unnamed"]
     assert [curves_of(panel) for panel in figure_.axes] == [
         [[0.0, 0.5, 1.0]],
         [[3.0, 2.5], [3.0, 2.0, 1.0]],  # Muon's is the thinner, so it is drawn first
@@ -115,10 +115,12 @@ def test_subtitle_matches_the_one_metric_or_the_seeds_of_several(tmp_path, monke
     def subtitle(*arguments):
         return drawn(monkeypatch, *arguments, "--out", tmp_path / "a.png").texts[1].get_text()
 
-    assert subtitle(runs[0]) == "validation loss, nats a token"
-    assert subtitle(*runs) == "validation loss, nats a token; mean of 2 seeds, band from lowest to highest"
-    assert subtitle(*runs, *several) == "mean of 2 seeds, band from lowest to highest"
-    assert subtitle(runs[0], *several) == "one seed a line"
+    assert subtitle(runs[0]) == "validation loss, nats per token; seed 1"
+    assert (
+        subtitle(*runs) == "validation loss, nats per token; mean of 2 seeds, band from lowest to highest; seeds 1, 2"
+    )
+    assert subtitle(*runs, *several) == "mean of 2 seeds, band from lowest to highest; seeds 1, 2"
+    assert subtitle(runs[0], *several) == "seed 1"
     lone = drawn(monkeypatch, runs[0], "--out", tmp_path / "a.png")
     assert [panel.get_title(loc="left") for panel in lone.axes] == [""]
 
@@ -129,14 +131,15 @@ def relabel(run, experiment):
     return run
 
 
-def test_losses_are_in_nats_a_token_where_all_runs_are_of_text(tmp_path, monkeypatch):
+def test_losses_are_in_nats_per_token_where_all_runs_are_of_text(tmp_path, monkeypatch):
     images, text = relabel(make_run(tmp_path, seed=1), "sit"), relabel(make_run(tmp_path, seed=2), "llama")
 
     def subtitle(*runs):
         return drawn(monkeypatch, *runs, "--out", tmp_path / "a.png").texts[1].get_text()
 
-    assert subtitle(images) == subtitle(images, text) == "validation loss"
-    assert subtitle(text) == "validation loss, nats a token"
+    assert subtitle(images) == "validation loss; seed 1"
+    assert subtitle(images, text) == "validation loss; one seed per line"
+    assert subtitle(text) == "validation loss, nats per token; seed 2"
 
 
 def test_limits_match_the_end_of_a_falling_loss_and_the_whole_of_other_curves(tmp_path, monkeypatch):
@@ -200,15 +203,15 @@ def test_tuned_rate_stands_for_a_rate_that_was_not_given(tmp_path):
 
 def test_table_matches_last_values_and_medians(tmp_path):
     folders = [make_run(tmp_path, seed=seed, values=(3.0, 2.0, 1.0 + seed / 10)) for seed in (1, 3)]
-    folders.append(make_run(tmp_path, "adamw", lr=2e-3, values=(3.0, 1.05)))
+    folders.append(make_run(tmp_path, "adamw", lr=2e-3, values=(3.0, 2.0, 1.05)))
     rows = cells_of(figures.table(lines_of(*folders)))
-    assert rows[2] == ["AdamW", "2e-3", "1.050", "2.100", "10.5", "1.50", "1.50"]
+    assert rows[2] == ["AdamW", "2e-3", "1.050", "2.100", "11.0", "2.00", "1.50"]
     # By hand: losses 1.1 and 1.3, so a sample deviation of 0.1 sqrt(2); step times 10, 11, 18.
     assert rows[3] == ["OLion", "1e-3", "1.200 ± 0.141 (2 seeds)", "2.400 ± 0.283 (2 seeds)", "11.0", "2.00", "1.50"]
 
 
 def test_table_columns_match_what_some_run_recorded(tmp_path):
-    times = ["ms a step", "ms in the optimizer", "optimizer state MB"]
+    times = ["ms per step", "ms in the optimizer", "optimizer state MB"]
     plain = make_run(tmp_path, "muon")
     tuned = [fine_tuned(tmp_path, seed=seed, share=(0.0, 0.5, 0.5 + seed / 10)) for seed in (1, 3)]
     before, after = cells_of(figures.table(lines_of(plain))), cells_of(figures.table(lines_of(*tuned)))
@@ -299,3 +302,85 @@ def test_runs_are_found_under_parents_and_globs_but_not_where_moved_aside(tmp_pa
     make_run(tmp_path / "group.old")
     assert sorted(figures.find_runs((str(tmp_path),))) == sorted(kept)
     assert figures.find_runs((str(tmp_path / "*" / "olion-lr0.002*"), str(kept[1]))) == [kept[1]]
+
+
+def test_runs_of_different_lengths_are_warned_of_and_tabulated_with_their_last_step(tmp_path, monkeypatch, capsys):
+    runs = make_run(tmp_path, values=(3.0, 2.0, 1.0)), make_run(tmp_path, "muon", values=(3.0, 2.0))
+    run_main(monkeypatch, *runs, "--out", tmp_path / "a.png")
+    told = capsys.readouterr()
+    rows = cells_of(told.out.split("\n\n")[0])
+    assert [row[2] for row in rows] == ["last step", "-" * 9, "20", "10"]
+    (warning,) = told.err.splitlines()
+    assert "muon-lr0.001-s1 at step 10, olion-lr0.001-s1 at step 20" in warning
+    run_main(monkeypatch, runs[0], make_run(tmp_path, seed=2), "--out", tmp_path / "a.png")
+    told = capsys.readouterr()
+    assert "last step" not in told.out and told.err == ""
+
+
+@pytest.mark.parametrize("limits", [("nan", "1"), ("0", "inf"), ("2", "1"), ("1", "1")])
+def test_limits_that_no_axis_has_refuse_in_one_line(limits, tmp_path, monkeypatch, capsys):
+    refused(
+        monkeypatch, capsys, make_run(tmp_path), "--ylim", *limits, "--out", tmp_path / "a.png", said="finite numbers"
+    )
+
+
+def refused(monkeypatch, capsys, *arguments, said):
+    with pytest.raises(SystemExit) as exit_:
+        run_main(monkeypatch, *arguments)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert exit_.value.code == 1
+    assert error.startswith("error: ") and str(said) in error, error
+
+
+DAMAGED_JSON = ["", "[]", "null", "5", '"a"', "{", "[" * 100_000, "1" * 5_000, "\xff"]
+
+
+@pytest.mark.parametrize("text", [*DAMAGED_JSON, '{"config": []}', '{"config": {"optimizer": 3}}', '{"config": null}'])
+def test_damaged_config_refuses_in_one_line_and_names_the_file(text, tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path)
+    (run / "config.json").write_bytes(text.encode("latin-1"))
+    refused(monkeypatch, capsys, run, "--out", tmp_path / "a.png", said=run / "config.json")
+
+
+@pytest.mark.parametrize(
+    "text", [*DAMAGED_JSON[1:-1], '{"val/loss": 1}', '{"step": "a"}', "\xff", "\0", '{"step": 1, "va']
+)
+def test_damaged_line_of_metrics_refuses_in_one_line_and_names_the_file(text, tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path)
+    whole = (run / "metrics.jsonl").read_bytes().splitlines()[0]
+    (run / "metrics.jsonl").write_bytes(b"\n".join([whole, text.encode("latin-1"), whole]) + b"\n")
+    refused(monkeypatch, capsys, run, "--out", tmp_path / "a.png", said=run / "metrics.jsonl")
+
+
+def test_losses_that_are_no_numbers_refuse_and_nan_is_a_gap(tmp_path, monkeypatch, capsys):
+    assert figures.values_of([{"a": 1}, {"a": float("nan")}, {}], "a") == [1, None, None]
+    run = make_run(tmp_path, values=(3.0, "low", 1.0))
+    refused(monkeypatch, capsys, run, "--out", tmp_path / "a.png", said="val/loss")
+
+
+@pytest.mark.parametrize(
+    "text", [*DAMAGED_JSON, "{}", '{"title": "a", "x": "step", "metric": ["val/loss"], "runs": [1]}']
+)
+def test_damaged_record_refuses_in_one_line_and_names_the_file(text, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
+    refused(monkeypatch, capsys, tmp_path / "a.json", said=tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("path", ["points", "config", "name"])
+def test_record_with_a_damaged_run_refuses_in_one_line(path, tmp_path, monkeypatch, capsys):
+    run_main(monkeypatch, make_run(tmp_path), "--out", tmp_path / "a.png")
+    record = json.loads((tmp_path / "a.json").read_text())
+    for damaged in ([1], None, {"val/loss": {"x": [1, 2], "y": [1]}}):
+        run = {**record["runs"][0], path: damaged}
+        if path == "name":
+            del run["name"]
+        elif path == "config" and isinstance(damaged, dict):
+            continue
+        (tmp_path / "b.json").write_text(json.dumps({**record, "runs": [run]}))
+        refused(monkeypatch, capsys, tmp_path / "b.json", said=tmp_path / "b.json")
+
+
+def test_titles_are_plain_words():
+    assert figures.title_of("sit", "digits") == "A small SiT on handwritten digits"
+    assert figures.title_of("nanogpt", "gpt2_small") == "GPT: gpt2 small"
+    assert figures.title_of("mine", "") == "mine"

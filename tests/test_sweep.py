@@ -130,7 +130,7 @@ def test_diverged_run_is_null_and_does_not_fail_the_sweep(monkeypatch, capsys):
 
 def test_table_matches_whether_the_best_lies_inside_the_grid():
     def told(*values):
-        rates = {1e-3 * 2**index: [value] for index, value in enumerate(values)}
+        rates = {1e-3 * 2**index: {1: value} for index, value in enumerate(values)}
         return sweep.table({(None, "olion"): rates}).splitlines()[-1].split("|")[-2].strip()
 
     assert told(3.0, 2.0, 3.0) == "yes"
@@ -200,3 +200,63 @@ def test_stopped_sweep_takes_its_runs_along_and_records_no_failure():
     with pytest.raises(ProcessLookupError):
         os.kill(calls()[0]["pid"], 0)
     assert not Path("images/sweep_fake_small.json").exists()
+
+
+def test_rate_of_17_digits_is_found_again_under_the_name_the_run_wrote(monkeypatch):
+    rates = ["0.0012345678901234567", "0.1234567890123456"]
+    for _ in range(2):
+        run_sweep(monkeypatch, "--optimizers", "olion", "--lrs", *rates, rates[0], "--adamw-lr", rates[1])
+    assert len(calls()) == 2, "a finished run was trained again"
+    assert {run["lr"] for run in recorded()} == set(map(float, rates))
+    assert all(run["error"] is None and run["val_loss"] is not None for run in recorded())
+
+
+INF = float("inf")
+
+
+@pytest.mark.parametrize(
+    "curve, best, told",
+    [
+        # One lucky seed at 4e-3 is lower than the mean of three at 2e-3, and higher on the seed that both have.
+        ({1e-3: {1: 3.0}, 2e-3: {1: 1.0, 2: 3.0, 3: 3.0}, 4e-3: {1: 2.0}}, 2e-3, "yes"),
+        ({1e-3: {1: 3.0}, 2e-3: {1: 2.0, 2: 2.0}, 4e-3: {1: 1.0}}, 2e-3, "no: 4e-3 is lower on the seeds it has"),
+        ({1e-3: {1: 3.0, 2: 3.0}, 2e-3: {1: 2.0, 2: 2.0}, 4e-3: {1: 1.0, 2: 4.0}}, 2e-3, "yes"),
+        ({1e-3: {1: 1.0}, 2e-3: {1: INF}}, 1e-3, "no: try below 1e-3"),
+    ],
+)
+def test_best_rate_counts_equal_seeds_only(curve, best, told):
+    assert sweep.best_rate(curve) == best
+    assert sweep.bracketed(curve).startswith(told)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "5", "{", "\0", '{"runs": 3}', '{"runs": [1]}', '{"runs": [{}]}', '{"runs": [], "settings": []}']
+)
+def test_damaged_record_refuses_in_one_line_and_names_the_file(text, monkeypatch, capsys):
+    Path("images").mkdir()
+    record = Path("images/sweep_fake_small.json")
+    record.write_text(text)
+    with pytest.raises(SystemExit) as exit_:
+        run_sweep(monkeypatch, "--draw-only")
+    error = capsys.readouterr().err
+    assert exit_.value.code == 1 and str(record) in error and error.count("\n") == 1
+    assert record.read_text() == text
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"step": "a"}', '{"step": 100, "val_loss": "low"}'])
+def test_damaged_end_of_a_run_refuses_in_one_line_and_names_the_file(text, monkeypatch, capsys):
+    run_sweep(monkeypatch, "--optimizers", "olion", "--lrs", "2e-3")
+    capsys.readouterr()
+    end = Path("runs/fake/sweep-small/olion-lr2e-3-s1337/finished.json")
+    end.write_text(text)
+    with pytest.raises(SystemExit):
+        run_sweep(monkeypatch, "--optimizers", "olion", "--lrs", "2e-3")
+    error = capsys.readouterr().err
+    assert str(end) in error and error.count("\n") == 1
+
+
+def test_configs_that_extend_each_other_in_a_circle_refuse_in_one_line(monkeypatch, capsys, workplace):
+    (workplace / "base.toml").write_text('extends = "small.toml"\n')
+    with pytest.raises(SystemExit):
+        run_sweep(monkeypatch)
+    assert capsys.readouterr().err.count("\n") == 1
