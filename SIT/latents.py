@@ -13,10 +13,10 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -24,10 +24,13 @@ from torch import Tensor
 
 from common import UserError, one_line, warn
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 SCALING = 0.18215  # of sd-vae-ft-mse: brings its latents to a variance of about one (Rombach et al. 2022)
 IMAGES, LATENTS, FLIPPED = "images", "vae-sd", "vae-sd-flip"  # the first two are REPA's names
 LABELS = "dataset.json"
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 CONVERT, ENCODE = "`python -m SIT.prepare convert`", "`python -m SIT.prepare encode`"
 CONVERT_IT = f"remove it, then run {CONVERT} again"  # to a file that is there it does nothing
 
@@ -190,16 +193,21 @@ def list_files(folder: Path, suffixes: set[str], remedy: str) -> dict[str, str]:
     if not folder.is_dir():
         raise UserError(f"need the folder {folder}, which is not there: {remedy}")
     found: dict[str, str] = {}
-    for inner, _, bases in os.walk(folder, followlinks=True):
-        place = Path(inner).relative_to(folder).as_posix()
-        for base in bases:
-            if base.startswith(".") or os.path.splitext(base)[1].lower() not in suffixes:
-                continue  # hidden: left by a write that was interrupted
-            file = base if place == "." else f"{place}/{base}"
-            other = found.setdefault(name_of(file), file)
-            if other != file:
-                raise UserError(f"in {folder}, {file} and {other} must have names of their own: rename one")
+    for file in visible_files(folder):
+        if os.path.splitext(file)[1].lower() not in suffixes:
+            continue
+        other = found.setdefault(name_of(file), file)
+        if other != file:
+            raise UserError(f"in {folder}, {file} and {other} must have names of their own: rename one")
     return found
+
+
+def visible_files(folder: Path) -> Iterator[str]:
+    """Give the path of each file below a folder, relative to it, without hidden ones, which interrupted writes leave."""
+    for inner, subfolders, bases in os.walk(folder, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]  # thumbnails and the like
+        place = Path(inner).relative_to(folder).as_posix()
+        yield from (base if place == "." else f"{place}/{base}" for base in bases if not base.startswith("."))
 
 
 def check_counterparts(first: dict[str, Any], second: dict[str, Any], one: str, other: str) -> None:
@@ -264,11 +272,21 @@ def read_latent(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def read_image(path: Path, remedy: str = "replace or remove it") -> np.ndarray:
-    """Read an image as RGB, (3, H, W) uint8; raises Corrupt, with the remedy, where it cannot be read."""
+    """Read an image as RGB, (3, H, W) uint8, 16 bits scaled to 8; raises Corrupt, with the remedy, where it cannot."""
     from PIL import Image  # the digits go without
 
     try:
         with Image.open(path) as image:
-            return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+            return np.ascontiguousarray(rgb_of(image).transpose(2, 0, 1))
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:  # as PIL raises
         raise Corrupt(f"{path} must be a whole image, is not ({one_line(error)}): {remedy}") from error
+
+
+def rgb_of(image: "Image") -> np.ndarray:
+    """Return the pixels of an opened image as RGB, (H, W, 3) uint8; raises ValueError for a range that is not known."""
+    if image.mode.startswith("I;16"):  # PIL's own conversion clips at 255, which makes nearly all of it white
+        levels = np.asarray(image).astype(np.uint32)  # (H, W), 0 to 65,535
+        return np.repeat(((levels * 255 + 32767) // 65535).astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of 32 bits (mode {image.mode}) have no known white: save 8 or 16 bits per channel")
+    return np.asarray(image.convert("RGB"))

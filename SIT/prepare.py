@@ -10,7 +10,8 @@ there whole or not at all, and dataset.json comes last.
 """
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +41,7 @@ from SIT.latents import (
     list_files,
     read_image,
     read_labels,
+    visible_files,
 )
 from SIT.vae import DEFAULT, VAE, load_vae
 
@@ -103,6 +105,7 @@ def convert(config: Convert) -> Path:
     if outside or not sources:
         found = f"{outside[0]} is outside of one" if outside else "there is none"
         raise UserError(f"{config.source} must hold images in a folder for each class, {found}: sort them into folders")
+    classes = class_names(config.source, set(sources.values()))
     claim(folder, {"source": str(config.source.resolve()), "size": config.size})
     targets = {file: file.rpartition(".")[0] + ".png" for file in sorted(sources.values())}
     todo = [file for file in targets if not (folder / targets[file]).is_file()]
@@ -121,14 +124,37 @@ def convert(config: Convert) -> Path:
 
     outcomes = map_in_groups(convert_one, todo, config.workers)
     skipped = {file for file in progress(outcomes, desc="images", total=len(todo), unit=" images") if file}
-    classes = sorted({file.split("/")[0] for file in targets})
     number = {name: place for place, name in enumerate(classes)}
     labels = [[targets[file], number[file.split("/")[0]]] for file in targets if file not in skipped]
-    if not labels:
-        raise UserError(f"{config.source} must hold images that can be read, none of {len(skipped)} can: replace them")
+    refuse_empty_classes(config.source, classes, [file for file, _ in labels])
     write_json(folder / LABELS, {"labels": labels, "classes": classes, "size": config.size})
     print(f"{folder}: {len(labels):,} images in {len(classes):,} classes, {len(skipped)} skipped")
     return folder
+
+
+def class_names(source: Path, images: set[str]) -> list[str]:
+    """Name the class folders of a source, in the order that numbers them, and warn of files that are no images.
+
+    Raises UserError for a folder without images: left out, it would change the numbers of the classes after it.
+    """
+    classes = sorted(path.name for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
+    others = sorted(set(visible_files(source)) - images)
+    if others:
+        kinds = Counter(Path(file).suffix.lower() or "no suffix" for file in others)
+        counted = ", ".join(f"{kind}: {count:,}" for kind, count in kinds.most_common())
+        warn(f"{source}: {len(others):,} files are no images, and are left out ({counted}); the first is {others[0]}")
+    refuse_empty_classes(source, classes, images)
+    return classes
+
+
+def refuse_empty_classes(source: Path, classes: list[str], images: Iterable[str]) -> None:
+    """Raise UserError where no image (a path below the source) is of some class."""
+    empty = sorted(set(classes) - {file.split("/")[0] for file in images})
+    if empty:
+        raise UserError(
+            f"each class folder of {source} must hold an image that can be read ({', '.join(sorted(IMAGE_SUFFIXES))}), "
+            f"{len(empty)} of {len(classes)} hold none, the first is {empty[0]}: convert its files, or move it elsewhere"
+        )
 
 
 def centre_crop(image: np.ndarray, size: int) -> np.ndarray:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common.text_rows import texts
+
 # Tests are no code that one reads; pydoc_data is generated prose, and longer than all else in validation.
 NOT_LIBRARY = {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dist-packages"}
 TABLES = (".jsonl", ".parquet")  # files of many documents, one a row
@@ -80,7 +82,7 @@ def split_files(root: Path, files: list[Path], val_fraction: float) -> dict[str,
 
 def tail_start(path: Path, val_fraction: float) -> int:
     """Place the cut of a single file: before a document, or in plain text before a character."""
-    size = sum(1 for _ in documents(path)) if path.suffix in TABLES else path.stat().st_size
+    size = sum(1 for _ in texts(path)) if path.suffix in TABLES else path.stat().st_size
     cut = max(size - max(1, round(size * val_fraction)), 0)
     if path.suffix in TABLES:
         return cut
@@ -90,26 +92,11 @@ def tail_start(path: Path, val_fraction: float) -> int:
     return cut + len(tail) - len(tail.lstrip(CONTINUATION_BYTES))
 
 
-def documents(path: Path) -> Iterator[str]:
-    """Read the text of each row of a .jsonl or .parquet file."""
-    try:
-        if path.suffix == ".parquet":
-            from pyarrow import parquet  # only such files need it
-
-            for rows in parquet.ParquetFile(path).iter_batches(batch_size=256, columns=["text"]):
-                yield from rows.column("text").to_pylist()
-        else:
-            with path.open(encoding="utf-8") as file:
-                yield from (json.loads(line)["text"] for line in file if line.strip())
-    except (ValueError, KeyError, TypeError) as error:  # pyarrow's are subclasses of these
-        raise ValueError(f"each row of {path} must have its text under the key 'text': {error!r}") from error
-
-
 def pieces(part: Part) -> Iterator[tuple[str, bool]]:
     """Read a part of a file: texts, and whether each ends there; long plain text is cut at ends of lines."""
     path, start, stop = part
     if path.suffix in TABLES:
-        yield from ((text, True) for text in islice(documents(path), start, stop))
+        yield from ((text, True) for text in islice(texts(path), start, stop))
         return
     remaining = (path.stat().st_size if stop is None else stop) - start
     with path.open("rb") as file:

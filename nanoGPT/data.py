@@ -208,6 +208,6 @@ def write_split(path: Path, encoded: Iterable[Encoded], dtype: str) -> dict:
             digest.update(data)
             tokens, text_bytes = tokens + len(block.tokens), text_bytes + block.text_bytes
             bar.update(len(block.tokens))
-    if not tokens:
+    if not text_bytes:  # documents without text still have their end-of-text
         raise ValueError(f"{path.name} needs text, the source leaves none: add text or change --val-fraction")
     return {"tokens": tokens, "text_bytes": text_bytes, "sha256": digest.hexdigest()}

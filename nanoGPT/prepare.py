@@ -20,9 +20,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
+from common import one_line
 from common.config import parse_config
 from common.corpus import Part, fingerprint, is_readable, library_files, local_files, locked, pieces, split_files
 from common.launch import main_guard
+from common.text_rows import require_key, text_of
 from nanoGPT.data import Encoded, load, read_meta, tokenizer, write_corpus
 from nanoGPT.train import Config
 
@@ -75,21 +77,24 @@ def load_openwebtext() -> Any:
             return datasets.load_dataset(OPENWEBTEXT, revision="refs/convert/parquet", split="train")
     except Exception as error:  # the Hub's failures share no narrower class
         raise ConnectionError(
-            f"{OPENWEBTEXT} is neither in the Hugging Face cache nor reachable ({type(error).__name__}): copy "
+            f"{OPENWEBTEXT} cannot be opened, from the Hugging Face cache or the Hub ({one_line(error)[:200]}): copy "
             "the cache of a machine that has it here and set HF_HOME to it, or give as the source a folder of "
             "its .parquet, .jsonl or .txt files"
         ) from error
 
 
-def encode_rows(rows: dict[str, list[str]], name: str) -> dict[str, list]:
+def encode_rows(rows: dict[str, list], numbers: list[int], name: str) -> dict[str, list]:
     """Encode documents, each with its end-of-text; Dataset.map calls this in its processes."""
     encoding = tokenizer(name)
-    tokens = [encoding.encode_ordinary(text) + [encoding.eot_token] for text in rows["text"]]
-    return {"tokens": tokens, "text_bytes": [len(text.encode()) for text in rows["text"]]}
+    # numbers: of the rows in the part; the shuffle has lost their place in the whole.
+    texts = [text_of(row, f"{OPENWEBTEXT}, shuffled row {n}") for n, row in zip(numbers, rows["text"], strict=True)]
+    tokens = [encoding.encode_ordinary(text) + [encoding.eot_token] for text in texts]
+    return {"tokens": tokens, "text_bytes": [len(text.encode()) for text in texts]}
 
 
 def encode_dataset(dataset: Any, name: str, val_fraction: float, workers: int) -> dict[str, Iterator[Encoded]]:
     """Split a Dataset as nanoGPT splits OpenWebText (its seed too), encode it, and read it back by blocks."""
+    require_key(dataset.column_names, OPENWEBTEXT)
     print(f"{len(dataset):,} documents (all of {OPENWEBTEXT}: {OPENWEBTEXT_DOCUMENTS:,})")
     split = dataset.train_test_split(test_size=val_fraction, seed=2357, shuffle=True)
 
@@ -97,6 +102,7 @@ def encode_dataset(dataset: Any, name: str, val_fraction: float, workers: int) -
         encoded = part.map(
             encode_rows,
             batched=True,
+            with_indices=True,
             fn_kwargs={"name": name},
             remove_columns=part.column_names,
             num_proc=min(workers, len(part)),

@@ -13,7 +13,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from common import corpus
+from common import UserError, corpus
 from common.config import parse_config
 from nanoGPT import data, prepare
 from nanoGPT.prepare import Prepare
@@ -195,14 +195,18 @@ def test_an_end_of_text_in_a_text_is_text(tmp_path):
     [
         ({}, "holds none"),
         ({"a": b"\xff", "b": b"\xfe"}, "has none: convert it"),
-        ({"a.jsonl": '{"content": "x"}'}, "a.jsonl must have its text under the key 'text'"),
-        ({"a.jsonl": "plain"}, "a.jsonl must have its text under the key 'text'"),
+        (
+            {"a.jsonl": '{"content": "x"}'},
+            r"a\.jsonl, row 1 must have its text under the key 'text', has the keys content",
+        ),
+        ({"a.jsonl": "plain"}, r"a\.jsonl, row 1 must be JSON"),
+        ({"a.jsonl": '{"text": ""}\n' * 40}, r"train\.bin needs text"),
         ({"a.txt": "x"}, "train.bin needs text"),
     ],
 )
 def test_prepare_refuses_a_folder_without_enough_text(tmp_path, files, message):
     (tmp_path / "texts").mkdir()
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises((UserError, ValueError, FileNotFoundError), match=message):
         run(write(tmp_path / "texts", files), tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
@@ -275,3 +279,75 @@ def test_config_of_an_own_corpus_that_is_missing_refuses_and_says_how_to_make_it
     config = parse_config(Config, ["--data.folder", str(tmp_path / "mine")])
     with pytest.raises(FileNotFoundError, match=r"nanoGPT\.prepare"):
         prepare.prepare_for(config)
+
+
+# ---- Rows that are not text
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"text": null}', "row 3: the key 'text' must hold text, got null: correct the file, or leave it out"),
+        ('{"text": 5}', "row 3: the key 'text' must hold text, got int 5"),
+        ('{"text": ["a"]}', "row 3: the key 'text' must hold text, got list"),
+        (
+            r'{"text": "ab\ud800c"}',
+            r"row 3: the text must be valid Unicode, has half a surrogate pair, \\ud800 at character 2",
+        ),
+        ('{"body": "x", "id": 1}', "row 3 must have its text under the key 'text', has the keys body, id"),
+        ("[1]", r"row 3 must have its text under the key 'text', has list \[1\]"),
+        ('{"text": "x', "row 3 must be JSON, is not"),
+        ("[" * 100_000, "row 3 must be JSON, is not"),
+        ('{"text": ' + "9" * 5000 + "}", "row 3 must be JSON, is not"),
+    ],
+)
+def test_rows_of_jsonl_that_are_not_text_refuse_with_file_and_row(tmp_path, row, message):
+    write(tmp_path / "texts", {"a.jsonl": '{"text": "x"}\n' * 9, "b.jsonl": '{"text": "x"}\n\n' + row + "\n"})
+    with pytest.raises(UserError, match=r"b\.jsonl, " + message) as caught:
+        run(tmp_path / "texts", tmp_path / "c")
+    assert "\n" not in str(caught.value) and not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"text": ["x", None]}, r"b\.parquet, row 2: the key 'text' must hold text, got null"),
+        ({"text": [1, 2]}, r"b\.parquet, row 1: the key 'text' must hold text, got int 1"),
+        ({"body": ["x"]}, r"b\.parquet must have a column 'text', has body"),
+    ],
+)
+def test_rows_of_parquet_that_are_not_text_refuse_with_file_and_row(tmp_path, column, message):
+    root = write(tmp_path / "texts", {})
+    root.mkdir()
+    parquet.write_table(pyarrow.table({"text": ["x"] * 9}), root / "a.parquet")
+    parquet.write_table(pyarrow.table(column), root / "b.parquet")
+    with pytest.raises(UserError, match=message):
+        run(root, tmp_path / "c")
+
+
+def test_parquet_that_is_cut_short_or_not_utf8_refuses_with_its_name(tmp_path):
+    root = write(tmp_path / "texts", {"a.txt": "x", "b.txt": "y", "c.parquet": b"PAR1"})
+    with pytest.raises(UserError, match=r"c\.parquet must be a whole \.parquet file, is not"):
+        run(root, tmp_path / "c")
+    bad = pyarrow.array([b"\xff"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": bad}), root / "c.parquet")
+    with pytest.raises(UserError, match=r"c\.parquet, row 1: the text must be UTF-8"):
+        run(root, tmp_path / "c")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("bad", "message"), [(None, "must hold text, got null"), (7, "must hold text, got int 7")])
+def test_openwebtext_refuses_rows_that_are_not_text(tmp_path, workers, bad, message):
+    rows = {"text": [7] * 40 if bad else [*["x"] * 39, None]}
+    with pytest.raises(UserError, match=rf"Skylion007/openwebtext, shuffled row \d+: the key 'text' {message}"):
+        prepare.prepare(
+            Prepare("openwebtext", tmp_path / "c", "bytes", 0.05, workers), lambda: datasets.Dataset.from_dict(rows)
+        )
+    assert not (tmp_path / "c").exists()
+
+
+def test_openwebtext_refuses_a_set_without_a_column_of_text(tmp_path):
+    with pytest.raises(UserError, match="must have a column 'text', has body"):
+        prepare.prepare(
+            Prepare("openwebtext", tmp_path / "c", "bytes"), lambda: datasets.Dataset.from_dict({"body": ["x"]})
+        )

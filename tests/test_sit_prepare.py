@@ -154,8 +154,58 @@ def test_convert_names_a_corrupt_image_or_skips_it_with_a_count(source, tmp_path
 def test_convert_refuses_a_source_of_which_nothing_can_be_read(source, tmp_path):
     for path in source.rglob("*_*"):
         path.write_bytes(b"not an image")
-    with pytest.raises(UserError, match="must hold images that can be read, none of 40 can"):
+    with pytest.raises(UserError, match="must hold an image that can be read .* 4 of 4 hold none, the first is ant"):
         prepare.convert(Convert(source, tmp_path / "data", size=SIZE, on_corrupt="skip", workers=2))
+    assert not (tmp_path / "data/images/dataset.json").exists()
+
+
+def test_convert_matches_16_bit_images_scaled_to_8_bits(tmp_path):
+    levels = np.array([[0, 257, 32_768], [65_280, 65_400, 65_535], [128, 129, 1000]], np.uint16)
+    expected = np.round(levels / 65_535 * 255).astype(np.uint8)  # none lies at a half
+    for suffix in ("png", "tif"):
+        Image.fromarray(levels).save(tmp_path / f"grey.{suffix}")
+        image = read_image(tmp_path / f"grey.{suffix}")
+        assert image.shape == (3, 3, 3) and all(np.array_equal(channel, expected) for channel in image)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_convert_refuses_pixels_without_a_known_white(tmp_path, dtype):
+    Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "deep.tif")
+    with pytest.raises(
+        Corrupt, match=r"deep\.tif must be a whole image, .* no known white: save 8 or 16 bits"
+    ) as caught:
+        read_image(tmp_path / "deep.tif")
+    assert "\n" not in str(caught.value)
+
+
+def test_convert_counts_and_names_files_that_are_no_images(source, tmp_path, capsys):
+    Image.new("L", (9, 9)).save(source / "ant/a.GIF")
+    Image.new("L", (9, 9)).save(source / "dog/b.gif")
+    (source / "LICENSE").write_text("free")
+    Image.new("RGB", (20, 20)).save(source / "bee/scan.tiff")
+    (source / ".thumbnails").mkdir()
+    Image.new("L", (9, 9)).save(source / ".thumbnails/t.png")
+    prepare.convert(Convert(source, tmp_path / "data", size=SIZE, workers=2))
+    printed = capsys.readouterr()
+    assert "4 files are no images, and are left out (.gif: 2, " in printed.err
+    assert ".txt: 1" in printed.err and "no suffix: 1" in printed.err and "the first is LICENSE" in printed.err
+    record = json.loads((tmp_path / "data/images/dataset.json").read_text())
+    assert record["classes"] == list(CLASSES) and ["bee/scan.png", 1] in record["labels"]
+
+
+def test_convert_refuses_a_class_without_an_image_that_would_shift_the_others(source, tmp_path):
+    config = Convert(source, tmp_path / "data", size=SIZE, on_corrupt="skip", workers=2)
+    (source / "bird").mkdir()
+    with pytest.raises(UserError, match="1 of 5 hold none, the first is bird: convert its files, or move it elsewhere"):
+        prepare.convert(config)
+    Image.new("L", (9, 9)).save(source / "bird/b.gif")
+    with pytest.raises(UserError, match="1 of 5 hold none, the first is bird"):
+        prepare.convert(config)
+    assert not (tmp_path / "data").exists()
+    (source / "bird/b.gif").rename(source / "bird/b.png")  # PIL goes by the content, and reads it
+    (source / "bird/b.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="1 of 5 hold none, the first is bird"):
+        prepare.convert(config)
     assert not (tmp_path / "data/images/dataset.json").exists()
 
 

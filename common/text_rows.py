@@ -1,0 +1,91 @@
+"""Rows of text from .jsonl and .parquet files: each row is checked, and a fault names its file and row.
+
+    for text in texts(Path("train.jsonl")): ...
+    text_of(row.get("text"), "train.jsonl, row 7")    # the same check for rows that another library has read
+
+Nothing is converted: a null, a number or text that UTF-8 cannot hold would be trained on in silence.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common import UserError, one_line
+
+KEY = "text"
+REMEDY = "correct the file, or leave it out"
+PARQUET_ROWS = 256  # read at once
+
+
+def texts(path: Path) -> Iterator[str]:
+    """Read the text of each row, in order; rows are counted from 1, as the lines of a .jsonl are.
+
+    Raises UserError for a file that cannot be read, or a row without text.
+    """
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
+    for number, value in rows:
+        yield text_of(value, f"{path}, row {number}")
+
+
+def text_of(value: Any, place: str) -> str:
+    """Return a row's text; raises UserError, which names the place, for anything that is no text."""
+    if not isinstance(value, str):
+        raise UserError(f"{place}: the key {KEY!r} must hold text, got {_shown(value)}: {REMEDY}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell one half of a surrogate pair
+        half = f"\\u{ord(value[error.start]):04x} at character {error.start}"
+        raise UserError(
+            f"{place}: the text must be valid Unicode, has half a surrogate pair, {half}: {REMEDY}"
+        ) from None
+    return value
+
+
+def require_key(columns: list[str], place: str) -> None:
+    """Refuse a table without a column of text; the error names the columns that it has."""
+    if KEY not in columns:
+        raise UserError(f"{place} must have a column {KEY!r}, has {', '.join(columns) or 'none'}: {REMEDY}")
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    number = 0
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict) or KEY not in row:
+                        found = f"the keys {', '.join(row) or 'none'}" if isinstance(row, dict) else _shown(row)
+                        raise UserError(
+                            f"{path}, row {number} must have its text under the key {KEY!r}, has {found}: {REMEDY}"
+                        )
+                    yield number, row[KEY]
+    except UnicodeDecodeError as error:  # of a block of the file, so the row is not known
+        raise UserError(f"{path} must be UTF-8, is not after row {number} ({one_line(error)}): {REMEDY}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}, row {number} must be JSON, is not ({one_line(error)}): {REMEDY}") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    from pyarrow import ArrowException, parquet  # only such files need it
+
+    number = 0
+    try:
+        table = parquet.ParquetFile(path)
+        require_key(table.schema_arrow.names, str(path))
+        for rows in table.iter_batches(batch_size=PARQUET_ROWS, columns=[KEY]):
+            for value in rows.column(0):
+                number += 1
+                yield number, value.as_py()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}, row {number}: the text must be UTF-8, is not ({one_line(error)}): {REMEDY}"
+        ) from error
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path} must be a whole .parquet file, is not ({one_line(error)}): {REMEDY}") from error
+
+
+def _shown(value: Any) -> str:
+    text = f"{type(value).__name__} {value!r}" if value is not None else "null"
+    return text if len(text) <= 60 else f"{text[:57]}..."
