@@ -203,7 +203,7 @@ def list_files(folder: Path, suffixes: set[str], remedy: str) -> dict[str, str]:
 
 
 def visible_files(folder: Path) -> Iterator[str]:
-    """Give the path of each file below a folder, relative to it, without hidden ones, which interrupted writes leave."""
+    """Give each file below a folder, relative to it, without hidden ones, which interrupted writes leave."""
     for inner, subfolders, bases in os.walk(folder, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]  # thumbnails and the like
         place = Path(inner).relative_to(folder).as_posix()

@@ -153,7 +153,8 @@ def refuse_empty_classes(source: Path, classes: list[str], images: Iterable[str]
     if empty:
         raise UserError(
             f"each class folder of {source} must hold an image that can be read ({', '.join(sorted(IMAGE_SUFFIXES))}), "
-            f"{len(empty)} of {len(classes)} hold none, the first is {empty[0]}: convert its files, or move it elsewhere"
+            f"{len(empty)} of {len(classes)} hold none, the first is {empty[0]}: "
+            "convert its files, or move it elsewhere"
         )
 
 

@@ -154,7 +154,7 @@ def test_convert_names_a_corrupt_image_or_skips_it_with_a_count(source, tmp_path
 def test_convert_refuses_a_source_of_which_nothing_can_be_read(source, tmp_path):
     for path in source.rglob("*_*"):
         path.write_bytes(b"not an image")
-    with pytest.raises(UserError, match="must hold an image that can be read .* 4 of 4 hold none, the first is ant"):
+    with pytest.raises(UserError, match=r"must hold an image that can be read .* 4 of 4 hold none, the first is ant"):
         prepare.convert(Convert(source, tmp_path / "data", size=SIZE, on_corrupt="skip", workers=2))
     assert not (tmp_path / "data/images/dataset.json").exists()
 
