@@ -1,25 +1,23 @@
-"""Buckets: the matrices that travel together on the way to their owners and back."""
+"""Buckets: the matrices of one shape that travel together to their owners, and their directions back."""
 
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 
-import torch
+from .codec import Codec
+from .layout import Layout, Shape
 
-from .layout import Layout, shard_length
-
-# Entries of a bucket on one owner: past one 4096 x 4096 matrix a larger batch is no faster, and smaller buckets
-# leave more to overlap.
+# Entries of a bucket per owner: past one 4096 x 4096 matrix a larger batch is no faster, and smaller buckets leave more
+# to overlap.
 _LIMIT = 2**24
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """What a route must know of a parameter: its whole shape, the (batch, m, n) it is seen as, its owner's rank."""
+class MatrixSpec:
+    """One parameter to a route: its whole shape, the (batch, m, n) it is treated as, and its owner's global rank."""
 
     shape: Shape
-    view: tuple[int, int, int]
+    matrix_shape: tuple[int, int, int]
     owner: int
 
 
@@ -27,48 +25,32 @@ class Matrix:
 class Bucket:
     """Matrices of one shape.
 
-    members: indices of parameters, by replica and shard of their owner. counts: (R, W), how many each rank owns.
-    piece: shape of a padded shard. sizes: (R, W), bytes that each owner sends to one rank.
+    owned: (R, W), the indices of the parameters that each rank of the grid owns. piece: shape of a padded shard.
+    nbytes: (R, W), bytes of each owner's message of directions to one rank.
     """
 
-    members: list[int]
-    counts: list[list[int]]
+    owned: list[list[list[int]]]
     shape: Shape
-    view: tuple[int, int, int]
+    matrix_shape: tuple[int, int, int]
     piece: Shape
-    sizes: list[list[int]]
+    nbytes: list[list[int]]
+
+    @property
+    def members(self) -> list[int]:
+        """Indices of all parameters, in the order of their owners' messages."""
+        return list(chain(*chain(*self.owned)))
 
 
-def fill_buckets(matrices: list[Matrix], layout: Layout, outward: torch.dtype | None) -> list[Bucket]:
-    """Group equal matrices; a bucket holds as many of each owner as the limit allows, at least one.
-
-    outward: what directions travel in; None is signs.
-    """
+def fill_buckets(matrices: list[MatrixSpec], layout: Layout, codec: Codec) -> list[Bucket]:
+    """Group equal matrices; a bucket holds as many per owner as the limit allows, at least one."""
     alike: dict[tuple, dict[int, list[int]]] = {}
     for i, matrix in enumerate(matrices):
-        alike.setdefault((matrix.shape, matrix.view), {}).setdefault(matrix.owner, []).append(i)
+        alike.setdefault((matrix.shape, matrix.matrix_shape), {}).setdefault(matrix.owner, []).append(i)
     buckets = []
-    for (shape, view), owned in alike.items():
-        size = max(1, _LIMIT // max(1, prod(shape)))
-        for start in range(0, max(map(len, owned.values())), size):
-            chosen = [[owned.get(rank, [])[start : start + size] for rank in row] for row in layout.grid]
-            members = [i for row in chosen for mine in row for i in mine]
-            counts = [[len(mine) for mine in row] for row in chosen]
-            piece = _piece(shape, layout)
-            sizes = [[_message_size(count, prod(piece), outward) for count in row] for row in counts]
-            buckets.append(Bucket(members, counts, shape, view, piece, sizes))
+    for (shape, matrix_shape), by_owner in alike.items():
+        piece, size = layout.padded_shard(shape), max(1, _LIMIT // max(1, prod(shape)))
+        for start in range(0, max(map(len, by_owner.values())), size):
+            owned = [[by_owner.get(rank, [])[start : start + size] for rank in row] for row in layout.grid]
+            nbytes = [[codec.nbytes(len(mine), prod(piece)) for mine in row] for row in owned]
+            buckets.append(Bucket(owned, shape, matrix_shape, piece, nbytes))
     return buckets
-
-
-def _message_size(count: int, entries: int, outward: torch.dtype | None) -> int:
-    """Bytes of so many pieces: entries, or packed signs and a flag a piece."""
-    if outward is None:
-        return -(-count * entries // 8) + count
-    return count * entries * outward.itemsize
-
-
-def _piece(shape: Shape, layout: Layout) -> Shape:
-    dim = layout.dim
-    if dim is None:
-        return shape
-    return (*shape[:dim], shard_length(shape[dim], layout.shards, 0), *shape[dim + 1 :])

@@ -52,7 +52,7 @@ def build_optimizer(
             orthogonalized one by one: {"*.c_attn.weight": 3}. nn.MultiheadAttention, LSTM and GRU are split by
             default. Without effect on elementwise rules.
         as_matrices: {name pattern: "batch", "flatten" or "transpose"}, or one of these for every tensor of more than
-            two dimensions; see `matrix_shape`. Without effect on elementwise rules.
+            two dimensions; see `matrix_shape_of`. Without effect on elementwise rules.
         roles: {name pattern: role}, overruling the model's own; see `roles_of`.
         process_group: the ranks that hold the same plain tensors and gradients, and share the work.
         options: of the rule, over the paper's configuration (`PAPER`), over its defaults.

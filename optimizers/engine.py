@@ -11,9 +11,9 @@ from torch.optim.optimizer import ParamsT
 
 from .checks import closest, name_of
 from .layout import local_of
-from .owned import Owned
-from .plan import make_plan, state_dtype, working_dtype
-from .routes import Gathered, Local, shape_in
+from .plan import make_plan
+from .precision import grad_dtype, state_dtype
+from .routes import Route, shape_in
 from .rule import UpdateRule, rule_named
 
 # Group keys that belong to the engine or to torch and its schedulers, not to a rule.
@@ -89,17 +89,16 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, parts in zip(self.param_groups, self.plan.parts, strict=True):
-            for part in parts:
+        for group, routed in zip(self.param_groups, self.plan.routed, strict=True):
+            for part in routed:
                 self._update([group["params"][i] for i in part.indices], group, part.route)
         return loss
 
-    def _update(self, params: list[Tensor], group: dict, route: Local | Owned | Gathered | None) -> None:
+    def _update(self, params: list[Tensor], group: dict, route: Route) -> None:
         rule = rule_named(group["rule"])
-        moving = [param.grad is not None for param in params]
-        if route is None or not route.collective:
-            params = list(compress(params, moving))
-            route = route and Local(list(compress(route.shapes, moving)))
+        if not route.collective:
+            has_grad = [param.grad is not None for param in params]
+            params, route = list(compress(params, has_grad)), route.subset(has_grad)
         if not params:
             return
         # On a collective route a parameter without a gradient takes part with zeros, or other ranks would wait for
@@ -111,14 +110,13 @@ class RuleOptimizer(torch.optim.Optimizer):
             rule.whole_step(weights, grads, state, group)
             return
         directions = rule.prepare(grads, state, group)
-        if route:
-            directions = route.direct(directions, lambda stack: rule.direct(stack, group))
+        directions = route.direct(directions, lambda stack: rule.direct(stack, group))
         if rule.refine:
-            directions = rule.refine(directions, state, group, route and route.shapes)
+            directions = rule.refine(directions, state, group, route.matrix_shapes)
         if rule.rms:
             directions = route.rescale(directions, group[rule.rms])
-        if route and route.collective:
-            weights, directions = list(compress(weights, moving)), list(compress(directions, moving))
+        has_grad = [param.grad is not None for param in params]
+        weights, directions = list(compress(weights, has_grad)), list(compress(directions, has_grad))
         if not weights:
             return
         lr = float(group["lr"])
@@ -198,7 +196,7 @@ def _gradient(param: Tensor, group: dict) -> Tensor:
     """What this process holds of the gradient, in the wider of its own dtype and the state's; zeros for none."""
     grad = param.grad
     if grad is None:
-        return torch.zeros_like(local_of(param), dtype=working_dtype(param, group))
+        return torch.zeros_like(local_of(param), dtype=grad_dtype(param, group))
     if grad.is_sparse:
         raise ValueError(
             f"{group['rule']} needs dense gradients, got sparse ones; build the embedding with sparse=False"

@@ -1,4 +1,4 @@
-"""How a parameter lies over processes: what a plain tensor or a DTensor says of itself, checked.
+"""Where a parameter's shards live, read from the tensor and validated.
 
 A layout is a grid of ranks (R, W): R replicas, each cut into W shards along one dimension of the tensor.
 
@@ -9,93 +9,97 @@ A layout is a grid of ranks (R, W): R replicas, each cut into W shards along one
     no other process needed         no layout       local
 """
 
-import hashlib
 from dataclasses import dataclass, field
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DeviceMesh, DTensor
 
+Groups = tuple[dist.ProcessGroup, ...]
+Shape = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the shards of a parameter are.
+    """Ranks that hold one parameter, and how it is cut among them.
 
     Attributes:
-        route: replicated, sharded, hsdp or gathered.
-        ranks: the global ranks that hold the parameter, in the order of the group or mesh.
-        grid: (R, W) global ranks, a replica a row, a shard a column. Empty for gathered.
-        dim: the dimension that is cut into W shards; None where each replica is one rank.
-        placements: of gathered, the DTensor's.
-        row: the group of this rank's replica, shard s being its rank s; None where W is 1.
-        column: the group of the ranks that hold the same shard, replica r being its rank r; None where R is 1.
-        axes: groups that lead from every rank to every other.
-        cut: those of them along which the tensor is cut.
+        kind: replicated, sharded, hsdp or gathered.
+        ranks: global ranks that hold the parameter, in the order of the group or mesh.
+        grid: (R, W) global ranks, one row per replica, one column per shard. Empty for gathered.
+        dim: tensor dimension that is cut into W shards; None where W is 1.
+        placements: of the DTensor, for gathered.
+        shard_groups: groups along which the tensor is cut; in a grid at most one, whose rank s holds shard s.
+        replica_groups: groups whose ranks hold the same shard; in a grid at most one, whose rank r holds replica r.
     """
 
-    route: str
+    kind: str
     ranks: tuple[int, ...]
     grid: tuple[tuple[int, ...], ...] = ()
     dim: int | None = None
     placements: tuple = ()
-    row: dist.ProcessGroup | None = field(default=None, compare=False)
-    column: dist.ProcessGroup | None = field(default=None, compare=False)
-    axes: tuple[dist.ProcessGroup, ...] = field(default=(), compare=False)
-    cut: tuple[dist.ProcessGroup, ...] = field(default=(), compare=False)
+    shard_groups: Groups = field(default=(), compare=False)
+    replica_groups: Groups = field(default=(), compare=False)
+
+    @property
+    def groups(self) -> Groups:
+        """Groups that together connect all ranks."""
+        return self.shard_groups + self.replica_groups
 
     @property
     def shards(self) -> int:
-        """Shards that a replica is cut into."""
+        """W, the number of shards that each replica is cut into."""
         return len(self.grid[0])
 
-    @property
-    def here(self) -> tuple[int, int]:
-        """The (replica, shard) that this process holds."""
-        return self.place(dist.get_rank())
-
-    def place(self, rank: int) -> tuple[int, int]:
+    def coordinate_of(self, rank: int) -> tuple[int, int]:
         """Return the (replica, shard) that a global rank holds."""
         return next((replica, row.index(rank)) for replica, row in enumerate(self.grid) if rank in row)
 
+    def shard_range(self, shape: Shape, shard: int) -> tuple[int, int]:
+        """Return (start, length) of a shard along `dim`, as torch.chunk cuts: the last may be short or empty."""
+        longest = -(-shape[self.dim] // self.shards)
+        start = min(shard * longest, shape[self.dim])
+        return start, min(longest, shape[self.dim] - start)
 
-def layout_of(param: Tensor, shared: Layout | None, as_matrices: str | None) -> Layout | None:
-    """Return the layout of a matrix parameter, None where this process needs no other for it.
+    def padded_shard(self, shape: Shape) -> Shape:
+        """Return the shape of the longest shard, to which all shards are padded on the wire."""
+        if self.dim is None:
+            return shape
+        return (*shape[: self.dim], self.shard_range(shape, 0)[1], *shape[self.dim + 1 :])
 
-    shared: the layout of plain tensors. Raises ValueError for a layout that cannot be done, saying what to do.
+
+def layout_of(param: Tensor, plain: Layout | None, as_matrices: str | None) -> Layout | None:
+    """Return the layout of a matrix parameter; None where this process needs no other rank for it.
+
+    plain: the layout of plain tensors. Raises ValueError for a layout that is not supported.
     """
     if not isinstance(param, DTensor):
-        return shared
+        return plain
     _refuse_unusable(param)
     mesh, placements = param.device_mesh, param.placements
     axes = [axis for axis in range(mesh.ndim) if mesh.size(axis) > 1]
-    cut = [axis for axis in axes if not placements[axis].is_replicate()]
+    shard_axes = [axis for axis in axes if not placements[axis].is_replicate()]
+    replica_axes = [axis for axis in axes if axis not in shard_axes]
     if not axes:
         return None
-    if as_matrices == "batch" and cut and all(placements[axis].dim < param.ndim - 2 for axis in cut):
+    if as_matrices == "batch" and shard_axes and all(placements[axis].dim < param.ndim - 2 for axis in shard_axes):
         return None  # the batch is cut, each matrix is whole
-    groups = _groups_of(mesh, axes)
-    replicas = [axis for axis in axes if axis not in cut]
-    # FSDP over TP interleaves: neighbouring rows of a _StridedShard are on ranks that are not neighbours.
-    strided = any(getattr(placements[axis], "split_factor", 1) > 1 for axis in cut)
-    table = mesh.mesh.movedim(cut[0], -1).reshape(-1, mesh.size(cut[0])) if cut else mesh.mesh.reshape(-1, 1)  # (R, W)
-    ordered = all(line == sorted(line) for line in table.tolist() + table.mT.tolist())  # as groups number their ranks
     ranks = tuple(mesh.mesh.flatten().tolist())
-    if len(cut) > 1 or len(replicas) > 1 or strided or not ordered:
-        return Layout("gathered", ranks, placements=placements, axes=groups, cut=tuple(map(mesh.get_group, cut)))
-    return Layout(
-        route="replicated" if not cut else "hsdp" if replicas else "sharded",
-        ranks=ranks,
-        grid=tuple(map(tuple, table.tolist())),
-        dim=placements[cut[0]].dim if cut else None,
-        row=mesh.get_group(cut[0]) if cut else None,
-        column=mesh.get_group(replicas[0]) if replicas else None,
-        axes=groups,
-    )
+    groups = {"shard_groups": _groups_of(mesh, shard_axes), "replica_groups": _groups_of(mesh, replica_axes)}
+    # FSDP over TP interleaves: neighbouring rows of a _StridedShard are on ranks that are not neighbours.
+    strided = any(getattr(placements[axis], "split_factor", 1) > 1 for axis in shard_axes)
+    grid = mesh.mesh.movedim(shard_axes[0], -1) if shard_axes else mesh.mesh.unsqueeze(-1)
+    grid = grid.reshape(-1, grid.shape[-1])  # (R, W)
+    ordered = all(line == sorted(line) for line in grid.tolist() + grid.mT.tolist())  # as groups number their ranks
+    if len(shard_axes) > 1 or len(replica_axes) > 1 or strided or not ordered:
+        return Layout("gathered", ranks, placements=placements, **groups)
+    kind = "replicated" if not shard_axes else "hsdp" if replica_axes else "sharded"
+    dim = placements[shard_axes[0]].dim if shard_axes else None
+    return Layout(kind, ranks, tuple(map(tuple, grid.tolist())), dim, **groups)
 
 
 def _refuse_unusable(param: DTensor) -> None:
-    mesh, where = param.device_mesh, local_of(param).device
+    mesh, device = param.device_mesh, local_of(param).device
     if mesh.get_coordinate() is None:
         raise ValueError(
             f"every rank that builds the optimizer must be in the parameter's {mesh}; rank {dist.get_rank()} is not: "
@@ -106,23 +110,23 @@ def _refuse_unusable(param: DTensor) -> None:
             f"a parameter must be sharded or replicated, got placements {param.placements}; redistribute it to Shard "
             "or Replicate before building the optimizer"
         )
-    if where.type not in (mesh.device_type, "meta"):
+    if device.type not in (mesh.device_type, "meta"):
         raise ValueError(
-            f"a matrix must be where its {mesh.device_type} mesh sends from, got it on {where}; train without CPU "
+            f"a matrix must be on the device of its {mesh.device_type} mesh, got it on {device}; train without CPU "
             "offload"
         )
 
 
-def replicated(group: dist.ProcessGroup | None) -> Layout | None:
-    """Return the layout of plain tensors that the ranks of a group hold alike; None without other ranks.
+def plain_layout(group: dist.ProcessGroup | None) -> Layout | None:
+    """Return the layout of plain tensors that are equal on all ranks of a group; None without other ranks.
 
-    Raises ValueError for what is no process group of this rank.
+    Raises ValueError unless `group` is a process group that this rank is in.
     """
     if group is None:
         return None
     if not dist.is_initialized():
         raise ValueError("process_group needs torch.distributed; call init_process_group first, or leave it out")
-    # What torch gives to ranks outside a group is no ProcessGroup but a marker.
+    # torch gives ranks outside a group a marker instead of a ProcessGroup.
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
         raise ValueError(
             f"process_group must be a torch.distributed group that this rank ({dist.get_rank()}) is in, got {group}; "
@@ -131,10 +135,10 @@ def replicated(group: dist.ProcessGroup | None) -> Layout | None:
     ranks = tuple(dist.get_process_group_ranks(group))
     if len(ranks) == 1:
         return None
-    return Layout("replicated", ranks, tuple((rank,) for rank in ranks), column=group, axes=(group,))
+    return Layout("replicated", ranks, tuple((rank,) for rank in ranks), replica_groups=(group,))
 
 
-def _groups_of(mesh: DeviceMesh, axes: list[int]) -> tuple[dist.ProcessGroup, ...]:
+def _groups_of(mesh: DeviceMesh, axes: list[int]) -> Groups:
     try:
         return tuple(mesh.get_group(axis) for axis in axes)
     except (RuntimeError, AttributeError) as error:
@@ -145,43 +149,5 @@ def _groups_of(mesh: DeviceMesh, axes: list[int]) -> tuple[dist.ProcessGroup, ..
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor: itself, or its shard, which shares its memory."""
+    """Return the part of a tensor that this process holds: a DTensor's shard, which shares its memory, or itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def shard_length(size: int, shards: int, shard: int) -> int:
-    """Return the length of a shard of a dimension: as torch.chunk cuts, so the last ones may be short or empty."""
-    longest = -(-size // shards)
-    return max(0, min(longest, size - shard * longest))
-
-
-def agree(groups: tuple[dist.ProcessGroup, ...], outline: list[str], device: torch.device) -> None:
-    """Raise ValueError, on every rank, unless all ranks that the groups connect outline their parameters alike."""
-    if device.type == "meta":
-        return  # a plan on paper: there is no other rank to ask
-    digest = hashlib.sha256("\n".join(outline).encode()).digest()
-    mine = torch.tensor(list(digest), dtype=torch.uint8, device=device)  # (32,)
-    complaint = None
-    for group in groups:
-        everyone = [torch.zeros_like(mine) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(everyone, mine, group=group)
-        if not all(torch.equal(mine, each) for each in everyone):
-            outlines = [None] * len(everyone)
-            dist.all_gather_object(outlines, outline, group=group)
-            complaint = complaint or _first_difference(outlines, dist.get_process_group_ranks(group))
-            mine = torch.zeros_like(mine)  # along the next axis the others learn of it
-    if complaint:
-        raise ValueError(
-            f"all ranks must hand the optimizer the same parameters in the same order; {complaint}; "
-            "build the same model on every rank"
-        )
-
-
-def _first_difference(outlines: list[list[str]], ranks: list[int]) -> str:
-    first = outlines[0]
-    for rank, other in zip(ranks, outlines, strict=True):
-        for i in range(max(len(first), len(other))):
-            here, there = (each[i] if i < len(each) else "no more" for each in (first, other))
-            if here != there:
-                return f"rank {ranks[0]} has {here}, rank {rank} has {there}"
-    return "ranks of another row of the mesh differ"

@@ -1,15 +1,10 @@
-"""The plan of a step, made once when an optimizer is built: which route each matrix takes, who owns it, what it costs.
+"""The plan of a step, made when an optimizer is built: the route, owner, operations and bytes of each matrix.
 
-    print(optimizer.plan)
-
-Owners are balanced by the floating-point operations of their orthogonalizations, over all param groups together:
-the costliest matrix first, each to the rank with the least so far.
+print(optimizer.plan)
 """
 
-import heapq
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from itertools import chain
 from math import prod
 
 import torch
@@ -17,78 +12,78 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import polar
-from .buckets import Matrix
+from .buckets import MatrixSpec
 from .checks import name_of
-from .layout import Layout, agree, layout_of, local_of, replicated
-from .owned import Owned
-from .routes import Gathered, Local, shape_in
+from .codec import Codec
+from .exchange import OwnerExchange
+from .layout import Layout, layout_of, local_of, plain_layout
+from .owners import assign_owners, refuse_disagreement
+from .precision import codec_of, grad_dtype, to_owner_dtype
+from .routes import Elementwise, Gathered, Local, MatrixShape, Route, shape_in
 from .rule import UpdateRule, rule_named
 from .wire import Traffic
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter of the plan; the fields after `rule` are of matrices, and layout and owner of shared ones.
+    """One parameter of the plan; the fields after `rule` are of matrices, layout and owner of shared ones.
 
-    view: the (batch, m, n) that it is seen as. owner: a global rank. flops: of its direction. inward, outward: dtypes
-    in which it travels to its owner and back; outward None is signs, one bit an entry.
+    matrix_shape: the (batch, m, n) that it is treated as. owner: a global rank. flops: of its direction.
+    to_owner_dtype, codec: in which it travels to its owner, and its direction back.
     """
 
     name: str
     shape: tuple[int, ...]
     rule: str
-    view: tuple[int, int, int] | None = None
+    matrix_shape: MatrixShape | None = None
     layout: Layout | None = None
     owner: int | None = None
     flops: float = 0.0
-    working: torch.dtype | None = None
-    inward: torch.dtype | None = None
-    outward: torch.dtype | None = None
+    grad_dtype: torch.dtype | None = None
+    to_owner_dtype: torch.dtype | None = None
+    codec: Codec | None = None
 
     @property
     def route(self) -> str:
         """local, replicated, sharded, hsdp or gathered."""
-        return self.layout.route if self.layout else "local"
+        return self.layout.kind if self.layout else "local"
 
     @property
     def direction_bytes(self) -> int:
-        """What the whole direction takes on the wire, when it has no zero; 0 where nothing is sent."""
-        if not (self.layout and self.layout.grid):
-            return 0
-        return -(-prod(self.shape) // 8) + 1 if self.outward is None else prod(self.shape) * self.outward.itemsize
+        """Bytes of the whole direction on the wire, when it has no zero; 0 where nothing is sent."""
+        return self.codec.nbytes(1, prod(self.shape)) if self.layout and self.layout.grid else 0
 
 
 @dataclass(frozen=True)
-class Part:
-    """Parameters of one group that take one route; elementwise rules, which need no whole matrix, have none."""
+class RoutedParams:
+    """Parameters of one param group, by index, that take one route."""
 
     indices: list[int]
-    route: Local | Owned | Gathered | None
+    route: Route
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `optimizer.step()` will do.
+    """Routes, owners and bytes of `optimizer.step()`.
 
-    entries: one a parameter. parts: for each param group, its parameters by route.
+    entries: one per parameter. routed: for each param group, its parameters by route. rules: one per param group.
     """
 
     entries: list[Entry]
-    parts: list[list[Part]]
+    routed: list[list[RoutedParams]]
     rules: list[UpdateRule]
 
     def traffic(self, rank: int | None = None) -> Traffic:
-        """Return what a global rank (None: this one) sends and receives a step, when no direction has a zero."""
+        """Return the bytes that a global rank (None: this one) sends and receives per step without zeros."""
         total = Traffic()
         rank = dist.get_rank() if rank is None and dist.is_initialized() else rank
-        for parts, rule in zip(self.parts, self.rules, strict=True):
-            for route in (part.route for part in parts if part.route and part.route.collective):
-                if rank in route.layout.ranks:
-                    route.add_traffic(total, rank, rescales=rule.rms is not None)
+        for routed, rule in zip(self.routed, self.rules, strict=True):
+            for params in routed:
+                params.route.add_traffic(total, rank, rescales=rule.rms is not None)
         return total
 
     def loads(self) -> dict[tuple[int, ...], list[float]]:
-        """Return, for each set of ranks that share matrices, the operations a step of every one of them."""
+        """Return, for each set of ranks that share matrices, the operations per step of each of them."""
         loads: dict[tuple[int, ...], list[float]] = {}
         for entry in self.entries:
             if entry.owner is not None:
@@ -112,7 +107,7 @@ class Plan:
         traffic = self.traffic()
         for kind in sorted(traffic.sent.keys() | traffic.received.keys()):
             sent, received = traffic.sent[kind], traffic.received[kind]
-            lines.append(f"{kind}: this rank sends {sent:,} and receives {received:,} bytes a step")
+            lines.append(f"{kind}: this rank sends {sent:,} and receives {received:,} bytes per step")
         if self.loads():
             lines.append(f"the busiest owner computes {self.balance():.2f} times the mean")
         return "\n".join(lines)
@@ -122,87 +117,60 @@ def make_plan(groups: list[dict], process_group: dist.ProcessGroup | None, ask: 
     """Plan a step over param groups.
 
     Every rank of the layouts' groups must call it, unless it does not `ask` whether they agree. Raises ValueError,
-    naming the parameter, for a layout that cannot be done, and on every rank where the ranks disagree.
+    naming the parameter, for a layout that is not supported, and on every rank where the ranks disagree.
     """
-    shared = replicated(process_group)
+    plain = plain_layout(process_group)
     rules = [rule_named(group["rule"]) for group in groups]
     entries = [
-        _entry(group, position, rule, shared)
+        _entry(group, position, rule, plain)
         for group, rule in zip(groups, rules, strict=True)
         for position in range(len(group["params"]))
     ]
     params = [param for group in groups for param in group["params"]]
     if ask and params:
-        _refuse_disagreement(entries, params, shared)
+        _refuse_disagreement(entries, plain, params[0].device)
     entries = _with_owners(entries)
-    parts, start = [], 0
-    for group, rule in zip(groups, rules, strict=True):
-        mine = entries[start : start + len(group["params"])]
-        parts.append(_parts(group["params"], mine) if rule.direct else [Part(list(range(len(mine))), None)])
-        start += len(mine)
-    return Plan(entries, parts, rules)
+    routed, start = [], 0
+    for group in groups:
+        end = start + len(group["params"])
+        routed.append(_routed(group["params"], entries[start:end]))
+        start = end
+    return Plan(entries, routed, rules)
 
 
-def _entry(group: dict, position: int, rule: UpdateRule, shared: Layout | None) -> Entry:
+def _entry(group: dict, position: int, rule: UpdateRule, plain: Layout | None) -> Entry:
     param, name = group["params"][position], name_of(group, position)
     entry = Entry(name, tuple(param.shape), rule.name)
     if not rule.direct:
         return entry
     try:
-        layout = layout_of(param, shared, group.get("as_matrices"))
+        layout = layout_of(param, plain, group.get("as_matrices"))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     batch, m, n = shape_in(group, param if layout else local_of(param))
     return replace(
         entry,
-        view=(batch, m, n),
+        matrix_shape=(batch, m, n),
         layout=layout,
-        flops=batch * _flops(m, n, group, param),
-        working=working_dtype(param, group),
-        inward=_inward(param, group),
-        outward=group.get("wire_dtype") or (None if rule.signs else torch.bfloat16),
+        flops=batch * polar.group_flops(m, n, group, param),
+        grad_dtype=grad_dtype(param, group),
+        to_owner_dtype=to_owner_dtype(param, group),
+        codec=codec_of(rule, group),
     )
 
 
-def state_dtype(param: Tensor, group: dict) -> torch.dtype:
-    """Return the dtype of a parameter's state."""
-    return group.get("state_dtype") or param.dtype
-
-
-def working_dtype(param: Tensor, group: dict) -> torch.dtype:
-    """Return the dtype in which `prepare` gets a gradient of the parameter's own dtype."""
-    return torch.promote_types(param.dtype, state_dtype(param, group))
-
-
-def _inward(param: Tensor, group: dict) -> torch.dtype:
-    """Return the precision in which shards travel to the owners: bfloat16 where these compute in it anyway."""
-    computes = group.get("ns_dtype") or polar.default_dtype(param)
-    if "ns_dtype" in group and group.get("ns_form") != "svd" and computes == torch.bfloat16:
-        return torch.bfloat16
-    return working_dtype(param, group)
-
-
-def _flops(m: int, n: int, group: dict, param: Tensor) -> float:
-    """Operations of one direction; of a rule without Newton-Schulz options, what the default iteration takes."""
-    form = group.get("ns_form", "auto")
-    form = "plain" if form == "svd" else form  # about as much, and what matters is the order
-    options = {name: group[name] for name in ("ns_steps", "ns_coefficients") if name in group}
-    dtype = group.get("ns_dtype") or polar.default_dtype(param)
-    return polar.flops(m, n, form=form, dtype=dtype, device=param.device, **options)
-
-
-def _refuse_disagreement(entries: list[Entry], params: list[Tensor], shared: Layout | None) -> None:
-    """Compare, among the ranks of each layout, all that decides what they send to one another."""
+def _refuse_disagreement(entries: list[Entry], plain: Layout | None, device: torch.device) -> None:
+    """Compare, among the ranks of each layout, all that decides their messages to one another."""
     outlines: dict[tuple[int, ...], tuple[Layout, list[str]]] = {}
-    if shared:
-        outlines[shared.ranks] = shared, []  # asked even where this rank has no matrix: others may
+    if plain:
+        outlines[plain.ranks] = plain, []  # asked even where this rank has no matrix: others may
     for entry in entries:
         if entry.layout:
             _, outline = outlines.setdefault(entry.layout.ranks, (entry.layout, []))
-            sent = f"{entry.inward} in, {entry.outward or 'signs'} out"
-            outline.append(f"{entry.name} {entry.shape} as {entry.view}, {entry.rule}, {entry.route}, {sent}")
+            sent = f"{entry.to_owner_dtype} to owners, directions in {entry.codec}"
+            outline.append(f"{entry.name} {entry.shape} as {entry.matrix_shape}, {entry.rule}, {entry.route}, {sent}")
     for layout, outline in outlines.values():
-        agree(layout.axes, outline, params[0].device)
+        refuse_disagreement(layout.groups, outline, device)
 
 
 def _with_owners(entries: list[Entry]) -> list[Entry]:
@@ -213,31 +181,30 @@ def _with_owners(entries: list[Entry]) -> list[Entry]:
             by_ranks[entry.layout.ranks].append(i)
     owned = list(entries)
     for indices in by_ranks.values():
-        # Down the columns: equal matrices go to all replicas in turn, which each then have as much to pass on.
-        grid = entries[indices[0]].layout.grid
-        order = chain.from_iterable(zip(*grid, strict=True))
-        loads = [(0.0, place, rank) for place, rank in enumerate(order)]  # a heap
-        for i in sorted(indices, key=lambda i: -entries[i].flops):
-            load, place, rank = loads[0]
-            owned[i] = replace(entries[i], owner=rank)
-            heapq.heapreplace(loads, (load + entries[i].flops, place, rank))
+        owners = assign_owners(entries[indices[0]].layout, [entries[i].flops for i in indices])
+        for i, owner in zip(indices, owners, strict=True):
+            owned[i] = replace(entries[i], owner=owner)
     return owned
 
 
-def _parts(params: list[Tensor], entries: list[Entry]) -> list[Part]:
-    """Divide a group's parameters by route; those of one route lie alike and travel in the same precision."""
+def _routed(params: list[Tensor], entries: list[Entry]) -> list[RoutedParams]:
+    """Divide a group's parameters by route; those of one route have one layout and travel in the same precision."""
     alike = defaultdict(list)
     for i, entry in enumerate(entries):
-        alike[entry.layout, entry.working, entry.inward, entry.outward].append(i)
-    parts = []
-    for (layout, _, inward, outward), indices in alike.items():
-        views = [entries[i].view for i in indices]
-        if layout is None:
-            route = Local(views)
-        elif not layout.grid:
-            route = Gathered([params[i] for i in indices], views, layout, inward)
-        else:
-            matrices = [Matrix(entries[i].shape, entries[i].view, entries[i].owner) for i in indices]
-            route = Owned(matrices, layout, inward, outward)
-        parts.append(Part(indices, route))
-    return parts
+        alike[entry.layout, entry.grad_dtype, entry.to_owner_dtype, entry.codec].append(i)
+    return [
+        RoutedParams(indices, _route([params[i] for i in indices], [entries[i] for i in indices]))
+        for indices in alike.values()
+    ]
+
+
+def _route(params: list[Tensor], entries: list[Entry]) -> Route:
+    first, shapes = entries[0], [entry.matrix_shape for entry in entries]
+    if first.matrix_shape is None:
+        return Elementwise()
+    if first.layout is None:
+        return Local(shapes)
+    if not first.layout.grid:
+        return Gathered(params, shapes, first.layout, first.to_owner_dtype)
+    matrices = [MatrixSpec(entry.shape, entry.matrix_shape, entry.owner) for entry in entries]
+    return OwnerExchange(matrices, first.layout, first.to_owner_dtype, first.codec)

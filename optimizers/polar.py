@@ -254,6 +254,15 @@ def orthogonalize_group(stack: Tensor, group: dict) -> Tensor:
     )
 
 
+def group_flops(m: int, n: int, group: dict, param: Tensor) -> float:
+    """Return the operations of one direction; of a rule without these options, those of the default iteration."""
+    form = group.get("ns_form", "auto")
+    form = "plain" if form == "svd" else form  # about as much, and only the order matters
+    options = {name: group[name] for name in ("ns_steps", "ns_coefficients") if name in group}
+    dtype = group.get("ns_dtype") or default_dtype(param)
+    return flops(m, n, form=form, dtype=dtype, device=param.device, **options)
+
+
 def check_options(group: dict) -> None:
     """Raise ValueError for orthogonalization options of a param group that cannot be done."""
     steps_of(group["ns_coefficients"], group["ns_steps"])

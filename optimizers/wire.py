@@ -4,8 +4,8 @@
         optimizer.step()
     print(traffic.received)      # {"to owners": ..., "directions": ...}, bytes that came to this rank
 
-Nothing is counted outside such a block. What a rank sends to itself is not counted; an all-reduce of b bytes over W
-ranks counts 2 (W - 1) / W b each way, which is what a ring moves.
+Nothing is counted outside such a block. Bytes that a rank sends to itself are not counted; an all-reduce of b bytes
+over W ranks counts 2 (W - 1) / W b each way, which is what a ring moves.
 """
 
 import contextlib
@@ -13,11 +13,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# What travels: shards to the owners of matrices, directions back, where they are zero or NaN, norms, whole gathers.
+# Shards to the owners of matrices, directions back, positions of zeros and NaN in them, norms, whole gathers.
 KINDS = ("to owners", "directions", "zeros", "norms", "gather")
 
 
@@ -44,6 +43,18 @@ class Traffic:
             self.sent[kind] += sent
         if received:
             self.received[kind] += received
+
+    def add_all_to_all(self, kind: str, sizes_out: list[int], sizes_in: list[int], me: int) -> None:
+        """Count an all-to-all on group rank `me`, which sends sizes_out[q] bytes to rank q and gets sizes_in[q]."""
+        self.add(kind, sum(sizes_out) - sizes_out[me], sum(sizes_in) - sizes_in[me])
+
+    def add_all_gather(self, kind: str, sizes: list[int], me: int) -> None:
+        """Count an all-gather on group rank `me`, to which each rank q gives sizes[q] bytes."""
+        self.add(kind, sizes[me] * (len(sizes) - 1), sum(sizes) - sizes[me])
+
+    def add_all_reduce(self, kind: str, size: int, ranks: int) -> None:
+        """Count an all-reduce of `size` bytes."""
+        self.add(kind, ring_bytes(size, ranks), ring_bytes(size, ranks))
 
 
 _counting: list[Traffic] = []  # the open blocks of count_bytes, of the whole process
@@ -83,21 +94,22 @@ class Pending:
 
 def all_to_all(send: Tensor, sizes_out: list[int], sizes_in: list[int], group: dist.ProcessGroup, kind: str) -> Pending:
     """Send sizes_out[q] bytes of `send` to each group rank q, and receive sizes_in[q] from it."""
-    me = dist.get_rank(group)
-    count(kind, sum(sizes_out) - sizes_out[me], sum(sizes_in) - sizes_in[me])
+    for traffic in _counting:
+        traffic.add_all_to_all(kind, sizes_out, sizes_in, dist.get_rank(group))
     received = send.new_empty(sum(sizes_in))
     work = dist.all_to_all_single(received, send, sizes_in, sizes_out, group=group, async_op=True)
     return Pending(received, [work], send)
 
 
-def from_each(mine: Tensor, sizes: list[int], group: dist.ProcessGroup, kind: str) -> Pending:
+def all_gather_uneven(mine: Tensor, sizes: list[int], group: dist.ProcessGroup, kind: str) -> Pending:
     """Give my bytes to every rank of the group, and receive sizes[q] from each group rank q, side by side.
 
-    One broadcast a sender: an all-gather would need equal sizes, and ranks without anything send nothing, so there are
-    never more broadcasts than matrices.
+    One broadcast per sender: an all-gather would need equal sizes, and ranks without anything send nothing, so there
+    are never more broadcasts than matrices.
     """
     me = dist.get_rank(group)
-    count(kind, sizes[me] * (len(sizes) - 1), sum(sizes) - sizes[me])
+    for traffic in _counting:
+        traffic.add_all_gather(kind, sizes, me)
     received = mine.new_empty(sum(sizes))
     works = []
     for sender, part in enumerate(received.split(sizes)):
@@ -110,8 +122,8 @@ def from_each(mine: Tensor, sizes: list[int], group: dist.ProcessGroup, kind: st
 
 def all_reduce(values: Tensor, group: dist.ProcessGroup, kind: str) -> Tensor:
     """Sum over the group, in place."""
-    ring = ring_bytes(values.numel() * values.element_size(), dist.get_world_size(group))
-    count(kind, ring, ring)
+    for traffic in _counting:
+        traffic.add_all_reduce(kind, values.nbytes, dist.get_world_size(group))
     dist.all_reduce(values, group=group)
     return values
 
@@ -119,8 +131,3 @@ def all_reduce(values: Tensor, group: dist.ProcessGroup, kind: str) -> Tensor:
 def ring_bytes(size: int, ranks: int) -> int:
     """Return the bytes that an all-reduce of `size` bytes sends, and receives, on each rank of a ring."""
     return 2 * (ranks - 1) * size // ranks
-
-
-def as_bytes(tensor: Tensor) -> Tensor:
-    """Return the tensor's memory, flat, as uint8."""
-    return tensor.contiguous().view(-1).view(torch.uint8)

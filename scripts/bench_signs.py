@@ -23,9 +23,9 @@ import tyro
 
 from common.launch import main_guard
 from common.runlog import machine
-from optimizers.signs import has_others, negatives, unpack
+from optimizers.codec import has_zero_or_nan, negatives, unpack
 
-COLUMNS = ("clone", "copy_", "pack", "unpack", "has_others")
+COLUMNS = ("clone", "copy_", "pack", "unpack", "has_zero_or_nan")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def operations(entries: int, dtype: torch.dtype, device: str) -> dict[str, tuple
         "copy_": (lambda: there.copy_(signs), 2 * whole),
         "pack": (lambda: negatives(signs), whole + bits),
         "unpack": (lambda: unpack(packed, entries, dtype), whole + bits),
-        "has_others": (lambda: has_others(signs[None]), whole),
+        "has_zero_or_nan": (lambda: has_zero_or_nan(signs[None]), whole),
     }
 
 

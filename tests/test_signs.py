@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from optimizers import signs as module
-from optimizers.signs import has_others, negatives, others, restore, unpack
+from optimizers import codec as module
+from optimizers.codec import has_zero_or_nan, negatives, restore, unpack, zero_or_nan
 from scripts import bench_signs
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -26,7 +26,7 @@ def plane_of(marks: list[bool]) -> list[int]:
 
 
 def through_the_wire(signs: Tensor) -> Tensor:
-    return restore(unpack(negatives(signs), signs.numel(), signs.dtype).view(signs.shape), others(signs))
+    return restore(unpack(negatives(signs), signs.numel(), signs.dtype).view(signs.shape), zero_or_nan(signs))
 
 
 def assert_same_signs(got: Tensor, signs: Tensor) -> None:
@@ -41,17 +41,17 @@ def test_planes_match_a_packer_in_plain_python(dtype):
         signs = random_signs(length, dtype)
         entries = signs.tolist()
         assert negatives(signs).tolist() == plane_of([entry < 0 or math.isnan(entry) for entry in entries])
-        assert others(signs).tolist() == plane_of([entry not in (-1, 1) for entry in entries])
+        assert zero_or_nan(signs).tolist() == plane_of([entry not in (-1, 1) for entry in entries])
 
 
 @pytest.mark.parametrize("chunk_bytes", [64, 192])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_planes_packed_in_chunks_match_those_packed_at_once(dtype, chunk_bytes, monkeypatch):
     cases = [random_signs(length, dtype) for length in range(200)]
-    whole = [(negatives(signs), others(signs)) for signs in cases]
+    whole = [(negatives(signs), zero_or_nan(signs)) for signs in cases]
     monkeypatch.setattr(module, "_CPU_CHUNK", chunk_bytes)
-    for signs, (negative, other) in zip(cases, whole, strict=True):
-        assert torch.equal(negatives(signs), negative) and torch.equal(others(signs), other)
+    for signs, (negative, zeros) in zip(cases, whole, strict=True):
+        assert torch.equal(negatives(signs), negative) and torch.equal(zero_or_nan(signs), zeros)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -66,7 +66,7 @@ def test_round_trip_of_one_plane_matches_signs_without_zeros(dtype):
     for length in LENGTHS:
         signs = random_signs(length, dtype, KINDS[:2])
         assert_same_signs(unpack(negatives(signs), length, dtype), signs)
-        assert not others(signs).any()
+        assert not zero_or_nan(signs).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,7 +82,7 @@ def test_rows_of_one_kind_match_the_signs(dtype, kind):
 def test_nan_of_either_sign_matches_nan(dtype):
     signs = torch.tensor([1.0, math.nan, -1.0, math.nan, 0.0]).to(dtype)
     signs[3] = -signs[3]
-    assert negatives(signs).item() == 0b01110 and others(signs).item() == 0b11010
+    assert negatives(signs).item() == 0b01110 and zero_or_nan(signs).item() == 0b11010
     assert_same_signs(through_the_wire(signs), signs)
 
 
@@ -102,7 +102,7 @@ def test_nan_of_either_sign_matches_nan(dtype):
 def test_planes_of_a_view_match_those_of_its_copy(layout, dtype):
     signs = layout(random_signs(120, dtype))
     copy = signs.clone(memory_format=torch.contiguous_format)
-    assert torch.equal(negatives(signs), negatives(copy)) and torch.equal(others(signs), others(copy))
+    assert torch.equal(negatives(signs), negatives(copy)) and torch.equal(zero_or_nan(signs), zero_or_nan(copy))
     assert_same_signs(through_the_wire(signs), copy)
     torch.testing.assert_close(signs, copy, rtol=0, atol=0, equal_nan=True)  # packing wrote nothing
 
@@ -122,7 +122,7 @@ def test_one_unpack_of_joined_messages_matches_each(offset, dtype):
 def test_restore_matches_the_signs_inside_a_larger_tensor():
     signs, outside = random_signs(15, torch.float32).view(3, 5), torch.ones(5, 5)
     outside[1:4] = unpack(negatives(signs), 15, torch.float32).view(3, 5)
-    assert restore(outside[1:4], others(signs)).data_ptr() == outside[1].data_ptr()
+    assert restore(outside[1:4], zero_or_nan(signs)).data_ptr() == outside[1].data_ptr()
     assert_same_signs(outside[1:4], signs)
     assert (outside[0] == 1).all() and (outside[4] == 1).all()
 
@@ -130,13 +130,13 @@ def test_restore_matches_the_signs_inside_a_larger_tensor():
 @pytest.mark.parametrize("shape", [(0,), (0, 3, 4), (3, 0, 5)], ids=str)
 def test_empty_tensors_match_empty_planes(shape):
     signs = torch.empty(shape)
-    assert negatives(signs).shape == others(signs).shape == (0,)
+    assert negatives(signs).shape == zero_or_nan(signs).shape == (0,)
     assert_same_signs(through_the_wire(signs), signs)
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 4096, 4097])
 def test_plane_size_matches_one_bit_an_entry(length):
-    for plane in (negatives(torch.ones(length)), others(torch.ones(length))):
+    for plane in (negatives(torch.ones(length)), zero_or_nan(torch.ones(length))):
         assert plane.dtype == torch.uint8 and plane.shape == (math.ceil(length / 8),)
 
 
@@ -146,7 +146,7 @@ def test_unpack_refuses_a_plane_that_is_too_short():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_has_others_matches_a_loop_over_the_entries(dtype):
+def test_has_zero_or_nan_matches_a_loop_over_the_entries(dtype):
     stack = random_signs(8 * 6 * 11, dtype, KINDS[:2]).view(8, 6, 11)
     stack[1, 0, 0] = 0.0
     stack[3, 5, 10] = -0.0
@@ -155,15 +155,15 @@ def test_has_others_matches_a_loop_over_the_entries(dtype):
     stack[7] = 0.0
     for each in (stack, stack.mT, stack[::2], stack[:0], stack[:, :0], stack[:, 0, 0]):
         expected = [any(entry not in (-1, 1) for entry in piece.flatten().tolist()) for piece in each]
-        got = has_others(each) if each.dim() > 1 else has_others(each[:, None])
+        got = has_zero_or_nan(each) if each.dim() > 1 else has_zero_or_nan(each[:, None])
         assert got.dtype == torch.bool and got.tolist() == expected
 
 
 @pytest.mark.parametrize("kind", [0.0, math.nan], ids=str)
-def test_has_others_matches_one_such_entry_among_many(kind):
+def test_has_zero_or_nan_matches_one_such_entry_among_many(kind):
     stack = torch.ones(2, 2**25, dtype=torch.bfloat16)  # float32 sums cannot count past 2**24
     stack[1, 12345] = kind
-    assert has_others(stack).tolist() == [False, True]
+    assert has_zero_or_nan(stack).tolist() == [False, True]
 
 
 @pytest.mark.gpu
@@ -172,9 +172,11 @@ def test_planes_on_a_gpu_match_those_on_the_cpu(dtype):
     for length in LENGTHS:
         signs = random_signs(length, dtype)
         there = signs.cuda()
-        assert torch.equal(negatives(there).cpu(), negatives(signs)) and torch.equal(others(there).cpu(), others(signs))
+        assert torch.equal(negatives(there).cpu(), negatives(signs)) and torch.equal(
+            zero_or_nan(there).cpu(), zero_or_nan(signs)
+        )
         assert_same_signs(through_the_wire(there).cpu(), signs)
-        assert has_others(there[None]).tolist() == has_others(signs[None]).tolist()
+        assert has_zero_or_nan(there[None]).tolist() == has_zero_or_nan(signs[None]).tolist()
 
 
 def test_benchmark_matches_one_row_for_each_size_and_dtype(monkeypatch, capsys):
