@@ -1,1 +1,5 @@
 """SiT image generation with representation alignment: prepare latents, train, sample, evaluate."""
+
+from common.guard import plain_interrupt
+
+plain_interrupt()  # what a program here imports takes seconds

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from common import UserError
+from common.options import message_in
 
 Config = TypeVar("Config")
 
@@ -272,7 +273,7 @@ def _override(config: Config, arguments: list[str]) -> Config:
     except SystemExit as exit_request:
         if not exit_request.code:  # --help
             raise
-        raise ConfigError(f"command line: {_first_line(errors.getvalue())}") from None
+        raise ConfigError(f"command line: {message_in(errors.getvalue())}") from None
     if unknown:
         if not unknown[0].startswith("--"):
             raise ConfigError(f"command line: unexpected {unknown[0]!r}; config files come before the flags")
@@ -285,15 +286,3 @@ def _program_name() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
     return f"{program} [CONFIG.toml ...]"
-
-
-def _first_line(box: str) -> str:
-    """Return the message out of tyro's box, which is drawn for a screen: the lines up to the first inner rule."""
-    message = []
-    for line in box.splitlines():
-        text = line.strip("│ ")
-        if text.startswith("─") and message:
-            break
-        if text and text[0] not in "╭╰─":
-            message.append(text)
-    return " ".join(message) or "not understood; see --help"

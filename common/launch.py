@@ -6,22 +6,21 @@ import resource
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from common import UserError, one_line
+from common import guard
+from common.guard import leave as leave
+from common.guard import main_guard as main_guard
 
 Result = TypeVar("Result")
-OURS = {"SIT", "common", "optimizers", "nanoGPT", "Llama", "scripts"}  # packages; another that is missing is installed
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -99,26 +98,11 @@ def device_mesh(launch: Launch, replicate: int, shard: int) -> DeviceMesh:
     return init_device_mesh(launch.device.type, shape, mesh_dim_names=names)
 
 
-_left_a_group = False  # whether this process has been in a process group that `stop` destroyed
-
-
 def stop() -> None:
     """Leave the process group, if there is one."""
-    global _left_a_group
     if dist.is_initialized():
         dist.destroy_process_group()
-        _left_a_group = True
-
-
-def leave(status: int = 0) -> NoReturn:
-    """End this process with `status` once its output is written, without the interpreter's own shutdown.
-
-    A DeviceMesh in DTensor's caches keeps gloo threads alive after the group is destroyed; a thread that frees a
-    tensor during the shutdown aborts the process (6 of 115 runs of one test on a loaded machine).
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+        guard.group_was_left()
 
 
 def seed_all(seed: int) -> None:
@@ -199,74 +183,6 @@ class StopRequest:
     def agreed(self, launch: Launch) -> bool:
         """Whether any rank was asked to stop; every rank must call it, and all get the same answer."""
         return all_reduce_sum([float(self.requested)], launch)[0] > 0
-
-
-def main_guard(main: Callable[[], None]) -> None:
-    """Run a program; an error that the user can act on becomes one `error: ...` line and its exit_status, or 1.
-
-    Such errors are UserError, OSError (files, network), a ValueError that this repository raised itself, a package that
-    is not installed, and a rank that no longer answers. Any other exception is a bug and keeps its traceback;
-    `python -X dev` shows the traceback of every one. Ctrl-C becomes one line too, and status 130, as shells have it.
-    A process that has been in a process group ends by `leave`.
-    """
-    try:
-        _with_plain_errors(main)
-    except BaseException as error:
-        if not (_left_a_group or dist.is_initialized()):
-            raise
-        if not isinstance(error, SystemExit):
-            traceback.print_exc()
-        code = error.code if isinstance(error, SystemExit) else 1
-        leave(code if isinstance(code, int) else int(code is not None))
-    if _left_a_group or dist.is_initialized():
-        leave()
-
-
-def _with_plain_errors(main: Callable[[], None]) -> None:
-    try:
-        main()
-    except KeyboardInterrupt:
-        if sys.flags.dev_mode:
-            raise
-        _end("stopped; the same command does what is left (training: with --resume; Llama: --job.resume)", 130)
-    except ImportError as error:
-        package = (error.name or "").partition(".")[0]
-        if sys.flags.dev_mode or not package or package in OURS:
-            raise
-        _end(
-            f"error: need the package {package}, as requirements.txt has it ({one_line(error)}): "
-            "pip install -r requirements.txt"
-        )
-    except (UserError, OSError, ValueError) as error:
-        for_the_user = isinstance(error, UserError | OSError) or _raised_here(error)
-        if sys.flags.dev_mode or not for_the_user:
-            raise
-        _end(f"error: {one_line(error)}", getattr(error, "exit_status", 1))
-    except RuntimeError as error:
-        if sys.flags.dev_mode or not _lost_rank(error):
-            raise
-        _end(
-            f"error: rank {process_rank()} lost another rank, which ended or hangs: see that rank's own error, then "
-            "the same command with --resume (Llama: --job.resume) goes on from the last checkpoint, on any number of "
-            f"ranks ({one_line(error)})"
-        )
-
-
-def _end(line: str, status: int = 1) -> NoReturn:
-    print(line, file=sys.stderr, flush=True)
-    sys.exit(status)
-
-
-def _lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed: NCCL's and the store's errors are DistErrors; gloo's only name its source files."""
-    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
-
-
-def _raised_here(error: Exception) -> bool:
-    """Whether the statement that raised `error` stands in this repository, not in a library."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    repository = Path(__file__).resolve().parents[1]
-    return raised_in.is_relative_to(repository) and "site-packages" not in raised_in.parts
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -1,1 +1,5 @@
 """GPT-2 language models: prepare a corpus, train, sample."""
+
+from common.guard import plain_interrupt
+
+plain_interrupt()  # what a program here imports takes seconds

@@ -12,14 +12,16 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from common import progress
 from common.corpus import written_aside
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's name for it
 
@@ -140,8 +142,8 @@ def batch(
     sequences: slice,
     global_batch: int,
     context: int,
-    device: torch.device | str = "cpu",
-) -> tuple[Tensor, Tensor]:
+    device: "torch.device | str" = "cpu",
+) -> "tuple[Tensor, Tensor]":
     """Draw the rows `sequences` of a step's global batch: inputs (b, T) and targets (b, T), int64.
 
     (seed, step) fixes the windows of the whole global batch, so that it is the same however many ranks and
@@ -161,9 +163,11 @@ def validation_windows(tokens: TokenFile, *, count: int, context: int) -> np.nda
 
 
 def windows(
-    tokens: TokenFile, offsets: Sequence[int] | np.ndarray, context: int, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor]:
+    tokens: TokenFile, offsets: Sequence[int] | np.ndarray, context: int, device: "torch.device | str" = "cpu"
+) -> "tuple[Tensor, Tensor]":
     """Cut, at each offset, inputs (b, T) and the targets one token later (b, T), int64."""
+    import torch  # takes seconds, and preparing a corpus goes without
+
     rows = np.stack([tokens.tokens[offset : offset + context + 1] for offset in offsets])
     rows = torch.from_numpy(rows.astype(np.int64))  # (b, T + 1)
     if torch.device(device).type == "cuda":

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+LEAST_TEMPERATURE = 1e-30  # only ties of the likeliest token share here already; near 1e-38 float32 has 0 / 0
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -160,17 +162,24 @@ class GPT(nn.Module):
 
         temperature: 0 takes the likeliest token. top_k: sample among the k likeliest only. vocab_size: the
         corpus', where the model's is padded beyond it. Call `eval()` first if there is dropout.
+
+        Raises ValueError for a temperature that is negative or not finite, or logits that are not finite.
         """
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be 0 or more, and finite; got {temperature}")
         for _ in range(max_new_tokens):
             logits, _ = self(tokens[:, -self.config.context :])  # (B, T, V)
             logits = logits[:, -1, :vocab_size].float()  # (B, V)
+            if not logits.isfinite().all():
+                raise ValueError("the logits must be finite, are not: the weights have diverged, take an earlier run's")
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
                 logits = logits.masked_fill(logits < kth, -torch.inf)
             if temperature == 0:
                 next_token = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
             else:
-                probabilities = F.softmax(logits / temperature, dim=-1)  # (B, V)
+                below = logits - logits.amax(dim=-1, keepdim=True)  # (B, V), the likeliest 0: so no quotient is inf
+                probabilities = F.softmax(below / max(temperature, LEAST_TEMPERATURE), dim=-1)  # (B, V)
                 next_token = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
             tokens = torch.cat([tokens, next_token], dim=1)
         return tokens

@@ -15,22 +15,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import tyro
 
 from common import one_line
-from common.config import parse_config
 from common.corpus import Part, fingerprint, is_readable, library_files, local_files, locked, pieces, split_files
-from common.launch import main_guard
+from common.guard import main_guard
+from common.options import parse_options
 from common.text_rows import require_key, text_of
 from nanoGPT.data import Encoded, load, read_meta, tokenizer, write_corpus
-from nanoGPT.train import Config
+
+if TYPE_CHECKING:
+    from nanoGPT.train import Config
 
 NAMED = ("stdlib", "openwebtext")
 OPENWEBTEXT = "Skylion007/openwebtext"  # on the Hugging Face Hub
 OPENWEBTEXT_DOCUMENTS = 8_013_769  # in the whole set, as nanoGPT's data/openwebtext/prepare.py counts them
+MOST_WORKERS = 1024  # each holds 16 pieces of text of up to 4 MiB
 
 
 @dataclass(frozen=True)
@@ -149,8 +152,8 @@ def prepare(config: Prepare, load_hub: Callable[[], Any] = load_openwebtext) -> 
     val_fraction = (0.0005 if hub else 0.05) if config.val_fraction is None else config.val_fraction
     if not 0 < val_fraction < 1:
         raise ValueError(f"--val-fraction must be between 0 and 1, got {val_fraction}")
-    if config.workers < 1:
-        raise ValueError(f"--workers must be at least 1, got {config.workers}")
+    if not 1 <= config.workers <= MOST_WORKERS:
+        raise ValueError(f"--workers must be from 1 to {MOST_WORKERS}, got {config.workers}")
 
     root, files = (path, []) if hub else library_files() if named else local_files(path)
     request = {"source": config.source if named else str(path), "tokenizer": name, "val_fraction": val_fraction}
@@ -175,7 +178,7 @@ def prepare(config: Prepare, load_hub: Callable[[], Any] = load_openwebtext) -> 
     return folder
 
 
-def prepare_for(settings: Config) -> Path:
+def prepare_for(settings: "Config") -> Path:
     """Make the corpus that a training config names, if it is one of those that have a name and is not there."""
     folder = Path(settings.data.folder)
     try:
@@ -190,9 +193,12 @@ def prepare_for(settings: Config) -> Path:
 
 def main() -> None:
     if sys.argv[1:] and sys.argv[1].endswith(".toml"):
+        from common.config import parse_config
+        from nanoGPT.train import Config  # takes seconds: it imports torch
+
         prepare_for(parse_config(Config))
         return
-    prepare(tyro.cli(Prepare, prog="python -m nanoGPT.prepare", description=__doc__))
+    prepare(parse_options(Prepare, "python -m nanoGPT.prepare", __doc__))
 
 
 if __name__ == "__main__":

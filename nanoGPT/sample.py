@@ -1,4 +1,4 @@
-"""Let a trained model write on from a prompt.
+"""Let a trained model continue a prompt.
 
     python -m nanoGPT.sample --run runs/nanogpt/stdlib/olion-lr2e-3-s1337 --prompt "def main():"
 
@@ -6,16 +6,18 @@ The newest checkpoint of the run is used, and the tokenizer of the corpus that i
 """
 
 import json
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-import tyro
+from common import UserError
+from common.config import at_least, from_dict
+from common.guard import main_guard
+from common.options import parse_options
 
-from common import checkpoint, launch
-from nanoGPT.data import fit_vocabulary, read_meta, tokenizer
-from nanoGPT.model import GPT, GPTConfig
+if TYPE_CHECKING:
+    from nanoGPT.model import GPT
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,9 @@ class Sample:
     run: Path
     """Folder of a run, with config.json and checkpoints/."""
     prompt: str = ""
-    """Where the text begins; an empty prompt is the start of a document."""
+    """Beginning of the text; an empty prompt is the start of a document."""
     tokens: int = 256
-    """How many tokens to add."""
+    """Number of tokens to add."""
     temperature: float = 0.8
     """Below 1 keeps closer to the likeliest tokens; 0 takes the likeliest each time."""
     top_k: int = 50
@@ -33,18 +35,23 @@ class Sample:
     seed: int = 0
     """The same seed on the same device gives the same text."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute; auto takes a GPU if there is one."""
+    """Device to compute on; auto takes a GPU if there is one."""
 
 
 def sample(config: Sample) -> str:
     """Return the prompt and its continuation.
 
-    Raises FileNotFoundError when the run, its checkpoint or its corpus is missing, ValueError when the run is not
-    nanoGPT's.
+    Raises UserError for an option out of its range and for another experiment's run, FileNotFoundError when the run,
+    its checkpoint or its corpus is missing.
     """
-    for name in ("tokens", "temperature", "top_k"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(config, name)}")
+    at_least(0, config, "tokens", "temperature", "top_k", "seed")
+    if config.temperature == math.inf or config.seed >= 2**64:  # torch's generators take 64 bits
+        raise UserError(f"--temperature must be finite and --seed below 2**64, got {config.temperature}, {config.seed}")
+    import torch  # here: --help goes without these imports, which take seconds
+
+    from common import launch
+    from nanoGPT.data import tokenizer
+
     model, corpus = load_run(config.run)
     device = launch.start(config.device).device
     model.to(device).eval()
@@ -62,27 +69,29 @@ def sample(config: Sample) -> str:
     return encoding.decode(tokens[0, 1:].tolist())
 
 
-def load_run(run: Path) -> tuple[GPT, dict]:
+def load_run(run: Path) -> "tuple[GPT, dict]":
     """Build a run's model with its newest weights, and read the meta.json of its corpus."""
+    from common import checkpoint
+    from nanoGPT.data import fit_vocabulary, read_meta
+    from nanoGPT.model import GPT, GPTConfig
+
     record_path = run / "config.json"
     if not record_path.is_file():
         raise FileNotFoundError(f"{run} holds no run (no config.json): give a folder below runs/nanogpt")
     record = json.loads(record_path.read_text())
     if record["experiment"] != "nanogpt":
-        raise ValueError(f"the run must be nanoGPT's, {run} is of {record['experiment']}: give another folder")
+        raise UserError(f"the run must be nanoGPT's, {run} is of {record['experiment']}: give another folder")
     settings = record["config"]
     corpus = read_meta(settings["data"]["folder"])
-    names = {field.name for field in fields(GPTConfig)}
-    shape = GPTConfig(**{name: value for name, value in settings["model"].items() if name in names})
-    model = GPT(fit_vocabulary(shape, corpus))
+    model = GPT(fit_vocabulary(from_dict(GPTConfig, settings["model"]), corpus))
     if checkpoint.load(run / "checkpoints", model) is None:
         raise FileNotFoundError(f"{run / 'checkpoints'} must hold a checkpoint, holds none: train the run first")
     return model, corpus
 
 
 def main() -> None:
-    print(sample(tyro.cli(Sample, prog="python -m nanoGPT.sample", description=__doc__)))
+    print(sample(parse_options(Sample, "python -m nanoGPT.sample", __doc__)))
 
 
 if __name__ == "__main__":
-    launch.main_guard(main)
+    main_guard(main)

@@ -210,6 +210,20 @@ def test_main_guard_turns_ctrl_c_into_one_line_and_the_status_of_shells():
     assert printed.startswith("stopped; ") and printed.count("\n") == 1
 
 
+def test_main_guard_turns_too_little_memory_into_one_line(capsys):
+    for main in (
+        lambda: torch.empty(2**50),
+        lambda: torch.empty(2**62, 2**62),
+        lambda: torch.nn.Linear(10**9, 3 * 10**9, device="cpu"),
+        lambda: np.empty(2**50),
+    ):
+        with pytest.raises(SystemExit) as exit_request:
+            launch.main_guard(main)
+        line = capsys.readouterr().err
+        assert exit_request.value.code == 1
+        assert line.startswith("error: need more memory than there is (") and line.count("\n") == 1
+
+
 def test_main_guard_leaves_bugs_their_traceback():
     def library_error():
         np.zeros(3).reshape(2)  # a ValueError, but not one of ours

@@ -214,7 +214,7 @@ def test_prepare_refuses_a_folder_without_enough_text(tmp_path, files, message):
 def test_prepare_refuses_a_fraction_or_workers_out_of_range(tmp_path):
     with pytest.raises(ValueError, match=r"--val-fraction must be between 0 and 1, got 1\.5"):
         run("stdlib", tmp_path / "c", val_fraction=1.5)
-    with pytest.raises(ValueError, match="--workers must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="--workers must be from 1 to 1024, got 0"):
         prepare.prepare(Prepare("stdlib", tmp_path / "c", workers=0))
 
 

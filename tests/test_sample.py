@@ -1,12 +1,13 @@
 """nanoGPT.sample on a run made here: the text is what the saved weights generate."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 
-from common import checkpoint
+from common import UserError, checkpoint
 from nanoGPT import data
 from nanoGPT.model import GPT, GPTConfig
 from nanoGPT.sample import Sample, sample
@@ -69,10 +70,44 @@ def test_sample_refuses_what_is_not_there(run, tmp_path):
         sample(Sample(folder))
 
 
-def test_sample_refuses_another_experiment_and_negative_knobs(run, tmp_path):
+@pytest.mark.parametrize("temperature", [1e-45, 1e-39, 1e-30, 1e-6])
+def test_sample_at_a_vanishing_temperature_matches_the_likeliest(run, temperature):
+    likeliest, near = (sample(Sample(run[0], "ab", 12, t, device="cpu")) for t in (0.0, temperature))
+    assert near == likeliest
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"top_k": -1}, "top_k must be 0 or more; got -1"),
+        ({"temperature": math.nan}, "temperature must be 0 or more; got nan"),
+        ({"temperature": math.inf}, "--temperature must be finite"),
+        ({"seed": -1}, "seed must be 0 or more"),
+        ({"seed": 2**70}, r"--seed below 2\*\*64"),
+    ],
+)
+def test_sample_refuses_an_option_out_of_its_range(run, option, said):
+    with pytest.raises(UserError, match=said):
+        sample(Sample(run[0], device="cpu", **option))
+
+
+def test_generate_refuses_a_bad_temperature_and_weights_that_diverged(run):
+    _, model = run
+    for temperature in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="temperature must be 0 or more, and finite"):
+            model.generate(torch.zeros(1, 1, dtype=torch.long), 1, temperature)
+    model.wte.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match="logits must be finite, are not: the weights have diverged"):
+        model.generate(torch.zeros(1, 1, dtype=torch.long), 1)
+
+
+def test_sample_refuses_another_experiment_and_a_model_of_other_fields(run, tmp_path):
     folder, _ = run
-    with pytest.raises(ValueError, match="--top-k must be at least 0, got -1"):
-        sample(Sample(folder, top_k=-1))
     write_config(folder, tmp_path / "corpus", experiment="sit")
-    with pytest.raises(ValueError, match="is of sit"):
+    with pytest.raises(UserError, match="is of sit"):
+        sample(Sample(folder))
+    write_config(folder, tmp_path / "corpus")
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"n_layer"', '"n_layers"'))
+    with pytest.raises(UserError, match="unknown key 'n_layers'; the nearest known key is 'n_layer'"):
         sample(Sample(folder))

@@ -1,0 +1,147 @@
+"""Plain ends of programs: errors for the user in one line, Ctrl-C too, and no abort after a process group.
+
+    if __name__ == "__main__":
+        main_guard(main)
+
+Nothing heavy is imported here: a program guards itself first, then imports torch inside `main`.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+from common import UserError, one_line
+
+OURS = {"SIT", "common", "optimizers", "nanoGPT", "Llama", "scripts"}  # packages; another that is missing is installed
+STOPPED = "stopped; the same command does what is left (training: with --resume; Llama: --job.resume)"
+# As torch words an allocation that fails on a CPU, and a tensor whose size is no 64-bit number.
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed", "integer overflow")
+
+_left_a_group = False  # whether this process has been in a process group that launch.stop destroyed
+
+
+def group_was_left() -> None:
+    """Note that this process was in a process group, so that it ends by `leave`."""
+    global _left_a_group
+    _left_a_group = True
+
+
+def leave(status: int = 0) -> NoReturn:
+    """End this process with `status` once its output is written, without the interpreter's own shutdown.
+
+    A DeviceMesh in DTensor's caches keeps gloo threads alive after the group is destroyed; a thread that frees a
+    tensor during the shutdown aborts the process (6 of 115 runs of one test on a loaded machine).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def main_guard(main: Callable[[], None]) -> None:
+    """Run a program; an error that the user can act on becomes one `error: ...` line and its exit_status, or 1.
+
+    Such errors are UserError, OSError (files, network), a ValueError that this repository raised itself, a package that
+    is not installed, too little memory, and a rank that no longer answers. Any other exception is a bug and keeps its
+    traceback; `python -X dev` shows the traceback of every one. Ctrl-C becomes one line too, and status 130, as shells
+    have it. A process that has been in a process group ends by `leave`.
+    """
+    try:
+        _with_plain_errors(main)
+    except BaseException as error:
+        if not _was_in_a_group():
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        code = error.code if isinstance(error, SystemExit) else 1
+        leave(code if isinstance(code, int) else int(code is not None))
+    if _was_in_a_group():
+        leave()
+
+
+def plain_interrupt() -> None:
+    """Make Ctrl-C one line from here on, where no main_guard runs yet: a program imports for seconds."""
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt) and not sys.flags.dev_mode:
+            print(STOPPED, file=sys.stderr, flush=True)
+        else:
+            before(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def _with_plain_errors(main: Callable[[], None]) -> None:
+    try:
+        main()
+    except KeyboardInterrupt:
+        if sys.flags.dev_mode:
+            raise
+        _end(STOPPED, 130)
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if sys.flags.dev_mode or not package or package in OURS:
+            raise
+        _end(
+            f"error: need the package {package}, as requirements.txt has it ({one_line(error)}): "
+            "pip install -r requirements.txt"
+        )
+    except (UserError, OSError, ValueError) as error:
+        for_the_user = isinstance(error, UserError | OSError) or _raised_here(error)
+        if sys.flags.dev_mode or not for_the_user:
+            raise
+        _end(f"error: {one_line(error)}", getattr(error, "exit_status", 1))
+    except (RuntimeError, MemoryError) as error:
+        line = _of_memory(error) or _of_lost_rank(error)
+        if sys.flags.dev_mode or not line:
+            raise
+        _end(line)
+
+
+def _end(line: str, status: int = 1) -> NoReturn:
+    print(line, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _of_memory(error: Exception) -> str | None:
+    if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+        return None
+    return f"error: need more memory than there is ({one_line(error)[:200]}): lower the batch, the count or the model"
+
+
+def _of_lost_rank(error: Exception) -> str | None:
+    """Tell a failed collective: NCCL's and the store's errors are DistErrors; gloo's only name its source files."""
+    kind = getattr(_distributed(), "DistError", ())
+    if not isinstance(error, kind) and "/gloo/" not in str(error):
+        return None
+    rank = _distributed().get_rank() if _is_in_a_group() else 0
+    return (
+        f"error: rank {rank} lost another rank, which ended or hangs: see that rank's own error, then the same command "
+        "with --resume (Llama: --job.resume) goes on from the last checkpoint, on any number of ranks "
+        f"({one_line(error)})"
+    )
+
+
+def _distributed() -> Any:
+    """Return torch.distributed if it has been imported: until then there is no process group."""
+    return sys.modules.get("torch.distributed")
+
+
+def _is_in_a_group() -> bool:
+    is_initialized = getattr(_distributed(), "is_initialized", None)  # absent in the middle of importing torch
+    return is_initialized is not None and is_initialized()
+
+
+def _was_in_a_group() -> bool:
+    return _left_a_group or _is_in_a_group()
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether the statement that raised `error` stands in this repository, not in a library."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    repository = Path(__file__).resolve().parents[1]
+    return raised_in.is_relative_to(repository) and "site-packages" not in raised_in.parts

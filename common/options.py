@@ -1,0 +1,59 @@
+"""Command lines of the programs without a TOML file: a frozen dataclass of options, read by tyro.
+
+    options = parse_options(Options, "python -m SIT.sample", __doc__)
+
+A mistake is one line, as everywhere; `--help` needs nothing but the dataclass.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+from collections.abc import Sequence
+from typing import Any, TypeVar, get_args
+
+from common import UserError
+
+Options = TypeVar("Options")
+
+
+def parse_options(
+    kind: type[Options] | Any, program: str, description: str | None = None, argv: Sequence[str] | None = None
+) -> Options:
+    """Read a command line (`argv`, by default the program's own) into a dataclass, or one of a union of them.
+
+    Raises UserError, in one line, for an unknown option or a value of another type; ends the program after --help.
+    """
+    import tyro  # here, so that a module can be imported without it
+
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(kind, prog=program, description=description, args=argv)
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        message = message_in(errors.getvalue()).rstrip(".")
+        raise UserError(f"command line: {message}{_nearest(message, kind)}; --help lists all") from None
+
+
+def _nearest(message: str, kind: Any) -> str:
+    """Return the hint at the nearest option, where the message begins with an unknown one."""
+    unknown = re.match(r"Unrecognized options: --([\w-]+)", message)
+    known = [field.name.replace("_", "-") for each in get_args(kind) or (kind,) for field in dataclasses.fields(each)]
+    near = difflib.get_close_matches(unknown[1].replace("_", "-"), known, n=1) if unknown else []
+    return f"; the nearest is --{near[0]}" if near else ""
+
+
+def message_in(box: str) -> str:
+    """Return the message out of tyro's box, which is drawn for a screen: the lines between its first two rules."""
+    parts: list[list[str]] = [[]]
+    for line in box.splitlines():
+        text = line.strip("│╭╮╰╯ ")
+        if text.startswith(("──", "-----", "─ ")):  # a rule; without Unicode it is of hyphens, below the title
+            parts.append([])
+        elif text:
+            parts[-1].append(text)
+    messages = [" ".join(part) for part in parts[1:] if part]
+    return messages[0] if messages else "not understood; see --help"

@@ -1,0 +1,79 @@
+"""Command lines without a TOML file: what is read, one line for a mistake, and help and Ctrl-C before heavy imports."""
+
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from common import UserError
+from common.options import parse_options
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = ("nanoGPT.sample", "nanoGPT.prepare")
+
+
+@dataclass(frozen=True)
+class Options:
+    count: int = 3
+    method: Literal["euler", "heun"] = "heun"
+    interval: tuple[float, float] = (0.0, 1.0)
+    top_k: int = 0
+
+
+@pytest.mark.parametrize("words", [["--top-k", "5", "--count=2"], ["--top_k", "5", "--count", "2"]])
+def test_options_match_the_command_line_with_hyphens_or_underscores(words):
+    assert parse_options(Options, "program", None, words) == Options(count=2, top_k=5)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--cout", "2"], "Unrecognized options: --cout, 2; the nearest is --count; --help lists all"),
+        (["--top_kk", "2"], "the nearest is --top-k"),
+        (["--count", "many"], "--count: invalid literal for int"),
+        (["--count", "9" * 5000], "--count: Exceeds the limit"),
+        (["--count"], "Missing value for argument '--count'"),
+        (["--method", "rk4"], "'rk4' for argument '--method'"),
+        (["--interval", "1"], "Missing value for argument '--interval'"),
+        (["extra"], "Unrecognized options: extra"),
+    ],
+)
+def test_a_mistake_on_the_command_line_refuses_in_one_line(words, said, capsys):
+    with pytest.raises(UserError) as refusal:
+        parse_options(Options, "program", None, words)
+    assert said in str(refusal.value) and "\n" not in str(refusal.value) and "--- " not in str(refusal.value)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_help_of_every_program_comes_before_the_heavy_imports():
+    code = """
+import runpy, sys
+for program in sys.argv[1:]:
+    sys.argv = [program, "--help"]
+    try:
+        runpy.run_module(program, run_name="__main__")
+    except SystemExit as end:
+        assert not end.code
+heavy = {"torch", "matplotlib", "datasets", "transformers", "sklearn", "PIL", "tiktoken"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    ran = subprocess.run([sys.executable, "-c", code, *PROGRAMS], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert all(f"usage: python -m {program}" in ran.stdout for program in PROGRAMS)
+
+
+@pytest.mark.parametrize("package", ["nanoGPT", "SIT"])
+def test_ctrl_c_while_a_program_imports_is_one_line(package):
+    code = f"import {package}, time; print(flush=True); time.sleep(60)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT  # 130 in shells
+    assert printed.startswith("stopped; ") and printed.count("\n") == 1
