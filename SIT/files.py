@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
 from common import UserError, one_line
+from common.whole import write_json as write_json
+from common.whole import write_whole as write_whole
 
 REQUEST = "request.json"  # what a folder is made of: an interrupted one goes on with nothing else
 BLOCK_BYTES = 4096  # of most file systems: a file takes whole ones
@@ -50,20 +51,6 @@ def check_space(folder: Path, count: int, bytes_each: int) -> None:
             f"{folder} needs {needed / 1e9:.1f} GB for {count:,} files, the disk has {free / 1e9:.1f} GB: make room, "
             "or name a folder of another disk"
         )
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file that is either whole or not there; list_files passes over what an interruption leaves."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as opened:
-        write(opened)
-    partial.replace(path)
-
-
-def write_json(path: Path, record: dict) -> None:
-    """Write a record as JSON, whole or not at all."""
-    write_whole(path, lambda opened: opened.write(json.dumps(record).encode() + b"\n"))
 
 
 def map_in_groups(function: Callable[[str], str | None], arguments: list[str], workers: int) -> Iterator[str | None]:

@@ -1,18 +1,17 @@
-"""Text that experiments train on: which files, which part of them is for validation, and folders that appear whole."""
+"""Text that experiments train on: which files, and which part of them is for validation."""
 
-import fcntl
 import hashlib
 import json
-import shutil
 import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from common.text_rows import texts
+from common.whole import locked as locked
+from common.whole import written_aside as written_aside
 
 # Tests are no code that one reads; pydoc_data is generated prose, and longer than all else in validation.
 NOT_LIBRARY = {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dist-packages"}
@@ -106,34 +105,3 @@ def pieces(part: Part) -> Iterator[tuple[str, bool]]:
             text += file.readline(remaining - len(text))
             remaining -= len(text)
             yield text.decode(), not remaining
-
-
-# ---- Folders that appear whole
-
-
-@contextmanager
-def written_aside(folder: Path) -> Iterator[Path]:
-    """Give a folder to write to, which takes the place of `folder` once all went well."""
-    partial, old = (folder.parent / f".{kind}-{folder.name}" for kind in ("partial", "old"))
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a prepare that was killed
-        partial.mkdir(parents=True)
-        yield partial
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)  # the new one did not get its name: back to the one before
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time make `folder`: a second one waits here, and then finds it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

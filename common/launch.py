@@ -6,17 +6,17 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from common import guard
+from common import UserError, guard
 from common.guard import leave as leave
 from common.guard import main_guard as main_guard
 
@@ -141,6 +141,37 @@ def on_main(function: Callable[[], Result]) -> Result:
 def process_rank() -> int:
     """Return this process's rank in the process group; 0 without one."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def refuse_differences(facts: dict[str, Any], launch: Launch) -> None:
+    """Compare facts (JSON's types) and library versions over the ranks; every rank must call it at the same place.
+
+    Raises UserError, on all ranks, naming the first fact that differs, its values and their ranks.
+    """
+    if launch.world_size == 1 or not dist.is_initialized():
+        return
+    versions = {"python": sys.version.split()[0], "numpy": np.__version__, "torch": torch.__version__}
+    mine = dict(_flatten({**facts, **versions}))
+    of_ranks: list[dict[str, Any]] = [{}] * launch.world_size
+    dist.all_gather_object(of_ranks, mine)
+    for key in dict.fromkeys(key for each in of_ranks for key in each):
+        values = [repr(each.get(key, "absent")) for each in of_ranks]
+        if len(set(values)) > 1:
+            ranks = {
+                value: [rank for rank, other in enumerate(values) if other == value] for value in dict.fromkeys(values)
+            }
+            said = "; ".join(f"{value} on rank {', '.join(map(str, which))}" for value, which in ranks.items())
+            raise UserError(
+                f"all ranks must have the same {key}; got {said}: start them with the same command and files"
+            )
+
+
+def _flatten(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 class StopRequest:

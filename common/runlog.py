@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from common import Diverged, one_line, warn
+from common import one_line, warn
+from common.whole import write_json, write_text
 
 METRICS_FILE = "metrics.jsonl"
 END = "finished.json"
-MAX_SKIPPED = 10  # non-finite steps in a row after which a run is lost; fp16's loss scale recovers within these
 WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # the cloud's, before wandb 0.31 and since
 WANDB_TIMEOUT_S = 30  # wandb waits 90 s for its server, which is most of a short run
 
@@ -41,7 +41,7 @@ def shortest(value: float) -> str:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """Read the metrics of a run, one dict a logged step, without a last line that a killed run left half-written."""
+    """Read the metrics of a run, one dict per logged step, without a last line that a killed run left half-written."""
     path = Path(folder) / METRICS_FILE
     lines = path.read_text(encoding="utf-8").splitlines()
     metrics = []
@@ -66,21 +66,9 @@ def move_aside(folder: Path) -> None:
 
 
 def write_end(folder: Path, step: int, metrics: dict[str, float]) -> None:
-    """Mark a run as over, with its last validation; without metrics, as diverged. scripts/sweep.py reads it."""
-    end = {"step": step, "val_loss": metrics.get("val/loss"), "bits_per_byte": metrics.get("val/bits_per_byte")}
-    (folder / END).write_text(json.dumps({**end, "diverged": not metrics}) + "\n")
-
-
-def end_if_diverged(folder: Path, step: int, in_a_row: int, is_main: bool) -> None:
-    """Mark a run as diverged and raise Diverged, on all ranks, once MAX_SKIPPED steps in a row were not finite."""
-    if in_a_row < MAX_SKIPPED:
-        return
-    if is_main:
-        write_end(folder, step, {})
-    raise Diverged(
-        f"training needs finite losses and gradients, and the {in_a_row} steps up to {step} had none; "
-        "start anew with a lower learning rate (this run's last checkpoint is intact)"
-    )
+    """Mark a run as over, with its last validation; as diverged where that is missing or not finite."""
+    loss, bits = (_number(metrics.get(key)) for key in ("val/loss", "val/bits_per_byte"))
+    write_json(folder / END, {"step": step, "val_loss": loss, "bits_per_byte": bits, "diverged": loss is None})
 
 
 class RunLog:
@@ -116,7 +104,7 @@ class RunLog:
         else:
             self._drop_after(resume_step)
         record = {"experiment": experiment, "name": name, "group": group, "config": config, **machine()}
-        _write_aside(self._folder / "config.json", json.dumps(record, indent=2) + "\n")
+        write_json(self._folder / "config.json", record, indent=2)
         self._file = open(self._folder / METRICS_FILE, "a", encoding="utf-8")
         mode = _wandb_mode(wandb_mode)
         if mode != "disabled":
@@ -144,6 +132,7 @@ class RunLog:
         if self._wandb_run is not None:
             try:
                 self._wandb_run.finish()
+                self._tell_offline_folders()
             except Exception as error:
                 self._give_up_wandb(error)
             self._wandb_run = None
@@ -151,7 +140,7 @@ class RunLog:
     def _drop_after(self, step: int) -> None:
         if (self._folder / METRICS_FILE).exists():
             kept = [record for record in read_metrics(self._folder) if record["step"] <= step]
-            _write_aside(self._folder / METRICS_FILE, "".join(json.dumps(record) + "\n" for record in kept))
+            write_text(self._folder / METRICS_FILE, "".join(json.dumps(record) + "\n" for record in kept))
 
     def _start_wandb(self, mode: str, **settings: Any) -> None:
         id_file = self._folder / "wandb_id"
@@ -159,7 +148,7 @@ class RunLog:
             import wandb  # here: it takes a second, and a run can do without it
 
             if not id_file.exists():
-                _write_aside(id_file, uuid.uuid4().hex[:8] + "\n")
+                write_text(id_file, uuid.uuid4().hex[:8] + "\n")
             self._wandb_run = wandb.init(
                 dir=self._folder,
                 id=id_file.read_text().strip(),
@@ -171,6 +160,7 @@ class RunLog:
             for axis in ("step", "tokens"):
                 self._wandb_run.define_metric(axis)
             self._wandb_run.define_metric("*", step_metric="step")
+            self._wandb_run.define_metric("val/loss", step_metric="step", summary="min")
         except Exception as error:
             if mode == "online":  # a machine with a login may still have no network
                 warn(f"Weights & Biases is offline for this run; `wandb sync` uploads it later: {one_line(error)}")
@@ -178,6 +168,14 @@ class RunLog:
                 self._start_wandb("offline", **settings)
             else:
                 self._give_up_wandb(error)
+
+    def _tell_offline_folders(self) -> None:
+        """Name the command that uploads a resumed run, whose parts lie in several folders."""
+        folders = sorted((self._folder / "wandb").glob("offline-run-*"))
+        if len(folders) > 1:
+            print(
+                f"wandb has {len(folders)} folders of this run; all at once: wandb sync {' '.join(map(str, folders))}"
+            )
 
     def _give_up_wandb(self, error: Exception) -> None:
         self._wandb_run = None
@@ -187,16 +185,6 @@ class RunLog:
 def _number(value: Any) -> Any:
     value = value.item() if hasattr(value, "item") else value  # torch and numpy scalars
     return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN
-
-
-def _write_aside(path: Path, text: str) -> None:
-    """Replace a file so that a killed process leaves the old one or the new one, never half of it."""
-    aside = path.with_name(path.name + ".partial")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def _wandb_mode(mode: str) -> str:

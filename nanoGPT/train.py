@@ -13,20 +13,15 @@ import math
 import signal
 import sys
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
 
-from common import UserError, checkpoint, config, launch, progress
-from common.checkpoint_folder import CheckpointConfig
+from common import UserError, config, launch
 from common.config import at_least
 from common.optimizer_config import OptimizerConfig
-from common.parallel import ParallelConfig, autocast, clip_gradient, cut_batch, distribute, precision, synchronizing
-from common.runlog import RunLog, end_if_diverged, move_aside, run_name, write_end
-from common.schedule import ScheduleConfig, multiplier
-from common.timer import Timer
+from common.parallel import autocast, clip_gradient, cut_batch, distribute, precision, synchronizing
+from common.run import Run, RunConfig
 from nanoGPT import data
 from nanoGPT.model import GPT, GPTConfig
 from optimizers import RuleOptimizer, build_optimizer, count_bytes
@@ -43,7 +38,7 @@ class DataConfig:
     folder: str = "data/openwebtext"
     """Folder that `python -m nanoGPT.prepare` wrote."""
     batch_size: int = 480
-    """Sequences a step, over all ranks and micro-batches: 480 x 1,024 tokens in the paper."""
+    """Sequences per step, over all ranks and micro-batches: 480 x 1,024 tokens in the paper."""
     micro_batch: int = 40
     """Most sequences that one rank takes through the model at once; lower it if memory runs out, the result stays."""
 
@@ -73,45 +68,17 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     """Every knob of a run; the defaults are the paper's GPT-2 small on OpenWebText."""
 
     model: GPTConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: Optimizer = field(default_factory=Optimizer)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    steps: int = 20_000
-    """Optimizer steps."""
-    clip: float = 1.0
-    """Largest global norm of the gradient; 0 leaves it as it is."""
     init_from: str = ""
     """A Hugging Face GPT-2 to start from ("gpt2", "gpt2-medium", a folder); empty is a random start."""
-    seed: int = 1337
-    """Seeds the weights and, with the step, the batches."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
-    """What the model computes in, its weights staying float32; auto is bfloat16 on GPUs and float32 elsewhere. float64
-    is for comparing layouts: weights and all are in it, and what then differs between two runs is no rounding."""
-    compile: bool = False
-    """Run the model through torch.compile: a minute of compiling, then faster steps on a GPU."""
-    log_every: int = 10
-    """Steps between lines of metrics."""
-    group: str = "default"
-    """Folder of the run under runs/nanogpt, and its group in Weights & Biases."""
     out: str = "runs/nanogpt"
     """Folder of all runs."""
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Weights & Biases: auto is online with a login, else offline (`wandb sync` uploads it later)."""
-    resume: bool = False
-    """Continue from the newest checkpoint of this run; without it, an earlier run's folder is moved aside."""
-
-    def __post_init__(self):
-        at_least(1, self, "steps", "log_every")
-        at_least(0, self, "clip")
 
 
 def main() -> None:
@@ -127,93 +94,56 @@ def main() -> None:
 def train(settings: Config, ranks: launch.Launch) -> bool:
     """Train until `settings.steps`, or until asked to stop; returns whether the end was reached."""
     rule_named(settings.optimizer.name)  # an unknown one fails now, before any data is touched
-    lr = settings.optimizer.peak_lr()
-    name = run_name(settings.optimizer.name, lr, settings.seed, settings.optimizer.adamw_lr)
-    folder = Path(settings.out, settings.group, name)
-    launch.seed_all(settings.seed)
+    settings.optimizer.peak_lr()
     corpus = open_corpus(settings, ranks)
+    launch.refuse_differences(
+        {"config": config.to_dict(settings), "corpus": data.read_meta(settings.data.folder)}, ranks
+    )
+    launch.seed_all(settings.seed)
     model, network = build_model(settings, ranks)
     optimizer = build(settings.optimizer, network)
-    peaks = [group["lr"] for group in optimizer.param_groups]
     launch.seed_all(settings.seed + ranks.rank)  # the weights are drawn; dropout differs from rank to rank
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision(settings.dtype, ranks) == torch.float16)
-
-    step, skipped, in_a_row = 0, 0, 0
-    if settings.resume:
-        same_experiment(launch.on_main(lambda: checkpoint.read_extra(folder / "checkpoints")), settings)
-        if saved := checkpoint.load(folder / "checkpoints", model, optimizer):
-            step, skipped, in_a_row = saved["step"], saved["skipped"], saved["in_a_row"]
-            scaler.load_state_dict(saved["scaler"])
-        elif ranks.is_main:
-            print(f"no checkpoint in {folder}: starting at step 0")
-    if step == 0 and ranks.is_main:
-        move_aside(folder)
-    runlog = RunLog(
-        folder,
-        config=config.to_dict(settings),
+    run = Run(
+        settings,
+        ranks,
         experiment="nanogpt",
-        name=name,
-        group=settings.group,
-        tags=[settings.optimizer.name],
-        wandb_mode=settings.wandb,
-        resume_step=step or None,
-        is_main=ranks.is_main,
+        model=model,
+        optimizer=optimizer,
+        scaler=scaler,
+        unit="tokens",
+        units_per_step=settings.data.batch_size * settings.model.context,
+        fixed=("clip", "dtype", "init_from", "model", "data", "optimizer", "schedule"),
+        free=("data.micro_batch", "optimizer.lr", "optimizer.tuned_lr"),  # the rate is in the run's name
     )
-    if step == 0:
-        first = {"tokens": 0, "optimizer_state_mb": optimizer.state_size() / 1e6}
-        runlog.log(0, first | evaluate(network, corpus["val"], settings, ranks))
-
-    timer = Timer(ranks.device)
-    bar = progress(total=settings.steps, initial=step, desc=name, is_main=ranks.is_main)
-    with bar, launch.StopRequest() as stop:
-        asked, shown = False, {}
-        while step < settings.steps and not asked:
-            timer.start()
-            rate = multiplier(step, steps=settings.steps, **vars(settings.schedule))
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * rate
+    with run:
+        if run.step == 0:
+            state = {"optimizer_state_mb": optimizer.state_size() / 1e6}
+            run.log(state | evaluate(network, corpus["val"], settings, ranks))
+        for step in run.steps():
             loss = accumulate_gradient(network, scaler, corpus["train"], step, settings, ranks)
             scaler.unscale_(optimizer)
             norm = clip_gradient(model, settings.clip or math.inf)
 
-            timer.optimizer()
+            run.timer.optimizer()
             with count_bytes() as traffic:
-                if math.isfinite(norm) and math.isfinite(loss):
+                if run.accepts(loss, norm):
                     scaler.step(optimizer)
-                    in_a_row = 0
-                else:
-                    skipped, in_a_row = skipped + 1, in_a_row + 1
             scaler.update()
             optimizer.zero_grad()
-            step += 1
-            timer.stop()
-            end_if_diverged(folder, step, in_a_row, ranks.is_main)
+            run.count_step()
 
-            last, metrics = step == settings.steps, {}
-            if step % settings.log_every == 0 or last:
-                metrics = {"train/loss": loss, "lr": lr * rate, "grad_norm": norm, "skipped": skipped}
-                metrics |= speed(timer.medians(), model, settings, ranks)
+            metrics = {}
+            if run.is_due(settings.log_every):
+                metrics = {"train/loss": loss, **run.measurements()}
+                metrics |= utilization(metrics["tokens_per_second"], model, ranks)
                 if ranks.world_size > 1:
                     metrics["optimizer_mb_received"] = traffic.total_received / 1e6
-            if step % settings.eval.every == 0 or last:
+            if run.is_due(settings.eval.every):
                 metrics |= evaluate(network, corpus["val"], settings, ranks)
-            if metrics:
-                runlog.log(step, {"tokens": step * settings.data.batch_size * settings.model.context, **metrics})
-                shown |= {key: f"{metrics[key]:.4f}" for key in ("train/loss", "val/loss") if key in metrics}
-                bar.set_postfix(shown, refresh=False)
-            asked = stop.agreed(ranks)
-            if settings.checkpoint.every and (step % settings.checkpoint.every == 0 or last or asked):
-                extra = {"config": config.to_dict(settings), "scaler": scaler.state_dict()}
-                extra |= {"skipped": skipped, "in_a_row": in_a_row}
-                checkpoint.save(folder / "checkpoints", step, model, optimizer, extra, settings.checkpoint.keep)
-            if last and ranks.is_main:
-                write_end(folder, step, metrics)
-            bar.update()
-    runlog.finish()
-    if step < settings.steps and ranks.is_main:
-        after = "the same command with --resume continues" if settings.checkpoint.every else "checkpoints are off"
-        print(f"stopped at step {step} of {settings.steps}; {after}")
-    return step >= settings.steps
+            run.log(metrics)
+            run.save_if_due()
+    return run.finished
 
 
 def fit_vocabulary(settings: Config) -> Config:
@@ -226,10 +156,10 @@ def open_corpus(settings: Config, ranks: launch.Launch) -> dict[str, data.TokenF
     """Open both splits, checked against the model and the batch."""
     if settings.data.batch_size < ranks.world_size:
         raise UserError(
-            f"data.batch_size must be a sequence a rank or more, for {ranks.world_size} ranks; "
+            f"data.batch_size must be a sequence per rank or more, for {ranks.world_size} ranks; "
             f"got {settings.data.batch_size}; raise it or set NGPU"
         )
-    verify = ranks.local_rank == 0  # one a machine: each may have its own copy
+    verify = ranks.local_rank == 0  # one per machine: each may have its own copy
     corpus = {split: data.load(settings.data.folder, split, verify=verify) for split in ("train", "val")}
     for tokens in corpus.values():
         data.check_length(tokens, settings.model.context)
@@ -282,7 +212,7 @@ def accumulate_gradient(
             context=settings.model.context,
             device=ranks.device,
         )
-        with synchronizing(network, number == len(mine)):  # the ranks' gradients meet once a step
+        with synchronizing(network, number == len(mine)):  # the ranks' gradients meet once per step
             with autocast(network, precision(settings.dtype, ranks), ranks):
                 _, loss = network(inputs, targets)
             loss = loss * (count * shares / batch_size)  # the gradients' mean over the ranks is taken
@@ -293,7 +223,7 @@ def accumulate_gradient(
 
 @torch.no_grad()
 def evaluate(network: nn.Module, tokens: data.TokenFile, settings: Config, ranks: launch.Launch) -> dict[str, float]:
-    """Return the mean loss in nats a token over the validation windows, which the ranks share, and in bits a byte."""
+    """Return the mean loss in nats per token over the validation windows, shared by the ranks, and bits per byte."""
     network.eval()
     context = settings.model.context
     offsets = data.validation_windows(tokens, count=settings.eval.windows, context=context)
@@ -310,25 +240,11 @@ def evaluate(network: nn.Module, tokens: data.TokenFile, settings: Config, ranks
     return {"val/loss": loss, "val/bits_per_byte": loss / math.log(2) / tokens.bytes_per_token}
 
 
-def speed(medians: tuple[float, float], model: GPT, settings: Config, ranks: launch.Launch) -> dict[str, float]:
-    """Return what people watch: times, tokens a second, memory, and MFU where the device's peak is known."""
-    step_ms, optimizer_ms = medians
-    tokens_per_second = settings.data.batch_size * settings.model.context / step_ms * 1000
-    metrics = {"step_ms": step_ms, "optimizer_ms": optimizer_ms, "tokens_per_second": tokens_per_second}
-    metrics["peak_memory_mb"] = launch.peak_memory_mb(ranks.device)
+def utilization(tokens_per_second: float, model: GPT, ranks: launch.Launch) -> dict[str, float]:
+    """Return the share of the devices' peak FLOPS (MFU) that the model takes, where that peak is known."""
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
-    if peak := next((peak for name, peak in PEAK_TFLOPS.items() if name in device), None):
-        metrics["mfu"] = tokens_per_second * model.flops_per_token() / (1e12 * peak * ranks.world_size)
-    return metrics
-
-
-def same_experiment(saved: dict | None, settings: Config) -> None:
-    """Refuse to resume with another model, corpus or optimizer than the checkpoint's; length and logs may change."""
-    if saved is None:
-        return
-    names = ("clip", "dtype", "init_from", "model", "data", "optimizer", "schedule")
-    but = ("data.micro_batch", "optimizer.lr", "optimizer.tuned_lr")  # the rate is in the run's name
-    config.refuse_changes(saved["config"], config.to_dict(settings), names, but)
+    peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in device), None)
+    return {"mfu": tokens_per_second * model.flops_per_token() / (1e12 * peak * ranks.world_size)} if peak else {}
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from common import UserError, one_line, progress, warn
 from common.figure import STYLES, label_ends, markdown, mean_and_spread, new_figure, rate, save, style_of
 from common.launch import StopRequest, main_guard
 from common.runlog import END, run_name
+from common.whole import write_text
 from scripts.figures import is_number, method, read_config, read_object, require, title_of
 
 KEY = ("config", "optimizer", "lr", "adamw_lr", "seed")  # what makes a recorded run another run
@@ -246,10 +247,7 @@ def add(path: Path, entry: dict) -> None:
     # One line per run, so that a diff shows only the runs that a later sweep adds.
     lines = ",\n".join(f"  {json.dumps(run)}" for run in sorted(runs.values(), key=lambda run: str(run)))
     settings_lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(of)}" for key, of in record["settings"].items())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".partial")
-    aside.write_text(f'{{"runs": [\n{lines}\n ],\n "settings": {{\n{settings_lines}\n }}}}\n')
-    aside.replace(path)  # whole, whenever the sweep is stopped
+    write_text(path, f'{{"runs": [\n{lines}\n ],\n "settings": {{\n{settings_lines}\n }}}}\n')
 
 
 def start(options: Options, trial: Trial) -> subprocess.Popen:

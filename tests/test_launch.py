@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from common import launch, progress, warn
+from common import UserError, launch, progress, warn
 from common.launch import (
     Launch,
     StopRequest,
@@ -24,6 +24,7 @@ from common.launch import (
     device_mesh,
     on_main,
     peak_memory_mb,
+    refuse_differences,
     seed_all,
     start,
     stop,
@@ -126,6 +127,10 @@ def on_each_rank(rank, port, folder):
     results["on_main"] = on_main(lambda: f"from {rank}")
     with pytest.raises(OSError, match="rank 0 failed"):
         on_main(fail)
+    refuse_differences({"config": {"lr": 1.0, "eval": {"every": 2}}}, launch)
+    with pytest.raises(UserError) as refusal:
+        refuse_differences({"config": {"lr": 1.0, "eval": {"every": 2 + rank}}, "corpus": rank}, launch)
+    results["refused"] = str(refusal.value)
     with StopRequest() as stop_request:
         results["agreed"] = [stop_request.agreed(launch)]
         if rank == 1:
@@ -148,6 +153,8 @@ def test_two_ranks_agree_on_sums_results_failures_and_stopping(tmp_path):
             "sum": [1e9 + 1, 4.0],
             "on_main": "from 0",
             "agreed": [False, True],
+            "refused": "all ranks must have the same config.eval.every; got 2 on rank 0; 3 on rank 1: start them with "
+            "the same command and files",
         }
 
 

@@ -18,16 +18,18 @@ from PIL import Image
 from ranks import Ranks
 from tiny_sit_run import ONE, ROOT, curves, random_model, run_folder, settings_of, train, weights, write_config
 
-from common import UserError, launch
+from common import Diverged, UserError, launch
 from common.config import parse_config
 from common.launch import Launch
 from common.runlog import read_metrics
 from common.schedule import ScheduleConfig
+from SIT import objective
 from SIT import train as training
 from SIT.data import digits, to_pixels
 from SIT.model import SiT
+from SIT.objective import VALIDATION
 from SIT.sample import Options, sample, seeded
-from SIT.train import VALIDATION, Config
+from SIT.train import Config
 from SIT.transport import COSINE, PREDICTIONS, target, times
 
 LAYOUTS = {
@@ -217,7 +219,7 @@ def test_resume_refuses_another_experiment(tiny):
 
 
 def test_average_matches_the_recursion_in_float64(tiny, tmp_path, monkeypatch):
-    honest, seen = training.follow, []
+    honest, seen = training.update_average, []
 
     def watched(average, model, keep):
         if not seen:
@@ -225,7 +227,7 @@ def test_average_matches_the_recursion_in_float64(tiny, tmp_path, monkeypatch):
         seen.append([parameter.detach().double().clone() for parameter in model.parameters()])
         honest(average, model, keep)
 
-    monkeypatch.setattr(training, "follow", watched)
+    monkeypatch.setattr(training, "update_average", watched)
     train(tiny, "--steps", "10", "--optimizer.lr", "0.05")
     expected = seen[0]  # at the start the weights themselves
     for weights_then in seen[1:]:
@@ -274,24 +276,25 @@ def test_gradient_of_a_step_matches_the_clipped_one(tiny, tmp_path, monkeypatch,
 
 
 def test_draws_of_training_steps_and_validation_match_none_of_the_others():
-    objective = Config().objective
-    places = [(training.TRAINING, 0, 0), (training.TRAINING, 0, 1), (training.TRAINING, 1, 0), (training.VALIDATION,)]
-    draws = [training.draw(place, 2000, (1, 2, 2), objective) for place in places]
+    settings = Config().objective
+    places = [(training.TRAINING, 0, 0), (training.TRAINING, 0, 1), (training.TRAINING, 1, 0), (VALIDATION,)]
+    draws = [training.draw(place, 2000, (1, 2, 2), settings) for place in places]
     for one, other in itertools.combinations(draws, 2):
         assert not torch.equal(one.noise, other.noise) and not torch.equal(one.t, other.t)
-    assert torch.equal(draws[0].noise, training.draw(places[0], 2000, (1, 2, 2), objective).noise)
+    assert torch.equal(draws[0].noise, training.draw(places[0], 2000, (1, 2, 2), settings).noise)
     # Of 2000 labels 200 are dropped, give or take four standard deviations of 13.
     assert all(abs(draw.dropped.sum() - 200) < 54 for draw in draws)
 
 
 def test_noise_and_times_match_at_each_validation_and_at_no_two_steps(tiny, monkeypatch):
-    honest, drawn = training.draw, {training.TRAINING: [], training.VALIDATION: []}
+    honest, drawn = training.draw, {training.TRAINING: [], VALIDATION: []}
 
     def watched(place, *arguments):
         drawn[place[0]].append(honest(place, *arguments))
         return drawn[place[0]][-1]
 
     monkeypatch.setattr(training, "draw", watched)
+    monkeypatch.setattr(objective, "draw", watched)
     train(tiny)
     steps, validations = drawn.values()
     assert (len(steps), len(validations)) == (4, 3)
@@ -354,9 +357,28 @@ def test_non_finite_steps_are_skipped_counted_and_end_the_run_with_the_checkpoin
     assert lines[4]["val/loss"] == lines[6]["val/loss"] == lines[12]["val/loss"] != lines[2]["val/loss"]
     finished = run_folder(tmp_path / "runs") / "finished.json"
     assert json.loads(finished.read_text())["diverged"]
+    kept = sorted(path.name for path in finished.parent.glob("checkpoints/step-*"))
+    assert kept == ["step-00000002", "step-00000004"], "none of a step that was not finite"
     train(tiny, "--steps", "13", "--resume")
     assert math.isfinite(curves(tmp_path / "runs")[-1]["train/loss"])
     assert not json.loads(finished.read_text())["diverged"]
+
+
+def test_last_validation_that_is_not_finite_is_a_divergence_without_a_checkpoint(tiny, tmp_path, monkeypatch):
+    honest, shifts = training.evaluate, iter((0.0, 0.0, math.nan))  # at steps 0, 2 and 4
+
+    def nan_at_the_end(*given):
+        shift = next(shifts)
+        return {key: value + shift for key, value in honest(*given).items()}
+
+    monkeypatch.setattr(training, "evaluate", nan_at_the_end)
+    with pytest.raises(Diverged, match=r"the validation after the last step, 4, had loss nan.*checkpoint is of step 2"):
+        train(tiny)
+    run = run_folder(tmp_path / "runs")
+    assert [path.name for path in run.glob("checkpoints/step-*")] == ["step-00000002"]
+    assert json.loads((run / "finished.json").read_text()) == {
+        "step": 4, "val_loss": None, "bits_per_byte": None, "diverged": True
+    }  # fmt: skip
 
 
 def test_float16_skips_what_its_loss_scale_overflows_and_matches_float32_after(tiny, tmp_path, monkeypatch):
@@ -418,7 +440,7 @@ def test_misspelt_key_of_a_file_refuses_with_the_nearest(tiny):
 
 
 def test_fewer_images_than_ranks_refuses(tiny):
-    with pytest.raises(UserError, match="an image a rank or more, for 8 ranks; got 5"):
+    with pytest.raises(UserError, match="an image per rank or more, for 8 ranks; got 5"):
         training.train(settings_of(tiny), Launch(0, 0, 8, torch.device("cpu"), 8))
 
 

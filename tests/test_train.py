@@ -1,5 +1,6 @@
 """nanoGPT/train.py end to end, on a corpus and a model that take seconds."""
 
+import itertools
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import pytest
 import torch
 from tiny_gpt import ROOT, write_config, write_corpus
 
-from common import UserError
+from common import Diverged, UserError
 from common.config import parse_config
 from common.launch import Launch
 from common.runlog import read_metrics
@@ -151,13 +152,64 @@ def test_non_finite_steps_are_skipped_counted_and_end_the_run_with_the_checkpoin
     assert capsys.readouterr().err.endswith("\n"), caught  # the bar's line has ended; what is caught keeps it alive
     lines = {line["step"]: line for line in read_metrics(run_folder(tiny))}
     assert [lines[step]["skipped"] for step in (4, 5, 6, 7, 15)] == [0, 1, 1, 2, 10]
-    # Nothing moved the weights after step 6, and the checkpoints of steps 8 and 12 are whole.
+    # Nothing moved the weights after step 6.
     assert lines[8]["val/loss"] == lines[12]["val/loss"] != lines[4]["val/loss"]
     assert json.loads((run_folder(tiny) / "finished.json").read_text())["diverged"]
+    assert checkpoints(tiny) == [4], "none of steps that were not finite, and the finite one stays"
+    assert "the last checkpoint is of step 4" in str(caught.value)
     monkeypatch.undo()
     train(tiny, "--steps", "13", "--resume")
     assert math.isfinite(curves(tiny)[-1]["train/loss"])
     assert not json.loads((run_folder(tiny) / "finished.json").read_text())["diverged"]
+
+
+def checkpoints(config: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in run_folder(config).glob("checkpoints/step-*"))
+
+
+@pytest.mark.parametrize("poisoned", ["weight", "momentum"])
+def test_weights_or_state_that_are_not_finite_leave_the_finite_checkpoint(tiny, monkeypatch, poisoned, capsys):
+    """One infinite entry after step 8: no loss says so before the next step."""
+    honest = training.Run.count_step
+
+    def poison(run):
+        honest(run)
+        if run.step == 8:
+            weight = next(parameter for parameter in run._model.parameters() if run._optimizer.state[parameter])
+            state = next(buffer for buffer in run._optimizer.state[weight].values() if buffer.dim())
+            (weight if poisoned == "weight" else state).data.flatten()[0] = float("inf")
+
+    monkeypatch.setattr(training.Run, "count_step", poison)
+    with pytest.raises(Diverged, match="the last checkpoint is of step 4"):
+        train(tiny, "--steps", "40", "--eval.every", "40")
+    assert checkpoints(tiny) == [4]
+    assert "no checkpoint at step 8: weights or optimizer state are not finite" in capsys.readouterr().err
+
+
+def test_checkpoint_that_was_left_out_is_made_up_for_after_the_next_finite_step(tiny, monkeypatch):
+    honest, count = training.accumulate_gradient, itertools.count(1)
+    monkeypatch.setattr(
+        training, "accumulate_gradient", lambda *given: honest(*given) + (math.nan if next(count) == 8 else 0.0)
+    )
+    train(tiny, "--steps", "11", "--checkpoint.keep", "9")
+    assert checkpoints(tiny) == [4, 9, 11]
+
+
+def test_last_validation_that_is_not_finite_ends_as_a_divergence(tiny, monkeypatch):
+    monkeypatch.setattr(training, "evaluate", lambda *_: {"val/loss": math.nan, "val/bits_per_byte": math.nan})
+    with pytest.raises(Diverged, match="the validation after the last step, 2, had loss nan"):
+        train(tiny, "--steps", "2")
+    written = (run_folder(tiny) / "finished.json").read_text()
+    assert json.loads(written) == {"step": 2, "val_loss": None, "bits_per_byte": None, "diverged": True}
+    assert checkpoints(tiny) == []
+
+
+def test_config_of_a_run_holds_the_rate_that_was_used(tiny):
+    base = tiny.with_name("base.toml")
+    base.write_text(base.read_text().replace("\nlr = ", "\ntuned_lr.olion = "))
+    train(tiny, "--steps", "1")
+    record = json.loads((run_folder(tiny) / "config.json").read_text())["config"]["optimizer"]
+    assert record["lr"] == record["tuned_lr"]["olion"] > 0
 
 
 def test_finished_file_holds_the_last_validation(tiny):

@@ -1,0 +1,105 @@
+"""The objective of a SiT: its settings, its random draws, its losses, and their validation."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from common import launch
+from common.config import ConfigError, at_least
+from common.parallel import autocast, precision
+from SIT import data
+from SIT.encoders import Encoder
+from SIT.sample import seeded
+from SIT.transport import Path, Prediction, denoising_loss, interpolate, projection_loss, times
+
+if TYPE_CHECKING:
+    from SIT.train import Config
+
+TRAINING, VALIDATION = 1, 2  # what noise and times are drawn for: never the same ones for both
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The path from data to noise, the prediction of the network on it, and the alignment of its tokens."""
+
+    path: Literal["linear", "cosine"] = "linear"
+    """The path from data to noise."""
+    prediction: Prediction = "velocity"
+    """What the network predicts."""
+    times: Literal["uniform", "lognormal"] = "uniform"
+    """How times are drawn."""
+    encoder: str = "dinov2-b"
+    """Whose features the tokens are aligned with: dinov2-s, -b, -l, -g, digits; empty trains without REPA."""
+    encoder_folder: str = ""
+    """Where its weights are, if not in the Hugging Face cache."""
+    projection_weight: float = 0.5
+    """Of the projection loss, beside the denoising loss (REPA)."""
+    label_dropout: float = 0.1
+    """Part of the labels replaced by none, for classifier-free guidance."""
+
+    def __post_init__(self):
+        at_least(0, self, "projection_weight", "label_dropout")
+        if self.label_dropout >= 1:
+            raise ConfigError(f"label_dropout must be below 1, got {self.label_dropout}; 0.1 is SiT's")
+
+
+class Draws(NamedTuple):
+    """Random numbers of a batch of B images."""
+
+    noise: Tensor  # (B, C, H, W)
+    t: Tensor  # (B,)
+    dropped: Tensor  # (B,), whose labels are hidden
+
+
+def draw(place: tuple[int, ...], count: int, shape: tuple[int, ...], settings: ObjectiveConfig) -> Draws:
+    """Draw for a whole global batch, the same on every rank, which takes its rows of it."""
+    generator = seeded(*place)
+    t = times(count, settings.times, generator, Path(settings.path))
+    dropped = torch.rand(count, generator=generator) < settings.label_dropout
+    return Draws(torch.randn(count, *shape, generator=generator), t, dropped)
+
+
+def losses_of(
+    network: nn.Module,
+    batch: dict[str, Tensor],
+    draws: Draws,
+    encoder: Encoder | None,
+    settings: "Config",
+    ranks: launch.Launch,
+) -> tuple[Tensor, Tensor]:
+    """Return the denoising and the projection loss of each image, (B,) each; 0 without an encoder."""
+    path, x, y = Path(settings.objective.path), batch["x"], batch["y"]
+    dtype = precision(settings.dtype, ranks)
+    y = torch.where(draws.dropped, settings.model.n_class, y)  # n_class: none
+    with autocast(network, dtype, ranks):
+        prediction, projected = network(interpolate(x, draws.noise, draws.t, path), draws.t, y)
+    denoising = denoising_loss(prediction, x, draws.noise, draws.t, path, settings.objective.prediction)
+    if encoder is None:
+        return denoising, torch.zeros_like(denoising)
+    with autocast(encoder, dtype, ranks):  # beside a network in shards too, which does without
+        features = encoder(batch["images"])  # (B, N, Z)
+    return denoising, projection_loss(projected, features)
+
+
+@torch.no_grad()
+def evaluate(
+    average: nn.Module, items: data.Items, encoder: Encoder | None, settings: "Config", ranks: launch.Launch
+) -> dict[str, float]:
+    """Return the losses of the averaged model on the validation images, with noise and times that stay the same."""
+    count = min(settings.eval.images, len(items))
+    drawn = draw((VALIDATION,), count, items.shape, settings.objective)
+    drawn = drawn._replace(dropped=torch.zeros_like(drawn.dropped))
+    together = settings.data.micro_batch * ranks.world_size
+    totals = torch.zeros(2, dtype=torch.float64)
+    for start in range(0, count, together):
+        mine = list(range(start, min(start + together, count)))[ranks.rank :: ranks.world_size]
+        rows = mine or [0]  # FSDP needs every rank in every pass
+        batch = data.move(data.take(items, rows, seed=0), ranks.device)
+        draws = Draws(*(each[rows].to(ranks.device) for each in drawn))
+        losses = losses_of(average, batch, draws, encoder, settings, ranks)
+        totals += torch.stack([each.mean() for each in losses]).double().cpu() * len(mine)
+    denoising, projection = (total / count for total in launch.all_reduce_sum(totals.tolist(), ranks))
+    loss = denoising + settings.objective.projection_weight * projection
+    return {"val/loss": loss, "val/denoising_loss": denoising, "val/projection_loss": projection}

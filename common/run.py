@@ -1,0 +1,295 @@
+"""A training run: its folder, step, counters, log, progress bar, checkpoints, requests to stop, and end.
+
+    with Run(settings, ranks, ...) as run:
+        for step in run.steps():
+            ...                                    # the experiment's own: gradient, then
+            if run.accepts(loss, norm):
+                optimizer.step()
+            run.count_step()
+            run.log({"train/loss": loss, **run.measurements()} if run.is_due(settings.log_every) else {})
+            run.save_if_due()
+
+A Run never calls the model, the loss or `optimizer.step()`: a train.py still reads as its algorithm.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from common import Diverged, checkpoint, config, launch, progress, warn
+from common.checkpoint_folder import CheckpointConfig
+from common.config import at_least
+from common.parallel import ParallelConfig
+from common.runlog import RunLog, move_aside, run_name, write_end
+from common.schedule import ScheduleConfig, multiplier
+from common.timer import Timer
+
+MAX_SKIPPED = 10  # non-finite steps in a row after which a run is lost; fp16's loss scale recovers within these
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings that every experiment has; an experiment adds [optimizer], [eval] and its own."""
+
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    steps: int = 20_000
+    """Optimizer steps."""
+    clip: float = 1.0
+    """Largest global norm of the gradient; 0 leaves it as it is."""
+    seed: int = 1337
+    """Seeds the weights and, with the step, batches and all that is drawn for them."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the forward and backward pass, the weights staying float32; auto is bfloat16 on GPUs and float32
+    elsewhere. float64, of weights and all, is for comparing layouts: differences are then not rounding."""
+    compile: bool = False
+    """Run the model through torch.compile: a minute of compiling, then faster steps on a GPU."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    group: str = "default"
+    """Folder of the run below `out`, and its group in Weights & Biases."""
+    out: str = "runs"
+    """Folder of all runs."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Weights & Biases: auto is online with a login, else offline (`wandb sync` uploads it later)."""
+    resume: bool = False
+    """Continue from the newest checkpoint of this run; without it, an earlier run's folder is moved aside."""
+
+    def __post_init__(self):
+        at_least(1, self, "steps", "log_every")
+        at_least(0, self, "clip", "seed")
+        group = Path(self.group)
+        if group.is_absolute() or not group.parts or ".." in group.parts:
+            raise config.ConfigError(f"group must name a folder below `out`; got {self.group!r}")
+
+
+class Run:
+    """One run of an experiment, new or resumed; a context manager, whose end closes log, bar and signal handlers.
+
+    settings: a RunConfig with an [optimizer] and, in `eval.every`, the steps between validations.
+    model, optimizer: saved in checkpoints, and restored where `settings.resume` asks for it.
+    scaler: the loss scaler, saved with them.
+    unit, units_per_step: what is counted ("tokens"), and how many of them one step takes over all ranks.
+    fixed, free: settings and sections that a resumed run must share with its checkpoint, and exceptions among them.
+
+    Raises UserError where the checkpoint is of another experiment.
+    """
+
+    def __init__(
+        self,
+        settings: Any,
+        ranks: launch.Launch,
+        *,
+        experiment: str,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scaler: torch.amp.GradScaler,
+        unit: str,
+        units_per_step: int,
+        fixed: Sequence[str],
+        free: Sequence[str],
+    ) -> None:
+        self.settings, self.ranks, self.timer = settings, ranks, Timer(ranks.device)
+        self._model, self._optimizer, self._scaler = model, optimizer, scaler
+        self._unit, self._units_per_step = unit, units_per_step
+        self._lr = settings.optimizer.peak_lr()
+        self._peaks = [group["lr"] for group in optimizer.param_groups]
+        self.name = run_name(settings.optimizer.name, self._lr, settings.seed, settings.optimizer.adamw_lr)
+        self.folder = Path(settings.out, settings.group, self.name)
+        self.step = 0  # that were taken
+        self._skipped, self._in_a_row, self._norm, self._shown = 0, 0, math.nan, {}
+        self._saved_step: int | None = None
+        self._save_owed = self._stop_agreed = False
+        self._validation: dict[str, float] = {}
+        if settings.resume:
+            self._restore(fixed, free)
+        if self.step == 0 and ranks.is_main:
+            move_aside(self.folder)
+        record = config.to_dict(settings)
+        record["optimizer"]["lr"] = self._lr  # resolved: a sweep's plots need the rate that was used
+        self._runlog = RunLog(
+            self.folder,
+            config=record,
+            experiment=experiment,
+            name=self.name,
+            group=settings.group,
+            tags=[settings.optimizer.name],
+            wandb_mode=settings.wandb,
+            resume_step=self.step or None,
+            is_main=ranks.is_main,
+        )
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._open.close()
+        self._runlog.finish()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps were taken."""
+        return self.step >= self.settings.steps
+
+    def steps(self) -> Iterator[int]:
+        """Yield the number of each step, from 0, with its learning rates set, until the end or a request to stop.
+
+        Raises Diverged, on all ranks, where the last validation is not finite.
+        """
+        total = self.settings.steps
+        bar = progress(total=total, initial=self.step, desc=self.name, is_main=self.ranks.is_main)
+        self._bar = self._open.enter_context(bar)
+        self._stop = self._open.enter_context(launch.StopRequest())
+        while not (self.finished or self._stop_agreed):
+            self.timer.start()
+            self._rate = multiplier(self.step, steps=total, **vars(self.settings.schedule))
+            for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+                group["lr"] = peak * self._rate
+            yield self.step
+            if self.finished:
+                self._end()
+            self._bar.update()
+        self._open.close()
+        if self.ranks.is_main:
+            print(self._last_words())
+
+    def accepts(self, loss: float, norm: float) -> bool:
+        """Return whether a step's loss and gradient norm are finite; counts it as skipped otherwise."""
+        self._norm = norm
+        if math.isfinite(loss) and math.isfinite(norm):
+            self._in_a_row = 0
+            return True
+        self._skipped, self._in_a_row = self._skipped + 1, self._in_a_row + 1
+        return False
+
+    def count_step(self) -> None:
+        """End a step; raises Diverged, on all ranks, after MAX_SKIPPED steps in a row that were not finite."""
+        self.step += 1
+        self.timer.stop()
+        self._validation = {}
+        if self._in_a_row >= MAX_SKIPPED:
+            self._diverge(f"the {self._in_a_row} steps up to {self.step} had none")
+
+    def is_due(self, every: int) -> bool:
+        """Return whether something is due that happens every so many steps, and after the last one."""
+        return self.step % every == 0 or self.finished
+
+    def measurements(self) -> dict[str, float]:
+        """Return rate, gradient norm, times and memory of the steps since the last call."""
+        step_ms, optimizer_ms = self.timer.medians()
+        return {
+            "lr": self._lr * self._rate,
+            "grad_norm": self._norm,
+            "skipped": self._skipped,
+            "step_ms": step_ms,
+            "optimizer_ms": optimizer_ms,
+            f"{self._unit}_per_second": self._units_per_step / step_ms * 1000,
+            "peak_memory_mb": launch.peak_memory_mb(self.ranks.device),
+        }
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Record metrics of this step, if there are any; the losses are shown beside the progress bar."""
+        if not metrics:
+            return
+        self._runlog.log(self.step, {self._unit: self.step * self._units_per_step, **metrics})
+        self._shown |= {key: f"{metrics[key]:.4f}" for key in ("train/loss", "val/loss") if key in metrics}
+        if "val/loss" in metrics:
+            self._validation = metrics
+        if self.step:
+            self._bar.set_postfix(self._shown, refresh=False)
+
+    def save_if_due(self) -> None:
+        """Save a checkpoint when one is due, or a stop was asked for; never of weights or steps that are not finite.
+
+        A checkpoint that was left out for that reason is made up for after the next finite step.
+        """
+        every = self.settings.checkpoint.every
+        self._stop_agreed = self._stop.agreed(self.ranks)
+        if not every or not (self._save_owed or self._stop_agreed or self.is_due(every)):
+            return
+        owed_before, self._save_owed = self._save_owed, not self._is_finite()
+        if self._save_owed:
+            if self.ranks.is_main and not owed_before:
+                warn(f"no checkpoint at step {self.step}: {self._unsound}; {self._last_checkpoint()}")
+            return
+        extra = {"config": config.to_dict(self.settings), "scaler": self._scaler.state_dict()}
+        extra |= {"skipped": self._skipped, "in_a_row": self._in_a_row}
+        folder, keep = self.folder / "checkpoints", self.settings.checkpoint.keep
+        checkpoint.save(folder, self.step, self._model, self._optimizer, extra, keep)
+        self._saved_step = self.step
+
+    def _restore(self, fixed: Sequence[str], free: Sequence[str]) -> None:
+        folder = self.folder / "checkpoints"
+        saved = launch.on_main(lambda: checkpoint.read_extra(folder))
+        if saved is not None:
+            config.refuse_changes(saved["config"], config.to_dict(self.settings), fixed, free)
+        saved = checkpoint.load(folder, self._model, self._optimizer)
+        if saved:
+            self.step, self._skipped, self._in_a_row = saved["step"], saved["skipped"], saved["in_a_row"]
+            self._saved_step = self.step
+            self._scaler.load_state_dict(saved["scaler"])
+        elif self.ranks.is_main:
+            print(f"no checkpoint in {self.folder}: starting at step 0")
+
+    def _is_finite(self) -> bool:
+        """Return whether last step, validation, weights and optimizer state are finite, on all ranks alike."""
+        self._unsound = ""
+        if self._in_a_row:
+            self._unsound = "the last step's loss or gradient is not finite"
+        elif not math.isfinite(self._validation.get("val/loss", 0.0)):
+            self._unsound = "the validation loss is not finite"
+        else:
+            state = [value for buffers in self._optimizer.state.values() for value in buffers.values()]
+            tensors = [*self._model.state_dict().values(), *state]
+            if launch.all_reduce_sum([float(not all_finite(tensors))], self.ranks)[0]:
+                self._unsound = "weights or optimizer state are not finite"
+        return not self._unsound
+
+    def _last_checkpoint(self) -> str:
+        if self._saved_step is None:
+            return "no checkpoint was saved"
+        return f"the last checkpoint is of step {self._saved_step}, and finite"
+
+    def _diverge(self, reason: str) -> None:
+        if self.ranks.is_main:
+            write_end(self.folder, self.step, {})
+        raise Diverged(
+            f"training needs finite losses and gradients, and {reason}; start anew with a lower learning rate "
+            f"({self._last_checkpoint()})"
+        )
+
+    def _end(self) -> None:
+        """Write finished.json; a last validation that is not finite is a divergence."""
+        loss = self._validation.get("val/loss", math.nan)
+        if not math.isfinite(loss):
+            self._diverge(f"the validation after the last step, {self.step}, had loss {loss}")
+        if self.ranks.is_main:
+            write_end(self.folder, self.step, self._validation)
+
+    def _last_words(self) -> str:
+        if self.finished:
+            return f"{self.folder}: {self.step} steps, " + ", ".join(
+                f"{key} {text}" for key, text in self._shown.items()
+            )
+        every = self.settings.checkpoint.every
+        after = "the same command with --resume continues" if every else "checkpoints are off"
+        return f"stopped at step {self.step} of {self.settings.steps}; {after}"
+
+
+def all_finite(tensors: Sequence[Any]) -> bool:
+    """Return whether this rank's parts of all floating-point tensors are finite; other values are passed over."""
+    locals_ = [each.to_local() if isinstance(each, DTensor) else each for each in tensors if isinstance(each, Tensor)]
+    checks = [each.isfinite().all().cpu() for each in locals_ if each.is_floating_point()]
+    return bool(torch.stack(checks).all()) if checks else True
