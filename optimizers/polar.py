@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .checks import closest
+from .qdwh import qdwh
 
 Triple = tuple[float, float, float]
 
@@ -46,7 +47,8 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
 }
 """Coefficient sets by name; when there are more steps than triples, the last triple repeats."""
 
-FORMS = ("auto", "plain", "gram", "svd")
+FORMS = ("auto", "plain", "gram", "qdwh", "svd")
+EXACT_FORMS = ("qdwh", "svd")  # computed in float32 or float64 from what they are given
 
 # The Gram form restarts (forms G anew from X) before G's rounding error, the precision's eps grown by up to a² a
 # step, reaches a limit; the first run bears more, as the spectrum of G is still small. Over nine spectra (Gaussian,
@@ -75,8 +77,9 @@ def orthogonalize(
         eps: floor of the Frobenius norm that each matrix is divided by, as in torch.optim.Muon (the paper adds it
             instead; the two differ by 1e-7 of the norm). A zero matrix stays zero.
         dtype: precision of the iteration and of the result; None is `default_dtype`.
-        form: "plain", "gram", "auto" (the cheaper of the two) or "svd" (exact, slow: the oracle; rank-deficient
-            directions stay zero).
+        form: "plain", "gram", "auto" (the cheaper of the two), "qdwh" (accurate for ill-conditioned matrices, in
+            float32 or float64; see `qdwh.py`) or "svd" (exact, slow: the oracle; rank-deficient directions stay zero).
+            The last two take no steps or coefficients.
 
     Returns: (..., m, n) in `dtype`. Raises ValueError for an unknown name or form, or a wrong number of triples.
 
@@ -91,6 +94,8 @@ def orthogonalize(
     *_, m, n = matrices.shape
     if form == "svd":
         return _svd(matrices).to(dtype)
+    if form == "qdwh":
+        return qdwh(matrices.reshape(-1, m, n), eps).reshape(matrices.shape).to(dtype)
     if form == "auto":
         form = min(("plain", "gram"), key=lambda each: flops(m, n, ns_steps, each, triples, dtype, matrices.device))
 
@@ -257,7 +262,7 @@ def orthogonalize_group(stack: Tensor, group: dict) -> Tensor:
 def group_flops(m: int, n: int, group: dict, param: Tensor) -> float:
     """Return the operations of one direction; of a rule without these options, those of the default iteration."""
     form = group.get("ns_form", "auto")
-    form = "plain" if form == "svd" else form  # about as much, and only the order matters
+    form = "plain" if form in EXACT_FORMS else form  # about as much, and only the order matters
     options = {name: group[name] for name in ("ns_steps", "ns_coefficients") if name in group}
     dtype = group.get("ns_dtype") or default_dtype(param)
     return flops(m, n, form=form, dtype=dtype, device=param.device, **options)

@@ -21,7 +21,7 @@ def grad_dtype(param: Tensor, group: dict) -> torch.dtype:
 def to_owner_dtype(param: Tensor, group: dict) -> torch.dtype:
     """Return the dtype in which shards travel to the owners: bfloat16 where these compute in it anyway."""
     computed_in = group.get("ns_dtype") or polar.default_dtype(param)
-    if "ns_dtype" in group and group.get("ns_form") != "svd" and computed_in == torch.bfloat16:
+    if "ns_dtype" in group and group.get("ns_form") not in polar.EXACT_FORMS and computed_in == torch.bfloat16:
         return torch.bfloat16
     return grad_dtype(param, group)
 

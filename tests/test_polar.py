@@ -1,5 +1,7 @@
 """Newton-Schulz in its forms and precisions agrees with a float64 reference and with the SVD."""
 
+import math
+
 import pytest
 import reference
 import torch
@@ -94,7 +96,25 @@ def test_convergent_coefficients_on_rank_deficient_matrices_match_the_svd(shape,
     torch.testing.assert_close(result, exact, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("form", [*FORMS, "svd"])
+@pytest.mark.parametrize("condition", [1e0, 1e4, 1e8, 1e12])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (30, 30)])
+def test_qdwh_matches_the_svd_at_any_condition_number(shape, condition):
+    sigma = torch.logspace(0, -math.log10(condition), min(shape), dtype=torch.float64)
+    matrix = with_spectrum(*shape, sigma)
+    result = orthogonalize(matrix, form="qdwh")
+    # A polar factor moves by eps / smallest singular value where the matrix is rounded: the oracle's does, too.
+    bound = 10 * torch.finfo(torch.float64).eps * condition + 1e-13
+    torch.testing.assert_close(result, reference.polar_factor(matrix, rank=min(shape)), rtol=0, atol=bound)
+    torch.testing.assert_close(torch.linalg.svdvals(result), torch.ones_like(sigma), rtol=0, atol=1e-13)
+
+
+def test_qdwh_in_float32_matches_the_svd_of_a_stack():
+    matrices = torch.randn(3, 24, 40)
+    expected = torch.stack([reference.polar_factor(each, rank=24) for each in matrices.double()])
+    torch.testing.assert_close(orthogonalize(matrices, form="qdwh").double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [*FORMS, "qdwh", "svd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zero_matrices_stay_zero_beside_others(form, dtype):
     matrices = torch.randn(3, 8, 12)
@@ -132,7 +152,7 @@ def test_floor_of_the_norm_matches_torchs():
     assert (result - orthogonalize(matrix, form="plain")).norm() > 0.1  # the floor was reached
 
 
-@pytest.mark.parametrize("form", [*FORMS, "svd"])
+@pytest.mark.parametrize("form", [*FORMS, "qdwh", "svd"])
 def test_orthogonalize_leaves_its_input_and_takes_any_strides(form):
     stored = torch.randn(20, 2, 12, dtype=torch.float64)
     matrices = stored.permute(1, 2, 0)  # (2, 12, 20), not contiguous
@@ -149,7 +169,7 @@ def test_default_precision_on_a_cpu_matches_the_input(given, expected):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", [*FORMS, "svd"])
+@pytest.mark.parametrize("form", [*FORMS, "qdwh", "svd"])
 def test_dtype_asked_for_matches_the_results(form, dtype):
     assert orthogonalize(torch.randn(4, 6), form=form, dtype=dtype).dtype == dtype
 
