@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def commands(text):
     inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     lines = [line for block in blocks("bash", text) for line in block.splitlines()] + inline
     for line in lines:
-        if re.match(r"([A-Z_]+=\S+ |[A-Z_]+=\"[^\"]*\" )*(bash|python -m) ", " ".join(line.split())):
+        if re.match(r"([A-Z_]+=\S+ |[A-Z_]+=\"[^\"]*\" )*(bash|python -m|torchrun|accelerate launch) ", " ".join(line.split())):
             words = shlex.split(line, comments=True)
             while re.match(r"[A-Z_]+=", words[0]):
                 words.pop(0)
@@ -102,8 +103,8 @@ def test_every_command_names_programs_options_and_files_that_are_there(document)
         line = " ".join(words)
         if words[0] == "bash":
             assert (ROOT / words[1]).is_file(), line
-        elif words[2].split(".")[0] in HOMES:
-            assert importlib.util.find_spec(words[2]), line
+        for module in (after for word, after in pairwise(words) if word == "-m" and after.split(".")[0] in HOMES):
+            assert importlib.util.find_spec(module), line
         for word in words[1:]:
             if word.endswith(".toml"):
                 assert (ROOT / word).is_file(), line
