@@ -1,7 +1,7 @@
 """The polar factor by QDWH: QR-based, dynamically weighted Halley iteration, accurate whatever the condition number.
 
 Each step maps every singular value s to s (a + b s²) / (1 + c s²), with a, b, c the best for all s in [l, 1]; then
-l moves to its own image. The slope at zero is a: 3.4 for Jordan's polynomial, 7e10 for the first step from l = 2e-16, so
+l moves to its own image. The slope at zero is a: 3.4 for Jordan's polynomial, 7e10 for the first step from l = 2e-16;
 six steps are enough in float64 and four in float32.
 
 Nakatsukasa, Bai and Gygi, "Optimizing Halley's iteration for computing the matrix polar decomposition", SIAM J. Matrix
