@@ -1,6 +1,6 @@
 """A convolutional network on handwritten digits: kernels as matrices (out, in x height x width), by OLion and AdamW.
 
-    python -m examples.convnet
+python -m examples.convnet
 """
 
 import torch

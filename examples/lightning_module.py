@@ -1,7 +1,7 @@
 """A LightningModule that trains by OLion, its learning rate scheduled and logged as with any optimizer.
 
-    pip install lightning
-    python -m examples.lightning_module
+pip install lightning
+python -m examples.lightning_module
 """
 
 import lightning

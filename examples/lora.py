@@ -9,10 +9,10 @@ A small GPT-2 learns Python source, is frozen, and its adapters learn the Englis
 
 import argparse
 import copy
+import pydoc_data.topics
 import statistics
 from pathlib import Path
 
-import pydoc_data.topics
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -27,7 +27,8 @@ BEST = {"olion": 1.6e-2, "muon": 1.6e-2, "adamw": 1.6e-2}  # of RATES, by --comp
 def windows_of(path: str) -> torch.Tensor:
     """Return the bytes of a file as tokens (windows, CONTEXT)."""
     text = Path(path).read_bytes()[:300_000]
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()[: len(text) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+    whole = text[: len(text) // CONTEXT * CONTEXT]
+    return torch.frombuffer(bytearray(whole), dtype=torch.uint8).long().view(-1, CONTEXT)
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, windows: torch.Tensor, steps: int) -> None:

@@ -75,7 +75,8 @@ def commands(text):
     inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     lines = [line for block in blocks("bash", text) for line in block.splitlines()] + inline
     for line in lines:
-        if re.match(r"([A-Z_]+=\S+ |[A-Z_]+=\"[^\"]*\" )*(bash|python -m|torchrun|accelerate launch) ", " ".join(line.split())):
+        settings = r"([A-Z_]+=\S+ |[A-Z_]+=\"[^\"]*\" )*"
+        if re.match(settings + "(bash|python -m|torchrun|accelerate launch) ", " ".join(line.split())):
             words = shlex.split(line, comments=True)
             while re.match(r"[A-Z_]+=", words[0]):
                 words.pop(0)
