@@ -3,6 +3,7 @@
 python -m SIT.prepare digits    # trains both, two networks that differ in seed and width, in seconds
 """
 
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import UserError
+from common.corpus import locked
 from SIT.data import Pixels, digits, to_pixels
+from SIT.files import write_whole
 
 FOLDER = Path("data/digits")
 ENCODER_FILE, JUDGE_FILE = "encoder.pt", "judge.pt"
@@ -124,3 +127,16 @@ def load_digits_cnn(path: Path, device: torch.device | str = "cpu") -> DigitsCNN
             f"{path} must hold a digits' network, does not ({type(error).__name__}): prepare it again"
         ) from error
     return model.to(device).eval().requires_grad_(False)
+
+
+def prepare(folder: Path = FOLDER) -> Path:
+    """Train the digits' encoder and judge unless they are there, and return their folder."""
+    with locked(folder):
+        for file, recipe in RECIPES.items():
+            if (folder / file).is_file():
+                print(f"{folder / file} is there")
+                continue
+            network, accuracy = train_digits_cnn(**recipe)
+            write_whole(folder / file, partial(save_digits_cnn, network))
+            print(f"{folder / file}: recognises {accuracy:.1%} of the validation digits")
+    return folder

@@ -9,41 +9,14 @@ taken. Beside these stand the losses of the run's last validation, and above the
 no model needs to be better.
 """
 
-import json
-import math
-import re
-import statistics
-import zipfile
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 import tyro
-from torch import Tensor
-from torch.nn.functional import pad
-from torch.utils.data import Dataset
 
-from common import UserError, launch, one_line, progress, warn
-from common.config import at_least
-from common.figure import FAINT, INK, markdown, mean_and_spread, new_figure, save, style_of
-from common.runlog import read_metrics
-from SIT.data import Pixels, digits, to_images
-from SIT.digits import FOLDER, JUDGE_FILE, DigitsCNN, load_digits_cnn
-from SIT.latents import IMAGE_SUFFIXES
-from SIT.sample import Sampler, draw, labels_of, load_run, picture
-
-COLUMNS, LINES = 20, 2  # of the digits that the picture shows of a method; the classes take turns, two a line
-CLASSES = 10
-MEASURES = {
-    "denoising": "denoising loss",
-    "projection": "projection loss",
-    "recognised": "recognised",
-    "frechet": "Frechet distance",
-}
-EDGE = 1  # pixels around a digit
-DRAWN_AT_ONCE = 250
+from common import UserError
+from common.guard import main_guard
+from common.options import parse_options
 
 
 @dataclass(frozen=True)
@@ -61,203 +34,21 @@ class Options:
     first folder."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """What was drawn from a run, and measured."""
-
-    folder: str
-    optimizer: str
-    images: Tensor  # (n, 1, 8, 8) uint8
-    recognised: float
-    frechet: float
-    denoising: float = math.nan  # its last losses on the validation digits
-    projection: float = math.nan
-
-    @property
-    def method(self) -> str:
-        """What runs have in common that differ in their seed alone: group, optimizer and rates."""
-        return re.sub(r"-s\d+$", "", self.folder)
-
-
-def frechet(first: Tensor, second: Tensor) -> float:
-    """Return the Frechet distance of two sets of features (n, D) and (m, D), seen as Gaussians, in float64.
-
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), Heusel et al., arXiv 1706.08500.
-    """
-    first, second = first.double(), second.double()
-    covariances = first.T.cov(), second.T.cov()
-    # The eigenvalues of C1 C2 are those of a positive semi-definite matrix; rounding may leave them below zero.
-    roots = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt()
-    traces = covariances[0].trace() + covariances[1].trace() - 2 * roots.sum()
-    return ((first.mean(0) - second.mean(0)).square().sum() + traces).item()
-
-
-@torch.no_grad()
-def measure(images: Tensor, labels: Tensor, judge: DigitsCNN, reference: Pixels) -> dict[str, float]:
-    """Return the share of images (n, 1, 8, 8) recognised as their labels (n,), and the Frechet distance."""
-    recognised = (judge(images).argmax(1) == labels).double().mean().item()
-    return {"recognised": recognised, "frechet": frechet(judge.features(images), judge.features(reference.images))}
-
-
-def find_runs(folders: tuple[Path, ...]) -> list[Path]:
-    """Find the runs that have a checkpoint, but for what diverged or was moved aside by a later run."""
-    found = []
-    for run in sorted({path.parent for folder in folders for path in folder.rglob("config.json")}):
-        end = run / "finished.json"
-        if end.is_file() and json.loads(end.read_text())["diverged"]:
-            warn(f"{run} diverged, and is left out")
-        elif any(run.glob("checkpoints/step-*")) and not run.parent.name.endswith(".old"):
-            found.append(run)
-    if not found:
-        raise UserError(f"need the folders of runs with checkpoints; {', '.join(map(str, folders))} has none")
-    return found
-
-
-def last_losses(run: Path) -> dict[str, float]:
-    """Return the denoising and the projection loss of a run's last validation."""
-    last = [line for line in read_metrics(run) if "val/loss" in line][-1]
-    return {name: last[f"val/{name}_loss"] for name in ("denoising", "projection")}
-
-
-def draw_digits(run: Path, options: Options) -> tuple[Tensor, Tensor, str]:
-    """Draw a run's digits; returns images (n, 1, 8, 8), the labels asked for (n,) and the optimizer's name."""
-    device = torch.device("cpu")  # they are small
-    model, settings = load_run(run, device)
-    if settings["data"]["kind"] != "digits":
-        raise UserError(f"{run} is no run of digits; draw its images with SIT.sample --npz, and give that file")
-    parts = []
-    for start in range(0, options.count, DRAWN_AT_ONCE):
-        numbers = list(range(start, min(start + DRAWN_AT_ONCE, options.count)))
-        parts.append(to_images(draw(model, numbers, Sampler(options.steps), settings["objective"], 0, device)))
-    labels = labels_of(list(range(options.count)), model.config.n_class)
-    return torch.cat(parts), labels, settings["optimizer"]["name"]
-
-
-def evaluate_digits(options: Options) -> str:
-    """Measure all runs; writes the picture and its JSON, and returns the table."""
-    at_least(COLUMNS * LINES, options, "count")
-    at_least(1, options, "steps")
-    out = options.out or options.samples[0] / "samples.png"
-    folders, splits, judge = find_runs(options.samples), digits(), load_digits_cnn(FOLDER / JUDGE_FILE)
-    methods: dict[str, list[Run]] = defaultdict(list)
-    for folder in progress(folders, desc="evaluating", unit="run"):
-        images, labels, optimizer = draw_digits(folder, options)
-        measures = measure(images, labels, judge, splits["train"])
-        measures |= last_losses(folder)
-        run = Run(f"{folder.absolute().parent.name}/{folder.name}", optimizer, images, **measures)
-        if run.folder in [other.folder for other in methods[run.method]]:
-            raise UserError(f"runs must differ in group, method or seed; two are {run.folder}: evaluate them apart")
-        methods[run.method].append(run)
-    best_first = sorted(methods.values(), key=lambda runs: statistics.fmean(run.frechet for run in runs))
-    real = measure(splits["val"].images, splits["val"].labels, judge, splits["train"])
-    draw_picture(best_first, Run("", "real", examples(splits["val"]), **real), options.count, out)
-    names = ("folder", "optimizer", *MEASURES)
-    runs = [{name: vars(run)[name] for name in names} for runs in best_first for run in runs]
-    record = {"count": options.count, "steps": options.steps, "validation": real, "runs": runs}
-    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    return f"{table(best_first, real)}\n\ndigits of each: {out}"
-
-
-def table(methods: list[list[Run]], real: dict[str, float]) -> str:
-    """Return a row for each method, with mean and spread over its seeds, after the validation digits'."""
-    rows = [["validation digits", "", *(f"{real[name]:.3f}" if name in real else "" for name in MEASURES)]]
-    for runs in methods:
-        measures = [mean_and_spread([vars(run)[name] for run in runs]) for name in MEASURES]
-        rows.append([style_of(runs[0].optimizer).label, runs[0].method, *measures])
-    return markdown(["optimizer", "runs", *MEASURES.values()], rows)
-
-
-def draw_picture(methods: list[list[Run]], real: Run, count: int, out: Path) -> None:
-    """Draw the first digits of each method's first run, below real ones; names at the left, measures at the right."""
-    runs = [real, *(of_method[0] for of_method in methods)]
-    optimizers = [run.optimizer for run in runs]
-    several = len(set(optimizers)) < len(runs)  # methods of one optimizer
-    names = [style_of(run.optimizer).label if run is real or not several else run.method for run in runs]
-    cell = real.images.shape[-1] + 2 * EDGE  # pixels
-    height, gap = LINES * cell, cell // 3
-    shown = [pad(run.images[: COLUMNS * LINES], [EDGE] * 4) for run in runs]
-    canvas = np.concatenate([np.pad(picture(each, COLUMNS, least_side=cell), ((0, gap), (0, 0))) for each in shown])
-    groups = ", ".join(sorted({run.folder.split("/")[0] for run in runs[1:]}))
-    subtitle = f"recognised: the share of {count:,} that a judge takes for the class asked for"
-    figure, (panel,) = new_figure(f"sit, {groups}: samples", subtitle)
-    figure.subplots_adjust(
-        left=0.035 + 0.0125 * max(map(len, names)), right=0.79, bottom=0.02
-    )  # of the width, a letter
-    panel.imshow(canvas, cmap="gray_r", interpolation="nearest")
-    panel.set_anchor("NW")
-    panel.grid(False)
-    panel.spines[:].set_visible(False)
-    panel.tick_params(length=0, labeltop=True, labelbottom=False)
-    classes = [number % CLASSES for number in range(COLUMNS)]
-    panel.set_xticks(cell * (np.arange(COLUMNS) + 0.5) - 0.5, labels=classes, color=FAINT)
-    middles = (height + gap) * np.arange(len(runs)) + height / 2 - 0.5
-    panel.set_yticks(middles, labels=names)
-    for label, run, middle in zip(panel.get_yticklabels(), runs, middles, strict=True):
-        style = style_of(run.optimizer)
-        label.set(color=INK if run is real else style.color, fontweight=style.weight)
-        measures = f"{run.recognised:.1%} recognised\nFrechet {run.frechet:.2f}"
-        panel.text(canvas.shape[1] + EDGE, middle, measures, color=FAINT, fontsize=11, va="center")
-    save(figure, out)
-
-
-def examples(items: Pixels) -> Tensor:
-    """Return as many of these as the picture shows of a method, (n, 1, 8, 8), the classes in turn."""
-    of_class = [items.images[items.labels == label][: COLUMNS * LINES // CLASSES] for label in range(CLASSES)]
-    return torch.stack(of_class, dim=1).flatten(0, 1)
-
-
-def fid(samples: Path, reference: Path | None) -> float:
-    """Return the FID of the images of a .npz by torch-fidelity."""
-    if reference is None or not reference.exists():
-        raise UserError(f"FID needs --reference, a folder of images or a .npz that exists; got {reference}")
-    try:
-        from torch_fidelity import calculate_metrics
-    except ImportError as error:
-        raise UserError(f"FID needs torch-fidelity ({error}): pip install torch-fidelity torchvision") from error
-    inputs = [ImagesOf(path) if path.suffix == ".npz" else str(path) for path in (samples, reference)]
-    deep = {"samples_find_deep": True, "samples_find_ext": ",".join(suffix[1:] for suffix in sorted(IMAGE_SUFFIXES))}
-    try:  # a folder has one for each class
-        metrics = calculate_metrics(
-            input1=inputs[0], input2=inputs[1], fid=True, cuda=torch.cuda.is_available(), **deep
-        )
-    except ValueError as error:
-        raise UserError(f"FID needs images; torch-fidelity finds none as it wants them: {one_line(error)}") from error
-    return metrics["frechet_inception_distance"]
-
-
-class ImagesOf(Dataset):
-    """The images of a .npz (n, side, side, 3), one by one, as torch-fidelity takes them: uint8 (3, side, side)."""
-
-    def __init__(self, path: Path):
-        try:
-            content = np.load(path)
-            self.images = content["arr_0"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} must be a .npz of images, as SIT.sample --npz writes, is not: {error}") from error
-        if "mu" in content:
-            raise UserError(
-                f"{path} is ADM's reference: its images are a tenth of those of its statistics, and FID against them "
-                "another number; give a folder of images, or measure with ADM's evaluator"
-            )
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(self.images[index]).permute(2, 0, 1).contiguous()
-
-
 def main() -> None:
-    options = tyro.cli(Options, prog="python -m SIT.evaluate", description=__doc__)
+    options = parse_options(Options, "python -m SIT.evaluate", __doc__)
     files = [path for path in options.samples if path.suffix == ".npz"]
     if not options.samples or (files and len(options.samples) > 1):
         named = ", ".join(map(str, options.samples)) or "nothing"
         raise UserError(f"need runs of digits, or one .npz, to measure; got {named}")
     if files:
-        print(f"FID of {options.samples[0]}: {fid(options.samples[0], options.reference):.3f}")
+        from SIT.fid import fid  # here: --help goes without torch and matplotlib, which take seconds to import
+
+        print(f"FID of {files[0]}: {fid(files[0], options.reference):.3f}")
     else:
+        from SIT.measures import evaluate_digits
+
         print(evaluate_digits(options))
 
 
 if __name__ == "__main__":
-    launch.main_guard(main)
+    main_guard(main)

@@ -11,7 +11,7 @@ from common.config import ConfigError, at_least
 from common.parallel import autocast, precision
 from SIT import data
 from SIT.encoders import Encoder
-from SIT.sample import seeded
+from SIT.sampling import seeded
 from SIT.transport import Path, Prediction, denoising_loss, interpolate, projection_loss, times
 
 if TYPE_CHECKING:

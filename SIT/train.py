@@ -37,7 +37,7 @@ from SIT.encoders import Encoder, load_encoder
 from SIT.latents import Latents
 from SIT.model import ModelConfig, SiT, tensor_roles
 from SIT.objective import TRAINING, Draws, ObjectiveConfig, draw, evaluate, losses_of
-from SIT.sample import open_decoder, preview
+from SIT.sampling import open_decoder, preview
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from common import UserError
 from common.options import parse_options
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = ("nanoGPT.sample", "nanoGPT.prepare")
+PROGRAMS = ("nanoGPT.sample", "nanoGPT.prepare", "SIT.sample", "SIT.evaluate", "SIT.prepare")
 
 
 @dataclass(frozen=True)

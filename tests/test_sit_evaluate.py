@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common import UserError
-from SIT import evaluate
+from SIT import evaluate, measures
 from SIT.data import digits
 from SIT.digits import JUDGE_FILE, accuracy, save_digits_cnn, train_digits_cnn
-from SIT.evaluate import Options, evaluate_digits, fid, find_runs, frechet, measure
+from SIT.evaluate import Options
+from SIT.fid import fid
+from SIT.measures import evaluate_digits, find_runs, frechet, measure
 
 
 def gaussian_set(mean: Tensor, deviations: Tensor) -> Tensor:
@@ -82,7 +84,7 @@ def runs(judge, tmp_path_factory) -> Path:
 
 
 def test_table_of_several_runs_has_a_row_a_method_and_validation_first(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "FOLDER", runs)
+    monkeypatch.setattr(measures, "FOLDER", runs)
     out = tmp_path / "new" / "digits.png"
     printed = evaluate_digits(Options((runs / "runs",), count=60, steps=2, out=out))
     header, _, real, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[:5]]
@@ -105,15 +107,15 @@ def test_table_of_several_runs_has_a_row_a_method_and_validation_first(runs, tmp
 
 
 def test_picture_of_several_runs_shows_the_first_digits_of_each(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "FOLDER", runs)
+    monkeypatch.setattr(measures, "FOLDER", runs)
     splits, shown = digits(), []
-    honest = evaluate.picture
+    honest = measures.picture
 
     def watched(images, *arguments, **options):
         shown.append(images)
         return honest(images, *arguments, **options)
 
-    monkeypatch.setattr(evaluate, "picture", watched)
+    monkeypatch.setattr(measures, "picture", watched)
     run = runs / "runs" / "default" / "adamw-lr4e-3-s2"
     evaluate_digits(Options((run,), count=40, steps=2, out=tmp_path / "a.png"))
     real, drawn = (images[:, :, 1:-1, 1:-1] for images in shown)  # there is an edge around them
@@ -128,11 +130,11 @@ def test_runs_that_cannot_be_measured_refuse_in_one_line(runs, tmp_path, monkeyp
         find_runs((tmp_path,))
     with pytest.raises(UserError, match=r"two are default/adamw-lr4e-3-s1: evaluate them apart"):
         shutil.copytree(runs / "runs" / "default" / "adamw-lr4e-3-s1", tmp_path / "default" / "adamw-lr4e-3-s1")
-        monkeypatch.setattr(evaluate, "FOLDER", runs)
+        monkeypatch.setattr(measures, "FOLDER", runs)
         evaluate_digits(Options((runs / "runs", tmp_path), count=40, steps=1, out=tmp_path / "a.png"))
     with pytest.raises(UserError, match="count must be 40 or more; got 9"):
         evaluate_digits(Options((runs,), count=9))
-    monkeypatch.setattr(evaluate, "FOLDER", tmp_path)
+    monkeypatch.setattr(measures, "FOLDER", tmp_path)
     with pytest.raises(UserError, match=r"python -m SIT\.prepare digits"):
         evaluate_digits(Options((runs / "runs",)))
 

@@ -16,9 +16,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 from common import UserError
-from SIT import digits, files, prepare
+from SIT import convert, digits, files
+from SIT.encode import encode as encode_images
 from SIT.latents import Corrupt, Latents, read_image
-from SIT.prepare import Convert, Digits, Encode
+from SIT.prepare import Convert, Encode
 from tests.ranks import Ranks
 from tests.tiny_sit import tiny_vae
 
@@ -48,12 +49,12 @@ def source(tmp_path):
 
 @pytest.fixture
 def converted(source, tmp_path):
-    prepare.convert(Convert(source, tmp_path / "data", size=SIZE, workers=2))
+    convert.convert(Convert(source, tmp_path / "data", size=SIZE, workers=2))
     return tmp_path / "data"
 
 
 def encode(folder, batch_size=7, **options):
-    return prepare.encode(Encode(folder, batch_size=batch_size, device="cpu", workers=2, **options), tiny_vae())
+    return encode_images(Encode(folder, batch_size=batch_size, device="cpu", workers=2, **options), tiny_vae())
 
 
 def contents(folder):
@@ -85,7 +86,7 @@ def test_convert_gives_every_image_at_one_size_with_the_class_of_its_folder(conv
 def test_convert_matches_centre_crops_of_the_sources(source, converted):
     for path in source.rglob("*.*g"):
         image = read_image(converted / "images" / path.relative_to(source).with_suffix(".png"))
-        assert np.array_equal(image, prepare.centre_crop(read_image(path), SIZE))
+        assert np.array_equal(image, convert.centre_crop(read_image(path), SIZE))
 
 
 def slow_halving(image):
@@ -99,11 +100,11 @@ def test_centre_crop_matches_repeated_halving_and_the_middle_of_the_longer_side(
     image = np.random.default_rng(0).integers(256, size=(3, 32, 48), dtype=np.uint8)
     tall = image.transpose(0, 2, 1)
     # Halved twice they have the size already, so that the bicubic step changes nothing.
-    assert np.array_equal(prepare.centre_crop(image, 8), slow_halving(slow_halving(image))[:, :, 2:10])
-    assert np.array_equal(prepare.centre_crop(tall, 8), slow_halving(slow_halving(tall))[:, 2:10])
-    assert np.array_equal(prepare.centre_crop(image, 32), image[:, :, 8:40])
-    assert np.array_equal(prepare.centre_crop(image[:, :, :47], 32), image[:, :, 7:39])  # of 15 pixels, 7 to the left
-    assert np.array_equal(prepare.centre_crop(tall[:, :47], 32), tall[:, 7:39])
+    assert np.array_equal(convert.centre_crop(image, 8), slow_halving(slow_halving(image))[:, :, 2:10])
+    assert np.array_equal(convert.centre_crop(tall, 8), slow_halving(slow_halving(tall))[:, 2:10])
+    assert np.array_equal(convert.centre_crop(image, 32), image[:, :, 8:40])
+    assert np.array_equal(convert.centre_crop(image[:, :, :47], 32), image[:, :, 7:39])  # of 15 pixels, 7 to the left
+    assert np.array_equal(convert.centre_crop(tall[:, :47], 32), tall[:, 7:39])
 
 
 @pytest.mark.parametrize(("height", "width"), [(20, 31), (9, 9), (31, 17), (10, 200)])
@@ -114,12 +115,12 @@ def test_centre_crop_matches_torchs_antialiased_bicubic_where_nothing_is_halved(
     top, left = (scaled[0] - 16) // 2, (scaled[1] - 16) // 2
     expected = resized[:, top : top + 16, left : left + 16].numpy()
     # Both round and clip after each direction; their weights are rounded differently.
-    assert np.abs(prepare.centre_crop(image, 16).astype(int) - expected).max() <= 1
+    assert np.abs(convert.centre_crop(image, 16).astype(int) - expected).max() <= 1
 
 
 def test_convert_again_continues_where_it_was_interrupted(source, tmp_path, monkeypatch):
-    whole, crop, calls = tmp_path / "whole", prepare.centre_crop, []
-    prepare.convert(Convert(source, whole, size=SIZE, workers=1))
+    whole, crop, calls = tmp_path / "whole", convert.centre_crop, []
+    convert.convert(Convert(source, whole, size=SIZE, workers=1))
 
     def failing(image, size):
         calls.append(size)
@@ -127,14 +128,14 @@ def test_convert_again_continues_where_it_was_interrupted(source, tmp_path, monk
             raise OSError("No space left on device")
         return crop(image, size)
 
-    monkeypatch.setattr(prepare, "centre_crop", failing)
+    monkeypatch.setattr(convert, "centre_crop", failing)
     config = Convert(source, tmp_path / "data", size=SIZE, workers=1)
     with pytest.raises(OSError, match="No space"):
-        prepare.convert(config)
+        convert.convert(config)
     assert not (tmp_path / "data/images/dataset.json").exists()
     done = len(list((tmp_path / "data/images").rglob("*.png")))
     calls[:] = range(100)
-    prepare.convert(config)
+    convert.convert(config)
     assert len(calls) == 100 + 40 - done and done >= 24
     found, expected = contents(tmp_path / "data"), contents(whole)
     assert found == expected
@@ -143,8 +144,8 @@ def test_convert_again_continues_where_it_was_interrupted(source, tmp_path, monk
 def test_convert_names_a_corrupt_image_or_skips_it_with_a_count(source, tmp_path, capsys):
     (source / "bee/bee_5.JPEG").write_bytes(b"not an image")
     with pytest.raises(Corrupt, match=r"bee/bee_5\.JPEG must be a whole image"):
-        prepare.convert(Convert(source, tmp_path / "data", size=SIZE, workers=2))
-    prepare.convert(Convert(source, tmp_path / "data", size=SIZE, on_corrupt="skip", workers=2))
+        convert.convert(Convert(source, tmp_path / "data", size=SIZE, workers=2))
+    convert.convert(Convert(source, tmp_path / "data", size=SIZE, on_corrupt="skip", workers=2))
     printed = capsys.readouterr()
     assert "39 images in 4 classes, 1 skipped" in printed.out and "bee_5.JPEG" in printed.err
     labels = json.loads((tmp_path / "data/images/dataset.json").read_text())["labels"]
@@ -155,7 +156,7 @@ def test_convert_refuses_a_source_of_which_nothing_can_be_read(source, tmp_path)
     for path in source.rglob("*_*"):
         path.write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"must hold an image that can be read .* 4 of 4 hold none, the first is ant"):
-        prepare.convert(Convert(source, tmp_path / "data", size=SIZE, on_corrupt="skip", workers=2))
+        convert.convert(Convert(source, tmp_path / "data", size=SIZE, on_corrupt="skip", workers=2))
     assert not (tmp_path / "data/images/dataset.json").exists()
 
 
@@ -185,7 +186,7 @@ def test_convert_counts_and_names_files_that_are_no_images(source, tmp_path, cap
     Image.new("RGB", (20, 20)).save(source / "bee/scan.tiff")
     (source / ".thumbnails").mkdir()
     Image.new("L", (9, 9)).save(source / ".thumbnails/t.png")
-    prepare.convert(Convert(source, tmp_path / "data", size=SIZE, workers=2))
+    convert.convert(Convert(source, tmp_path / "data", size=SIZE, workers=2))
     printed = capsys.readouterr()
     assert "4 files are no images, and are left out (.gif: 2, " in printed.err
     assert ".txt: 1" in printed.err and "no suffix: 1" in printed.err and "the first is LICENSE" in printed.err
@@ -197,15 +198,15 @@ def test_convert_refuses_a_class_without_an_image_that_would_shift_the_others(so
     config = Convert(source, tmp_path / "data", size=SIZE, on_corrupt="skip", workers=2)
     (source / "bird").mkdir()
     with pytest.raises(UserError, match="1 of 5 hold none, the first is bird: convert its files, or move it elsewhere"):
-        prepare.convert(config)
+        convert.convert(config)
     Image.new("L", (9, 9)).save(source / "bird/b.gif")
     with pytest.raises(UserError, match="1 of 5 hold none, the first is bird"):
-        prepare.convert(config)
+        convert.convert(config)
     assert not (tmp_path / "data").exists()
     (source / "bird/b.gif").rename(source / "bird/b.png")  # PIL goes by the content, and reads it
     (source / "bird/b.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="1 of 5 hold none, the first is bird"):
-        prepare.convert(config)
+        convert.convert(config)
     assert not (tmp_path / "data/images/dataset.json").exists()
 
 
@@ -214,7 +215,7 @@ def test_convert_refuses_to_write_into_its_source(source, monkeypatch):
     monkeypatch.chdir(source)
     for out in (source, source / "ant", Path(".")):
         with pytest.raises(UserError, match="--out must lie outside of the source"):
-            prepare.convert(Convert(source, out, size=SIZE))
+            convert.convert(Convert(source, out, size=SIZE))
     assert contents(source) == before
 
 
@@ -222,34 +223,34 @@ def test_convert_refuses_images_outside_of_class_folders_and_names_that_collide(
     config = Convert(source, tmp_path / "data", size=SIZE)
     shutil.copy(source / "ant/ant_0.JPEG", source)
     with pytest.raises(UserError, match=r"ant_0\.JPEG is outside of one"):
-        prepare.convert(config)
+        convert.convert(config)
     (source / "ant_0.JPEG").rename(source / "ant/ant_0.jpg")
     with pytest.raises(UserError, match=r"ant/ant_0\.(jpg|JPEG) and ant/ant_0\.(jpg|JPEG) must have names"):
-        prepare.convert(config)
+        convert.convert(config)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="a folder for each class, there is none"):
-        prepare.convert(Convert(tmp_path / "empty", tmp_path / "data"))
+        convert.convert(Convert(tmp_path / "empty", tmp_path / "data"))
     with pytest.raises(UserError, match=r"need the folder .*nowhere, which is not there: name a folder that exists"):
-        prepare.convert(Convert(tmp_path / "nowhere", tmp_path / "data"))
+        convert.convert(Convert(tmp_path / "nowhere", tmp_path / "data"))
     assert not (tmp_path / "data").exists()
 
 
 def test_convert_refuses_a_folder_of_another_size_or_of_other_files(source, converted, tmp_path):
     before = contents(converted)
     with pytest.raises(UserError, match="must have one size, it was made with 16, asked for is 8: remove it, or name"):
-        prepare.convert(Convert(source, converted, size=8))
+        convert.convert(Convert(source, converted, size=8))
     assert contents(converted) == before
     (tmp_path / "mine/images").mkdir(parents=True)
     (tmp_path / "mine/images/holiday.png").write_bytes(b"precious")
     with pytest.raises(UserError, match=r"has files but no request\.json"):
-        prepare.convert(Convert(source, tmp_path / "mine"))
+        convert.convert(Convert(source, tmp_path / "mine"))
 
 
 @pytest.mark.parametrize("text", ["", '{"size": 1', "[1]", "null", "\udc80"])
 def test_convert_refuses_a_damaged_request_in_one_line(source, converted, text):
     (converted / "images/request.json").write_text(text, errors="surrogateescape")
     with pytest.raises(UserError, match=r"request\.json must say what images was made of, is damaged") as caught:
-        prepare.convert(Convert(source, converted, size=SIZE))
+        convert.convert(Convert(source, converted, size=SIZE))
     assert "\n" not in str(caught.value)
 
 
@@ -257,12 +258,12 @@ def test_convert_refuses_too_little_disk_for_what_is_left(source, tmp_path, monk
     config = Convert(source, tmp_path / "data", size=100, workers=2)  # 30,000 bytes: 8 blocks of 4,096
     no_space(monkeypatch, 40 * 8 * 4096 - 1)
     with pytest.raises(UserError, match=r"images needs 0\.0 GB for 40 files, the disk has 0\.0 GB: make room"):
-        prepare.convert(config)
+        convert.convert(config)
     no_space(monkeypatch, 40 * 8 * 4096)
-    folder = prepare.convert(config)
+    folder = convert.convert(config)
     assert max(path.stat().st_size for path in folder.rglob("*.png")) <= 8 * 4096
     no_space(monkeypatch, 0)
-    prepare.convert(config)  # nothing is left to write
+    convert.convert(config)  # nothing is left to write
 
 
 # ---- encode
@@ -361,7 +362,7 @@ def encode_on_rank(folder):
         return encode_batch(images)
 
     tiny.encode = slow_encode
-    prepare.encode(Encode(folder, batch_size=7, device="cpu", workers=2), tiny)
+    encode_images(Encode(folder, batch_size=7, device="cpu", workers=2), tiny)
     return early
 
 
@@ -412,7 +413,7 @@ def test_encode_refuses_to_mix_vaes_or_sizes(converted, source, monkeypatch):
             encode(converted, vae=asked)
     shutil.rmtree(converted / "images")
     (source / "vae").rmdir()
-    prepare.convert(Convert(source, converted, size=2 * SIZE, workers=2))
+    convert.convert(Convert(source, converted, size=2 * SIZE, workers=2))
     with pytest.raises(UserError, match=r"must have one image side, it was made with 16, asked for is 32"):
         encode(converted)
     assert contents(folder) == expected
@@ -422,7 +423,7 @@ def test_encode_adds_latents_of_images_that_were_added(converted, source, capsys
     folder = encode(converted)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.npy")}
     shutil.copy(source / "dog/dog_3.png", source / "dog/new.png")
-    prepare.convert(Convert(source, converted, size=SIZE, workers=2))
+    convert.convert(Convert(source, converted, size=SIZE, workers=2))
     encode(converted)
     assert "41 latents, of which 6 were encoded now" in capsys.readouterr().out  # the batch of it: 41 = 5 x 7 + 6
     assert sum(path.stat().st_mtime_ns == time_ns for path, time_ns in before.items()) == 35
@@ -440,13 +441,13 @@ def test_encode_refuses_a_folder_without_converted_images(tmp_path):
 
 def test_train_digits_makes_an_encoder_and_another_network_for_the_judge(tmp_path, monkeypatch, capsys):
     train = digits.train_digits_cnn
-    monkeypatch.setattr(prepare.digits, "train_digits_cnn", lambda **recipe: train(**recipe, steps=2))
-    prepare.train_digits(Digits(tmp_path / "digits"))
+    monkeypatch.setattr(digits, "train_digits_cnn", lambda **recipe: train(**recipe, steps=2))
+    digits.prepare(tmp_path / "digits")
     encoder, judge = (digits.load_digits_cnn(tmp_path / "digits" / file) for file in ("encoder.pt", "judge.pt"))
     assert judge.width > encoder.width
     assert capsys.readouterr().out.count("of the validation digits") == 2
-    monkeypatch.setattr(prepare.digits, "train_digits_cnn", None)
-    prepare.train_digits(Digits(tmp_path / "digits"))  # both are there
+    monkeypatch.setattr(digits, "train_digits_cnn", None)
+    digits.prepare(tmp_path / "digits")  # both are there
 
 
 def run(*arguments):

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from common import UserError, checkpoint, launch
 from common.launch import Launch
-from SIT import sample as sampling
+from SIT import sample as program
+from SIT import sampling
 from SIT.data import to_images
 from SIT.model import ModelConfig, SiT
-from SIT.sample import Options, Sampler, draw, load_run, open_decoder, picture, sample
+from SIT.sample import Options, Sampler
+from SIT.sampling import draw, load_run, open_decoder, picture, sample
 
 OBJECTIVE = {"path": "linear", "prediction": "velocity", "label_dropout": 0.1}
 CPU = torch.device("cpu")
@@ -165,7 +167,7 @@ def test_folder_that_is_no_run_refuses_in_one_line(model, tmp_path):
 def test_bad_option_ends_the_program_with_one_line(run, monkeypatch, capsys, arguments, said):
     monkeypatch.setattr(sys, "argv", ["SIT.sample", str(run), "--device", "cpu", *arguments])
     with pytest.raises(SystemExit) as ended:
-        launch.main_guard(sampling.main)
+        launch.main_guard(program.main)
     assert ended.value.code == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ") and said in last

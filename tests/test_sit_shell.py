@@ -15,8 +15,11 @@ from tiny_sit_run import ONE, ROOT
 
 from common.config import parse_config
 from SIT import train as training
-from SIT.prepare import Convert, Encode, convert, encode
-from SIT.sample import Options, sample
+from SIT.convert import convert
+from SIT.encode import encode
+from SIT.prepare import Convert, Encode
+from SIT.sample import Options
+from SIT.sampling import sample
 from SIT.train import Config
 
 TINY = ("--model.depth", "2", "--model.width", "16", "--model.n_head", "2", "--model.projector_width", "16")

@@ -28,7 +28,8 @@ from SIT import train as training
 from SIT.data import digits, to_pixels
 from SIT.model import SiT
 from SIT.objective import VALIDATION
-from SIT.sample import Options, sample, seeded
+from SIT.sample import Options
+from SIT.sampling import sample, seeded
 from SIT.train import Config
 from SIT.transport import COSINE, PREDICTIONS, target, times
 

@@ -1,0 +1,53 @@
+"""FID of sampled images by torch-fidelity: `python -m SIT.evaluate samples.npz --reference images/`."""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from common import UserError, one_line
+from SIT.latents import IMAGE_SUFFIXES
+
+
+def fid(samples: Path, reference: Path | None) -> float:
+    """Return the FID of the images of a .npz by torch-fidelity."""
+    if reference is None or not reference.exists():
+        raise UserError(f"FID needs --reference, a folder of images or a .npz that exists; got {reference}")
+    try:
+        from torch_fidelity import calculate_metrics
+    except ImportError as error:
+        raise UserError(f"FID needs torch-fidelity ({error}): pip install torch-fidelity torchvision") from error
+    inputs = [ImagesOf(path) if path.suffix == ".npz" else str(path) for path in (samples, reference)]
+    deep = {"samples_find_deep": True, "samples_find_ext": ",".join(suffix[1:] for suffix in sorted(IMAGE_SUFFIXES))}
+    try:  # a folder has one for each class
+        metrics = calculate_metrics(
+            input1=inputs[0], input2=inputs[1], fid=True, cuda=torch.cuda.is_available(), **deep
+        )
+    except ValueError as error:
+        raise UserError(f"FID needs images; torch-fidelity finds none as it wants them: {one_line(error)}") from error
+    return metrics["frechet_inception_distance"]
+
+
+class ImagesOf(Dataset):
+    """The images of a .npz (n, side, side, 3), one by one, as torch-fidelity takes them: uint8 (3, side, side)."""
+
+    def __init__(self, path: Path):
+        try:
+            content = np.load(path)
+            self.images = content["arr_0"]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} must be a .npz of images, as SIT.sample --npz writes, is not: {error}") from error
+        if "mu" in content:
+            raise UserError(
+                f"{path} is ADM's reference: its images are a tenth of those of its statistics, and FID against them "
+                "another number; give a folder of images, or measure with ADM's evaluator"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(self.images[index]).permute(2, 0, 1).contiguous()
