@@ -19,8 +19,10 @@ from torch import Tensor
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
 
-from common import UserError, one_line
-from common.corpus import local_files
+from common import UserError, one_line, warn
+from common.corpus import TABLES, fingerprint, local_files
+from common.launch import process_rank
+from common.text_rows import text_of, texts
 from Llama.checks import shape_of
 from Llama.config import JobConfig
 from Llama.tokenizer import Tokenizer
@@ -30,6 +32,7 @@ Source = datasets.Dataset | datasets.IterableDataset
 
 # The split "validation" of a folder that Llama.prepare wrote is this file; the rest is for training.
 SPLIT_FILES = {"train": "train.jsonl", "validation": "val.jsonl"}
+NO_TEXT = "{} must hold text, has none: add text, or name another file"
 
 
 class Documents(Protocol):
@@ -77,11 +80,12 @@ class StreamedDocuments:
 
     def __next__(self) -> str:
         try:
-            return next(self._rows)["text"]
+            row = next(self._rows)
         except StopIteration:
             self._source.set_epoch(self.epoch + 1)
             self._rows = iter(self._source)
-            return next(self._rows)["text"]
+            row = next(self._rows)
+        return text_of(row["text"], "a row of the stream")
 
     def state_dict(self) -> dict[str, Any]:
         return self._source.state_dict()
@@ -240,19 +244,22 @@ def open_source(name: str, path: str | None, split: str) -> Source:
         raise UserError(f"the data set must be c4 or text, got {name!r}; for your own files, text")
     if path is None:
         raise UserError("the data set text needs its files; set training.dataset_path and validation.dataset_path")
-    source = open_text(Path(path), split)
-    if "text" not in source.column_names:
-        raise UserError(f"each row of {path} must have its text under the key 'text'; has {source.column_names}")
-    return source
+    return open_text(Path(path), split)
 
 
 def open_c4(path: str, split: str) -> datasets.IterableDataset:
-    """Stream C4's English part."""
+    """Stream C4's English part, from a folder or from the Hub."""
+    if Path(path).is_dir():  # by its files: the data set's README.md, which names them, is often not copied
+        pattern = f"en/c4-{split}.*.json.gz"  # as that README has it
+        files = [str(file) for file in sorted(Path(path).glob(pattern))]
+        if not files:
+            raise UserError(f"the copy of C4 in {path} must hold {pattern}, has none: copy them, or name its folder")
+        return datasets.load_dataset("json", data_files=files, split="train", streaming=True)
     try:
         return datasets.load_dataset(path, name="en", split=split, streaming=True)
     except Exception as error:  # the Hub's failures share no narrower class
         raise UserError(
-            f"c4 ({path}) is not reachable ({one_line(error)[:100]}): where there is no internet, set dataset_path to "
+            f"c4 ({path}) cannot be opened ({one_line(error)[:200]}): where there is no internet, set dataset_path to "
             "a copy of the data set, or train on local files (dataset text)"
         ) from error
 
@@ -270,12 +277,33 @@ def split_of(path: Path, split: str) -> Path:
 
 def open_text(path: Path, split: str) -> datasets.Dataset:
     """Open a file, a folder of files, or one that Llama.prepare wrote."""
-    _, files = local_files(split_of(path, split))
-    suffix = next((suffix for suffix in (".jsonl", ".parquet") if any(file.suffix == suffix for file in files)), None)
-    names = [str(file) for file in files if suffix is None or file.suffix == suffix]
-    kind = {".jsonl": "json", ".parquet": "parquet", None: "text"}[suffix]
-    options = {"sample_by": "document"} if kind == "text" else {}
+    root, files = local_files(split_of(path, split))
+    tables = [file for file in files if file.suffix in TABLES]
+    names = [str(file) for file in tables or files]
+    if len(names) < len(files) and process_rank() == 0:
+        warn(f"{path}: beside {' and '.join(TABLES)} the {len(files) - len(names)} other files are left out")
     try:
-        return datasets.load_dataset(kind, data_files=names, split="train", **options)
+        if not tables:
+            if not any(file.stat().st_size for file in files):
+                raise UserError(NO_TEXT.format(path))
+            return datasets.load_dataset("text", data_files=names, split="train", sample_by="document")
+        # `content` makes the cache, which goes by the arguments, see that a file has changed.
+        rows = {"names": names, "content": fingerprint(root, tables)}
+        features = datasets.Features({"text": datasets.Value("string")})
+        return datasets.Dataset.from_generator(rows_of, features=features, gen_kwargs=rows)
     except datasets.exceptions.DatasetGenerationError as error:
-        raise UserError(f"{path} must hold {kind} data: {one_line(error.__cause__ or error)[:200]}") from error
+        cause = error.__cause__ or error
+        if isinstance(cause, UserError):  # of rows_of, with file and row
+            raise cause from None
+        raise UserError(f"{path} must hold text: {one_line(cause)[:200]}") from error
+
+
+def rows_of(names: list[str], content: str) -> Iterator[dict[str, str]]:
+    """Read the rows of .jsonl and .parquet files, one file after the other; UserError where none has any text."""
+    empty = True
+    for name in names:
+        for text in texts(Path(name)):
+            empty = empty and not text
+            yield {"text": text}
+    if empty:
+        raise UserError(NO_TEXT.format(", ".join(names)))

@@ -1,10 +1,13 @@
 """Llama's batches against a slow reading of the same documents, on any number of ranks, and across a resume."""
 
+import gzip
 import itertools
 
 import datasets
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from common import UserError
 from Llama.config import parse_config
@@ -126,13 +129,57 @@ def test_texts_of_a_folder_match_its_files(tmp_path):
     ]
 
 
-def test_data_that_cannot_be_read_refuses_in_one_line(tmp_path, monkeypatch):
-    (tmp_path / "rows.jsonl").write_text('{"content": "x"}\n')
-    with pytest.raises(UserError, match=r"must have its text under the key 'text'; has \['content'\]"):
+def test_rows_of_a_mixed_folder_match_its_tables_in_order(tmp_path, capsys):
+    (tmp_path / "b.jsonl").write_text('{"text": "b 1", "id": 1}\n\n{"text": "b 2"}\n')
+    parquet.write_table(pyarrow.table({"n": [1], "text": ["a"]}), tmp_path / "a.parquet")
+    (tmp_path / "LICENSE").write_text("free")
+    assert list(open_source("text", str(tmp_path), "train")["text"]) == ["a", "b 1", "b 2"]
+    assert "the 1 other files are left out" in capsys.readouterr().err
+    (tmp_path / "b.jsonl").write_text('{"text": "b 3"}\n')  # cached no longer
+    assert list(open_source("text", str(tmp_path), "train")["text"]) == ["a", "b 3"]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('{"content": "x"}', r"b\.jsonl, row 2 must have its text under the key 'text', has the keys content"),
+        ('{"text": ', r"b\.jsonl, row 2 must be JSON, is not"),
+        ('{"text": null}', r"b\.jsonl, row 2: the key 'text' must hold text, got null"),
+        ('{"text": 5}', r"b\.jsonl, row 2: the key 'text' must hold text, got int 5"),
+        (r'{"text": "\ud800"}', r"b\.jsonl, row 2: the text must be valid Unicode, has half a surrogate pair"),
+    ],
+)
+def test_rows_that_are_not_text_refuse_with_file_and_row(tmp_path, row, said):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' * 3)
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n' + row + "\n")
+    with pytest.raises(UserError, match=said) as caught:
         open_source("text", str(tmp_path), "train")
-    (tmp_path / "rows.jsonl").write_text('{"text": "x"}\n{"text": \n')
-    with pytest.raises(UserError, match=r"rows.jsonl must hold json data: .*"):
-        open_source("text", str(tmp_path / "rows.jsonl"), "train")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("train.jsonl", ""), ("train.jsonl", "\n"), ("train.jsonl", '{"text": ""}\n' * 3), ("empty.txt", "")],
+)
+def test_a_split_without_text_refuses(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name} must hold text, has none"):
+        open_source("text", str(tmp_path / name), "train")
+
+
+def test_a_copy_of_c4_matches_its_files_with_its_readme_or_without(tmp_path):
+    (tmp_path / "en").mkdir()
+    for name, text in (("train.00001-of-00002", "second"), ("train.00000-of-00002", "first"), ("validation.0", "val")):
+        with gzip.open(tmp_path / f"en/c4-{name}.json.gz", "wt") as file:
+            file.write(f'{{"text": "{text}", "url": "u"}}\n')
+    for split, expected in (("train", ["first", "second"]), ("validation", ["val"])):
+        assert [row["text"] for row in open_source("c4", str(tmp_path), split)] == expected
+    (tmp_path / "en/c4-validation.0.json.gz").unlink()
+    with pytest.raises(UserError, match=r"must hold en/c4-validation\.\*\.json\.gz, has none"):
+        open_source("c4", str(tmp_path), "validation")
+
+
+def test_data_that_cannot_be_read_refuses_in_one_line(monkeypatch):
     with pytest.raises(UserError, match="must be c4 or text, got 'pile'"):
         open_source("pile", None, "train")
 
@@ -140,7 +187,7 @@ def test_data_that_cannot_be_read_refuses_in_one_line(tmp_path, monkeypatch):
         raise ConnectionError("Couldn't reach 'allenai/c4' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(UserError, match=r"c4 \(allenai/c4\) is not reachable .* set dataset_path"):
+    with pytest.raises(UserError, match=r"c4 \(allenai/c4\) cannot be opened .* set dataset_path"):
         open_source("c4", None, "train")
 
 
