@@ -27,8 +27,8 @@ import torch.distributed as dist
 
 from common.launch import leave
 
-TIMEOUT_S = 40  # of one call; a collective gives up earlier, so that the error names it
-COLLECTIVE_TIMEOUT_S = 25
+TIMEOUT_S = 150  # of one call, imports on a loaded machine included; a collective gives up earlier, and so is named
+COLLECTIVE_TIMEOUT_S = 120
 GRACE_S = 3  # for the other ranks to answer once one has failed: they may be waiting for it forever
 
 # One clean process that has imported torch, of which every rank is a fork: torch is imported once, not once a rank.
