@@ -8,6 +8,7 @@ from .lion import Lion
 from .muon import Muon
 from .olion import OLion
 from .polar import orthogonalize
+from .probe import Probe, probe
 from .roles import roles_of
 from .rule import RULES, UpdateRule, register
 from .wire import count_bytes
@@ -19,11 +20,13 @@ __all__ = [
     "Lion",
     "Muon",
     "OLion",
+    "Probe",
     "RuleOptimizer",
     "UpdateRule",
     "build_optimizer",
     "count_bytes",
     "orthogonalize",
+    "probe",
     "register",
     "roles_of",
 ]

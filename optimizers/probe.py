@@ -1,0 +1,284 @@
+"""Measures of matrices while they train: norms of weights, isotropy and signs of directions, spectra.
+
+    optimizer = build_optimizer(model, "olion", lr=1e-3)
+    metrics = probe(optimizer)          # between backward() and step(); {"probe/512x128/isotropy": 0.02, ...}
+
+    watch = Probe(optimizer, every=100, matrices=("*.c_fc.weight",))
+    for step in range(1, steps + 1):
+        ...
+        log(watch(step))                # {} but for the first step and every hundredth
+
+Nothing is changed: directions are computed on copies of the momentum, by a throw-away optimizer.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from . import measures
+from .checks import closest
+from .engine import RuleOptimizer
+from .layout import Layout, layout_of
+from .measures import POINTS
+from .roles import roles_of
+from .rule import UpdateRule, rule_named
+
+NORMS = ("spectral", "max_abs", "frobenius", "stable_rank", "kurtosis")
+QUANTITIES: dict[str, dict[str, int]] = {  # by the name asked for: what is returned, and how many numbers each is
+    "norms": {f"weight_{norm}": 1 for norm in NORMS},
+    "isotropy": {"isotropy": 1, "isotropy_haar": 1},
+    "hadamard": {"flatness": 1, "sign_spectral": 1},
+    "flips": {"flipped_signs": 1},
+    "alignment": {"alignment": 1},
+    "cosine": {"cosine": 1},
+    "spectrum": {"weight_entries": POINTS, "weight_singular_values": POINTS, "momentum_singular_values": POINTS},
+}
+OF_DIRECTIONS = ("isotropy", "hadamard", "flips", "alignment")
+OF_GRADIENTS = (*OF_DIRECTIONS, "cosine")
+_MOMENTA = ("momentum", "momentum_buffer", "exp_avg")  # of the rules here and of torch's optimizers
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One parameter to be measured: `shape` is the (batch, m, n) that it is seen as."""
+
+    name: str
+    param: Tensor
+    group: dict
+    shape: tuple[int, int, int]
+    layout: Layout | None
+
+    @property
+    def rule(self) -> UpdateRule | None:
+        return rule_named(self.group["rule"]) if "rule" in self.group else None
+
+
+class Probe:
+    """Measures an optimizer's matrices at the first step and every so many steps; see `probe` for the arguments.
+
+    every: steps between measurements; None for never.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, every: int | None = 100, **chosen: Any):
+        if every is not None and (not isinstance(every, int) or every < 1):
+            raise ValueError(f"a probe's interval must be 1 step or more, or None for never; got {every!r}")
+        self.every, self._optimizer = every, optimizer
+        self._mean, quantities = chosen.pop("mean", True), chosen.pop("quantities", None)
+        self._chosen = chosen
+        if every is not None:
+            self._quantities = _possible(quantities, [matrix.rule for matrix in _choose(optimizer, **chosen)])
+
+    def __call__(self, step: int) -> dict[str, float | list[float]]:
+        """Measure if it is due before the step of this number, counted from 1; a collective of the matrices' ranks."""
+        due = self.every is not None and (step == 1 or step % self.every == 0)
+        return self.measure() if due else {}
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float | list[float]]:
+        """Measure now, between backward and step; also {"probe/ms": time taken}. What is not finite is left out."""
+        matrices = _choose(self._optimizer, **self._chosen)  # anew: parameters may have been moved or swapped
+        if set(self._quantities) & set(OF_GRADIENTS) and all(each.param.grad is None for each in matrices):
+            raise ValueError(
+                "a probe of directions needs gradients, got none on any of its matrices; call it after backward() and "
+                "before zero_grad()"
+            )
+        start = _now(matrices[0].param)
+        rows: dict[str, list[Tensor]] = defaultdict(list)
+        for turn, matrix in enumerate(matrices):
+            label = "x".join(map(str, matrix.shape[1:])) if self._mean else matrix.name
+            rows[label].append(_measured(matrix, self._optimizer.state.get(matrix.param, {}), turn, self._quantities))
+        found = {}
+        for label, measured in rows.items():
+            means = torch.stack(measured).nanmean(0).split(list(_sizes(self._quantities).values()))
+            for name, mean in zip(_sizes(self._quantities), means, strict=True):
+                if mean.isfinite().all():
+                    found[f"probe/{label}/{name}"] = mean.tolist() if len(mean) > 1 else mean.item()
+        return {**found, "probe/ms": (_now(matrices[0].param) - start) * 1e3}
+
+
+def probe(optimizer: torch.optim.Optimizer, **chosen: Any) -> dict[str, float | list[float]]:
+    """Measure an optimizer's matrices once, between backward() and step().
+
+    Args:
+        optimizer: of this package; of any other torch.optim, with `model`, weights and momentum are measured.
+        model: needed where no rule here trains matrices (lion, adamw), to tell them from embeddings.
+        roles: the model's `roles`, if it was built with some.
+        matrices: name patterns, of all matrices by default.
+        per_shape: at most so many of each shape, evenly spaced over the depth (4); 0 for all.
+        quantities: some of `QUANTITIES`; by default all that the optimizer's rule has.
+        mean: means over the matrices of one shape, "probe/512x128/..."; else by name.
+
+    On any layout: every rank of a matrix must call it; the ranks share the matrices among them, and all get the result.
+    Raises ValueError for a pattern that fits nothing, a quantity that the rule does not have, and missing gradients.
+    """
+    return Probe(optimizer, every=1, **chosen).measure()
+
+
+# --- what is measured
+
+
+def _possible(quantities: Sequence[str] | None, rules: Sequence[UpdateRule | None]) -> tuple[str, ...]:
+    """Return the quantities to measure; ValueError for one asked for that a rule does not have."""
+    for each in quantities or ():
+        if each not in QUANTITIES:
+            raise ValueError(f"a probe measures {', '.join(QUANTITIES)}; got {each!r}{closest(each, QUANTITIES)}")
+    barred: dict[str, str] = {}
+    for rule in rules:
+        if rule is None:
+            barred |= dict.fromkeys(OF_GRADIENTS, "an optimizer that is not of this package has no rule to ask")
+        elif rule.direct is None:
+            barred |= dict.fromkeys(OF_DIRECTIONS, f"{rule.name} orthogonalizes nothing, so it has no directions")
+    for each in quantities or ():
+        if each in barred:
+            left = ", ".join(name for name in QUANTITIES if name not in barred)
+            raise ValueError(f"{each} cannot be measured: {barred[each]}; ask for {left}")
+    return tuple(quantities or (each for each in QUANTITIES if each not in barred))
+
+
+def _sizes(quantities: Sequence[str]) -> dict[str, int]:
+    """What is returned, and how many numbers each is."""
+    return {name: size for each in quantities for name, size in QUANTITIES[each].items()}
+
+
+def _choose(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module | None = None,
+    roles: Mapping[str, str] | None = None,
+    matrices: Sequence[str] = ("*",),
+    per_shape: int = 4,
+) -> list[Matrix]:
+    if per_shape < 0:
+        raise ValueError(f"per_shape must be a number of matrices, or 0 for all; got {per_shape}")
+    candidates = _candidates(optimizer, model, roles)
+    for pattern in matrices:
+        if not any(fnmatchcase(each.name, pattern) for each in candidates):
+            names = [each.name for each in candidates]
+            shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+            raise ValueError(
+                f"a probe's pattern must fit a matrix; {pattern!r} fits none of {shown or 'none'}"
+                f"{closest(pattern, names)}"
+            )
+    chosen = [each for each in candidates if any(fnmatchcase(each.name, pattern) for pattern in matrices)]
+    alike: dict[tuple[int, int], list[Matrix]] = defaultdict(list)
+    for each in chosen:
+        alike[each.shape[1:]].append(each)
+    return [each for members in alike.values() for each in _spread(members, per_shape)]
+
+
+def _candidates(
+    optimizer: torch.optim.Optimizer, model: nn.Module | None, roles: Mapping[str, str] | None
+) -> list[Matrix]:
+    """All matrices: those that a rule takes directions of, or else those of the model's roles."""
+    params = [(group, param) for group in optimizer.param_groups for param in group["params"]]
+    if isinstance(optimizer, RuleOptimizer):
+        planned = zip(params, optimizer.plan.entries, strict=True)
+        directed = [
+            Matrix(entry.name, param, group, entry.matrix_shape, entry.layout)
+            for (group, param), entry in planned
+            if entry.matrix_shape
+        ]
+        if directed:
+            return directed
+    if model is None:
+        raise ValueError(
+            "a probe of an optimizer without directions needs the model, to tell its matrices from its embeddings; "
+            "pass model="
+        )
+    owner = {param: group for group, param in params}
+    named = {name: role for name, role in roles_of(model, roles).items() if role == "matrix"}
+    return [
+        Matrix(name, param, owner[param], _as_matrix(param), layout_of(param, None, None))
+        for name, param in model.named_parameters()
+        if name in named and param in owner
+    ]
+
+
+def _as_matrix(param: Tensor) -> tuple[int, int, int]:
+    """A weight as one matrix; of more dimensions, the trailing ones flattened."""
+    return 1, param.shape[0], param[0].numel()
+
+
+def _spread(members: list[Matrix], most: int) -> list[Matrix]:
+    """At most so many, evenly spaced, the first and the last among them."""
+    if not most or len(members) <= most:
+        return members
+    return [members[round(i * (len(members) - 1) / max(1, most - 1))] for i in range(most)]
+
+
+# --- how it is measured
+
+
+def _measured(matrix: Matrix, buffers: Mapping[str, Any], turn: int, quantities: Sequence[str]) -> Tensor:
+    """Return all numbers of one matrix, on all of its ranks; one of these computes, chosen in turn.
+
+    NaN stands for what cannot be had: of a matrix that is not finite, or has no gradient.
+    """
+    param, sizes = matrix.param, _sizes(quantities)
+    precision = torch.promote_types(param.dtype, torch.float32)
+    weight = _whole(param).to(precision)
+    grad = torch.full_like(weight, torch.nan) if param.grad is None else _whole(param.grad).to(precision)
+    state = {name: _whole(buffer) for name, buffer in buffers.items() if isinstance(buffer, Tensor)}
+    ranks = matrix.layout.ranks if matrix.layout else ()
+    row = torch.zeros(sum(sizes.values()), dtype=torch.float64, device=weight.device)
+    if not ranks or ranks[turn % len(ranks)] == dist.get_rank():
+        found = _compute(matrix, weight, grad, state, quantities)
+        unknown = row.new_full((POINTS,), torch.nan)
+        row = torch.cat([found.get(name, unknown[:size]).reshape(size).to(row.dtype) for name, size in sizes.items()])
+    for group in matrix.layout.groups if matrix.layout else ():
+        dist.all_reduce(row, group=group)
+    return row
+
+
+def _compute(
+    matrix: Matrix, weight: Tensor, grad: Tensor, state: dict[str, Tensor], quantities: Sequence[str]
+) -> dict[str, Tensor]:
+    """Measure one whole matrix (or the blocks of one), the means over its blocks."""
+    momentum = next((state[name] for name in _MOMENTA if name in state), torch.full_like(weight, torch.nan))
+    jobs = [(measures.norms, (weight,))] if "norms" in quantities else []
+    if "spectrum" in quantities:
+        jobs.append((measures.spectrum, (weight, momentum.to(weight.dtype))))
+    if set(quantities) & set(OF_GRADIENTS):
+        update = _update(matrix, grad, state)
+        if "cosine" in quantities:
+            jobs.append((measures.cosine, (grad, update)))
+    if set(quantities) & set(OF_DIRECTIONS):
+        copies = {name: [state[name].clone()] for name in matrix.rule.state}
+        mixed = matrix.rule.prepare([grad], copies, matrix.group)[0]
+        jobs.append((measures.direction, (mixed, update)))
+    found = {}
+    for measure, wholes in jobs:
+        if all(whole.isfinite().all() for whole in wholes):  # LAPACK refuses others, or does not end
+            found |= measure(*(whole.reshape(matrix.shape) for whole in wholes))
+    return {name: value.mean(0) for name, value in found.items()}
+
+
+def _update(matrix: Matrix, grad: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """Return D, by which the optimizer would move this matrix at a rate of 1 without decay: a zero one moves to -D."""
+    options = {name: matrix.group[name] for name in matrix.rule.defaults} | {"lr": 1.0, "weight_decay": 0.0}
+    stand_in = torch.zeros_like(grad)
+    optimizer = RuleOptimizer([stand_in], matrix.rule.name, **options)
+    for name, buffer in optimizer.state[stand_in].items():
+        buffer.copy_(state[name])
+    stand_in.grad = grad
+    optimizer.step()
+    return -stand_in
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor, gathered from its ranks where it is in shards."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _now(tensor: Tensor) -> float:
+    """Seconds on a clock, once the tensor's device has done its work."""
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize(tensor.device)
+    return time.perf_counter()
