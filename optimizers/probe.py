@@ -43,6 +43,9 @@ QUANTITIES: dict[str, dict[str, int]] = {  # by the name asked for: what is retu
 }
 OF_DIRECTIONS = ("isotropy", "hadamard", "flips", "alignment")
 OF_GRADIENTS = (*OF_DIRECTIONS, "cosine")
+DEFAULT = tuple(
+    each for each in QUANTITIES if each != "spectrum"
+)  # which takes as long as half the others, and is long
 _MOMENTA = ("momentum", "momentum_buffer", "exp_avg")  # of the rules here and of torch's optimizers
 
 
@@ -112,8 +115,8 @@ def probe(optimizer: torch.optim.Optimizer, **chosen: Any) -> dict[str, float | 
         model: needed where no rule here trains matrices (lion, adamw), to tell them from embeddings.
         roles: the model's `roles`, if it was built with some.
         matrices: name patterns, of all matrices by default.
-        per_shape: at most so many of each shape, evenly spaced over the depth (4); 0 for all.
-        quantities: some of `QUANTITIES`; by default all that the optimizer's rule has.
+        per_shape: at most so many of each shape, evenly spaced over the depth (2); 0 for all.
+        quantities: some of `QUANTITIES`; by default all that the optimizer's rule has but the spectrum.
         mean: means over the matrices of one shape, "probe/512x128/..."; else by name.
 
     On any layout: every rank of a matrix must call it; the ranks share the matrices among them, and all get the result.
@@ -140,7 +143,7 @@ def _possible(quantities: Sequence[str] | None, rules: Sequence[UpdateRule | Non
         if each in barred:
             left = ", ".join(name for name in QUANTITIES if name not in barred)
             raise ValueError(f"{each} cannot be measured: {barred[each]}; ask for {left}")
-    return tuple(quantities or (each for each in QUANTITIES if each not in barred))
+    return tuple(quantities or (each for each in DEFAULT if each not in barred))
 
 
 def _sizes(quantities: Sequence[str]) -> dict[str, int]:
@@ -153,7 +156,7 @@ def _choose(
     model: nn.Module | None = None,
     roles: Mapping[str, str] | None = None,
     matrices: Sequence[str] = ("*",),
-    per_shape: int = 4,
+    per_shape: int = 2,
 ) -> list[Matrix]:
     if per_shape < 0:
         raise ValueError(f"per_shape must be a number of matrices, or 0 for all; got {per_shape}")
