@@ -31,6 +31,9 @@ for argument in "$@"; do
   esac
 done
 
+read -r -d '' -a tasks <<<"$TASKS" || true # words, and no file names in place of a *
+[[ ${#tasks[@]} -gt 0 ]] || refuse "TASKS must name at least one task; got '$TASKS'"
+
 own=${PYTHON:-}
 PYTHON=$(bash scripts/setup.sh)
 if ! "$PYTHON" -c 'from importlib.util import find_spec; import sys
@@ -44,6 +47,5 @@ fi
 export LMEVAL_LOG_LEVEL=${LMEVAL_LOG_LEVEL:-WARNING}
 flags=(--batch_size "$BATCH")
 [[ -z "$LIMIT" ]] || flags+=(--limit "$LIMIT")
-# shellcheck disable=SC2086  # several words
-exec "$PYTHON" -m Llama.evaluate --models "${models[@]}" --tasks $TASKS --tokens "$TOKENS" \
+exec "$PYTHON" -m Llama.evaluate --models "${models[@]}" --tasks "${tasks[@]}" --tokens "$TOKENS" \
   ${EVAL_DATA:+--data "$EVAL_DATA"} -- "${flags[@]}" "$@"

@@ -1,6 +1,13 @@
 #!/usr/bin/env bash
-# What the experiments' run scripts share; they source it and set CONFIG, NGPU and GROUP.
+# Shared by the experiments' run scripts, which set EXPERIMENT and source it: the command line and its checks, one
+# training per optimizer, the place of the pictures, and the last words.
 
+# Knobs of every run script. Empty means: as the config says.
+OPTIMIZERS=${OPTIMIZERS:-olion muon adamuon lion adamw}
+LR=${LR:-}                   # peak learning rate of the matrices, for every optimizer
+SEED=${SEED:-}
+GROUP=${GROUP:-}             # runs/EXPERIMENT/GROUP holds the runs, and the pictures show all of them; the config's name
+NGPU=${NGPU:-}               # processes on this machine; empty: one per GPU
 NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}    # node 0 prepares, measures and draws
 RDZV_ENDPOINT=${RDZV_ENDPOINT:-localhost:0} # host:port of node 0; port 0 takes a free one, for a single node
@@ -10,22 +17,72 @@ refuse() {
   exit 1
 }
 
-check_config() {
-  [[ -f "$CONFIG" ]] || refuse "config file not found: $CONFIG (from $PWD); name an existing TOML file"
+# Refuses a knob that is not a whole number: refuse_other_than_numbers LEAST NAME...
+# Bash evaluates what stands in an arithmetic comparison, commands included, so this comes before any of these.
+refuse_other_than_numbers() {
+  local least=$1 name
+  shift
+  for name in "$@"; do
+    [[ "${!name}" =~ ^(0|[1-9][0-9]{0,6})$ && "${!name}" -ge $least ]] ||
+      refuse "$name must be a whole number, $least or more; got '${!name}'"
+  done
 }
 
-# Several nodes need a meeting point; localhost:0, a free port here, serves one.
-check_nodes() {
+# Reads the command line into CONFIG, GROUP, publish, wants_help and `flags`, the rest of it, and checks the knobs:
+# read_arguments DEFAULT_CONFIG "$@"
+read_arguments() {
+  local argument
+  CONFIG=$1
+  shift
+  if [[ $# -gt 0 && "$1" != -* ]]; then
+    CONFIG=$1
+    shift
+  fi
+  GROUP=${GROUP:-$(basename "$CONFIG" .toml)}
+  publish="" wants_help="" flags=()
+  for argument in "$@"; do
+    case $argument in
+      --publish) publish=yes ;;
+      --group* | --out* | --job.group* | --job.dump?folder*)
+        refuse "pictures are of runs/$EXPERIMENT/GROUP; set GROUP instead of $argument" ;;
+      --help | -h) wants_help=yes ;;
+      *) flags+=("$argument") ;;
+    esac
+  done
+  [[ -f "$CONFIG" ]] || refuse "config file not found: $CONFIG (from $PWD); name an existing TOML file"
+  read -r -d '' -a optimizers <<<"$OPTIMIZERS" || true # words, and no file names in place of a *
+  [[ ${#optimizers[@]} -gt 0 ]] || refuse "OPTIMIZERS must name at least one optimizer; got '$OPTIMIZERS'"
+  [[ -z "$NGPU" ]] || refuse_other_than_numbers 1 NGPU
+  refuse_other_than_numbers 1 NNODES
+  refuse_other_than_numbers 0 NODE_RANK
+  [[ "$NODE_RANK" -lt "$NNODES" ]] || refuse "NODE_RANK must be below NNODES=$NNODES; got $NODE_RANK"
+  # Several nodes need a meeting point; localhost:0, a free port here, serves one.
   [[ "$NNODES" -eq 1 || "$RDZV_ENDPOINT" != localhost:0 ]] ||
     refuse "NNODES=$NNODES needs one RDZV_ENDPOINT=host:port on all nodes, the host being one of them"
 }
 
-# Shares the cores among the processes of this machine; torchrun would take one thread each, and say so.
-share_cores() {
+# Sets PYTHON and NGPU, by default one process per GPU: find_processes PROCESSES_WITHOUT_A_GPU
+find_processes() {
+  PYTHON=$(bash scripts/setup.sh)
+  NGPU=${NGPU:-$("$PYTHON" -c "import torch; print(torch.cuda.device_count() or $1)")}
   [[ -z "${OMP_NUM_THREADS:-}" && "$NGPU" -gt 1 ]] || return 0
+  # Shares the cores among the processes; torchrun would take one thread each, and say so.
   local cores
   cores=$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
   export OMP_NUM_THREADS=$((cores > NGPU ? cores / NGPU : 1))
+}
+
+# Whether this node prepares, measures and draws.
+is_first_node() { [[ "$NODE_RANK" -eq 0 ]]; }
+
+# Names a picture: beside the runs, or with --publish in images/, where git tracks it: picture [NAME]
+picture() {
+  local name=${1:-}
+  if [[ -n "$publish" ]]; then
+    echo "images/${EXPERIMENT}_$GROUP${name:+_$name}.png"
+  else
+    echo "runs/$EXPERIMENT/$GROUP/${name:-curves}.png"
+  fi
 }
 
 # A signal reaches the training, which saves and leaves; then this script leaves too. torchrun would kill it after 30 s,
@@ -58,11 +115,13 @@ launch() {
 # Trains with each of OPTIMIZERS, one after the other: train_each MODULE RESUME_FLAG CONFIG ARGUMENTS...
 diverged=""
 train_each() {
-  local module=$1 resume=$2 config=$3 optimizer status
+  local module=$1 resume=$2 config=$3 optimizer status began longest=0 number=0
   shift 3
-  for optimizer in $OPTIMIZERS; do
-    status=0
+  for optimizer in "${optimizers[@]}"; do
+    status=0 began=$SECONDS number=$((number + 1))
+    tell_progress "$optimizer" "$number" "$longest"
     launch "$optimizer" "$module" "$config" --optimizer.name "$optimizer" "$@" || status=$?
+    longest=$((SECONDS - began > longest ? SECONDS - began : longest))
     case $status in
       0) ;;
       3) diverged+=" $optimizer" ;; # the training's word for it: a result, and no reason to skip the others
@@ -77,7 +136,21 @@ train_each() {
   done
 }
 
-# The last words of a script.
-tell_diverged() {
+# Says which optimizer trains now and when all will be done, if each takes as long as the longest before:
+# tell_progress OPTIMIZER NUMBER SECONDS_OF_THE_LONGEST
+tell_progress() {
+  local count=${#optimizers[@]} left end when=""
+  if [[ $3 -gt 0 ]]; then
+    left=$(($3 * (count - $2 + 1)))
+    end=$(($(date +%s) + left))
+    when=$(date -d "@$end" +%H:%M 2>/dev/null || date -r "$end" +%H:%M) # GNU's date, or macOS'
+    when="; all done at about $when, in $(((left + 59) / 60)) min"
+  fi
+  echo "optimizer $2 of $count: $1$when" >&2
+}
+
+# The last words of a script, below the table and the picture's path.
+tell_end() {
+  if is_first_node; then echo "runs: runs/$EXPERIMENT/$GROUP"; fi
   [[ -z "$diverged" ]] || echo "diverged:$diverged (see the error above; a lower learning rate helps)" >&2
 }

@@ -37,12 +37,13 @@ def bash(checkout: Path, *command: str, **environment: str) -> subprocess.Comple
 def test_run_script_prepares_trains_on_two_ranks_and_draws_from_any_folder(checkout):
     done = bash(checkout, str(checkout / "Llama/run.sh"), *QUICK, OPTIMIZERS="olion", LR="2e-3", SEED="3", NGPU="2")
     assert done.returncode == 0, done.stderr
-    (run,) = (checkout / "runs/llama/stdlib").iterdir()
+    (run,) = (path for path in (checkout / "runs/llama/stdlib").iterdir() if path.is_dir())
     assert run.name == "olion-lr2e-3-adamw8e-3-s3"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "val/loss" in line] == [0, 2]
     assert "| OLion " in done.stdout
-    assert (checkout / "images/llama_stdlib.png").stat().st_size > 10_000
+    assert (checkout / "runs/llama/stdlib/curves.png").stat().st_size > 10_000
+    assert not (checkout / "images").exists()  # git tracks it
 
 
 def test_script_of_the_7b_run_starts_its_config_on_all_gpus_and_stops_where_that_is_refused(checkout):
@@ -61,7 +62,9 @@ def test_script_of_the_7b_run_starts_its_config_on_all_gpus_and_stops_where_that
     assert prepare == f"8 -m Llama.prepare {config} --training.steps 9 --job.group llama2_7b"
     assert "-m common.torchrun --nproc-per-node 8 --nnodes 1 " in train
     assert train.endswith(f"-m Llama.train {config} --optimizer.name olion --training.steps 9 --job.group llama2_7b")
-    assert draw.endswith("-m scripts.figures runs/llama/llama2_7b --out images/llama_llama2_7b.png --metric val/loss")
+    assert draw.endswith(
+        "-m scripts.figures runs/llama/llama2_7b --out runs/llama/llama2_7b/curves.png --metric val/loss"
+    )
     done = bash(checkout, script, REFUSED="Llama.prepare", **environment)
     assert done.returncode == 1
     assert "-m Llama.prepare" in (checkout / "asked").read_text().splitlines()[-1]

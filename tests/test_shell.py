@@ -1,6 +1,7 @@
 """The shell scripts, as a new user runs them: in a checkout of their own, without anything prepared."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -24,14 +25,70 @@ def bash(checkout: Path, *command: str, **environment: str) -> subprocess.Comple
     return subprocess.run(["bash", *command], cwd="/", env=settings, capture_output=True, text=True, timeout=300)
 
 
-def test_run_script_trains_each_optimizer_and_draws_from_any_folder(checkout):
+def test_run_script_trains_each_optimizer_and_draws_beside_the_runs_from_any_folder(checkout):
     done = bash(checkout, str(checkout / "nanoGPT/run.sh"), *QUICK, OPTIMIZERS="olion adamw", LR="2e-3", SEED="3")
     assert done.returncode == 0, done.stderr
-    runs = {path.name for path in (checkout / "runs/nanogpt/stdlib").iterdir()}
+    group = checkout / "runs/nanogpt/stdlib"
+    runs = {path.name for path in group.iterdir() if path.is_dir()}
     assert len(runs) == 2 and all("-lr2e-3-" in run and run.endswith("-s3") for run in runs)
     assert "| OLion " in done.stdout and "| AdamW " in done.stdout
-    assert (checkout / "images/nanogpt_stdlib.png").stat().st_size > 10_000
-    assert (checkout / "images/nanogpt_stdlib.json").exists()
+    assert (group / "curves.png").stat().st_size > 10_000 and (group / "curves.json").exists()
+    assert not (checkout / "images").exists()  # git tracks it
+    *_, picture, folder = done.stdout.splitlines()
+    assert "runs/nanogpt/stdlib/curves.png" in picture and folder == "runs: runs/nanogpt/stdlib"
+    first, second = (line for line in done.stderr.splitlines() if line.startswith("optimizer "))
+    assert first == "optimizer 1 of 2: olion"
+    assert re.fullmatch(r"optimizer 2 of 2: adamw; all done at about \d\d:\d\d, in \d+ min", second)
+
+
+@pytest.fixture
+def recorder(checkout) -> Path:
+    """An interpreter that only writes down what it is asked."""
+    python = checkout / "python"
+    python.write_text(f'#!/bin/sh\necho "$*" >> {checkout}/asked\n')
+    python.chmod(0o755)
+    return python
+
+
+def test_run_script_publishes_into_images_where_that_is_asked(checkout, recorder):
+    done = bash(checkout, str(checkout / "nanoGPT/run.sh"), "--publish", "--steps", "9", PYTHON=str(recorder), NGPU="1")
+    assert done.returncode == 0, done.stderr
+    *_, train, draw = (checkout / "asked").read_text().splitlines()
+    assert train.endswith("--optimizer.name adamw --steps 9 --group stdlib")
+    assert draw == "-m scripts.figures runs/nanogpt/stdlib --out images/nanogpt_stdlib.png"
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        ({"NGPU": "x[$(touch executed)]"}, "NGPU must be a whole number, 1 or more; got 'x[$(touch executed)]'"),
+        ({"NNODES": "x[$(touch executed)]"}, "NNODES must be a whole number, 1 or more; got 'x[$(touch executed)]'"),
+        ({"NODE_RANK": "x[$(touch executed)]"}, "NODE_RANK must be a whole number, 0 or more; got"),
+        ({"NGPU": "abc"}, "NGPU must be a whole number, 1 or more; got 'abc'"),
+        ({"NGPU": "0"}, "NGPU must be a whole number, 1 or more; got '0'"),
+        ({"NGPU": "08"}, "NGPU must be a whole number, 1 or more; got '08'"),
+        ({"NGPU": "-1"}, "NGPU must be a whole number, 1 or more; got '-1'"),
+        ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK must be below NNODES=2; got 2"),
+        ({"NNODES": "2"}, "NNODES=2 needs one RDZV_ENDPOINT=host:port on all nodes"),
+        ({"OPTIMIZERS": " "}, "OPTIMIZERS must name at least one optimizer; got ' '"),
+    ],
+)
+@pytest.mark.parametrize("experiment", ["nanoGPT", "SIT", "Llama"])
+def test_run_script_refuses_a_knob_in_one_line_and_executes_nothing(tmp_path, experiment, knobs, said):
+    done = bash(ROOT, str(ROOT / experiment / "run.sh"), PYTHON="/bin/false", **knobs)
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {said}")
+    assert not (ROOT / "executed").exists()
+
+
+def test_run_script_takes_a_star_for_the_name_of_an_optimizer_and_of_no_file(checkout, recorder):
+    knobs = {"OPTIMIZERS": "* olion\nmuon", "PYTHON": str(recorder), "NGPU": "1"}
+    done = bash(checkout, str(checkout / "nanoGPT/run.sh"), **knobs)
+    assert done.returncode == 0, done.stderr
+    asked = (checkout / "asked").read_text().splitlines()
+    names = [line.split("--optimizer.name ")[1].split()[0] for line in asked if "nanoGPT.train" in line]
+    assert names == ["*", "olion", "muon"]
 
 
 def test_run_script_starts_one_process_a_rank_and_stops_at_the_first_failure(checkout):

@@ -40,16 +40,17 @@ def run_script(checkout: Path, *arguments: str, **environment: str) -> subproces
 def test_run_script_prepares_trains_measures_and_draws_from_any_folder(checkout):
     done = run_script(checkout, *QUICK, OPTIMIZERS="olion", LR="2e-3", SEED="3")
     assert done.returncode == 0, done.stderr
-    runs = sorted(path.name for path in (checkout / "runs/sit/digits").iterdir())
+    group = checkout / "runs/sit/digits"
+    runs = sorted(path.name for path in group.iterdir() if path.is_dir())
     assert runs == ["olion-lr2e-3-s3"]
-    lines = (checkout / "runs/sit/digits" / runs[0] / "metrics.jsonl").read_text().splitlines()
+    lines = (group / runs[0] / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 2]
     for table in ("| optimizer | learning rate |", "| optimizer         | runs"):
         assert done.stdout.count(table) == 1
     assert done.stdout.count("| OLion ") == 2
-    images = checkout / "images"
-    for name in ("sit_digits", "sit_digits_samples"):
-        assert (images / f"{name}.png").stat().st_size > 10_000 and (images / f"{name}.json").exists()
+    for name in ("curves", "samples"):
+        assert (group / f"{name}.png").stat().st_size > 10_000 and (group / f"{name}.json").exists()
+    assert not (checkout / "images").exists()  # git tracks it
 
 
 def test_run_script_of_the_imagenet_config_trains_on_all_ranks_and_measures_no_digits(checkout):
@@ -71,7 +72,7 @@ def test_run_script_of_the_imagenet_config_trains_on_all_ranks_and_measures_no_d
 
 def test_run_script_refuses_what_it_does_not_know_in_one_line(checkout):
     done = run_script(checkout, "--group", "other")
-    assert done.returncode == 1 and done.stderr.startswith("error: the pictures are of runs/sit/GROUP; set GROUP")
+    assert done.returncode == 1 and done.stderr.startswith("error: pictures are of runs/sit/GROUP; set GROUP")
 
 
 def write_images(folder: Path) -> None:
