@@ -7,7 +7,7 @@ With X (m, n), m <= n (a tall matrix is transposed), G = X Xᵀ and p(G) = a I +
     gram    G <- p(G) G p(G),  Q <- Q p(G);  X <- Q X    m x m products only, X touched once at the end
 
 Every m x m product here is of commuting symmetric matrices, so it is symmetric too and only its upper blocks are
-computed. The cheaper form is chosen by counting multiplications (`flops`).
+computed (`symmetric.py`). The cheaper form is chosen by counting multiplications (`flops`).
 
 Sources: Jordan et al., "Muon" (2024), for the iteration and its coefficients; Amsel et al., "The Polar Express",
 arXiv 2505.16932, for one triple a step; Zhang, Amsel, Chen and Dao, "Gram Newton-Schulz" (2026), for the Gram form
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .checks import closest
 from .qdwh import qdwh
+from .symmetric import computed_share, symmetric_product
 
 Triple = tuple[float, float, float]
 
@@ -56,8 +57,6 @@ EXACT_FORMS = ("qdwh", "svd")  # computed in float32 or float64 from what they a
 # coefficients, which flip as many signs as the plain form, and 2, 1, 2 for Polar Express. Runs of 2, 3 flip up to
 # twenty times more for Jordan's, and runs of 5 (Jordan) and 3, 2 (Polar Express) diverge.
 _FIRST_LIMIT, _LATER_LIMIT = 1.2, 0.1
-
-_BLOCK = 128  # rows of a block of a symmetric product; on two CPUs 64 and 256 were slower, in bf16 by a tenth
 
 
 def orthogonalize(
@@ -151,8 +150,7 @@ def flops(
     if form == "auto":
         return min(flops(m, n, ns_steps, each, triples, dtype, device) for each in ("plain", "gram"))
     m, n = min(m, n), max(m, n)
-    blocks = _blocks(m, torch.device(device))
-    share = (blocks + 1) / (2 * blocks)  # of a symmetric product that is computed
+    share = computed_share(m, dtype, torch.device(device))  # of a symmetric product
     small, gram, apply = 2 * m**3 * share, 2 * m * m * n * share, 2 * m * m * n
     runs = [1] * ns_steps if form == "plain" else [len(run) for run in _runs(triples, dtype)]
     # A run of k steps: k squares of G, k - 1 updates of Q, 2 (k - 1) of G.
@@ -161,8 +159,8 @@ def flops(
 
 def _plain(x: Tensor, triples: list[Triple]) -> Tensor:
     for a, b, c in triples:
-        g = _symmetric_product(x, x.mT)  # (batch, m, m)
-        u = _symmetric_product(g, g, add=g, beta=b, alpha=c)
+        g = symmetric_product(x, x.mT)  # (batch, m, m)
+        u = symmetric_product(g, g, add=g, beta=b, alpha=c)
         x = torch.baddbmm(x, u, x, beta=a)  # (batch, m, n)
     return x
 
@@ -172,7 +170,7 @@ def _gram(x: Tensor, triples: list[Triple]) -> Tensor:
         if len(run) == 1:
             x = _plain(x, run)
         else:
-            x = _gram_factor(_symmetric_product(x, x.mT), run) @ x  # (batch, m, n)
+            x = _gram_factor(symmetric_product(x, x.mT), run) @ x  # (batch, m, n)
     return x
 
 
@@ -183,45 +181,16 @@ def _gram_factor(g: Tensor, triples: list[Triple]) -> Tensor:
     """
     q = None
     for step, (a, b, c) in enumerate(triples):
-        u = _symmetric_product(g, g, add=g, beta=b, alpha=c)  # b G + c G²
+        u = symmetric_product(g, g, add=g, beta=b, alpha=c)  # b G + c G²
         if step < len(triples) - 1:
-            half = _symmetric_product(g, u, add=g, beta=a)  # G p(G)
-            g = _symmetric_product(half, u, add=half, beta=a)  # G p(G)²
+            half = symmetric_product(g, u, add=g, beta=a)  # G p(G)
+            g = symmetric_product(half, u, add=half, beta=a)  # G p(G)²
         if q is None:
             u.diagonal(dim1=-2, dim2=-1).add_(a)
             q = u
         else:
-            q = _symmetric_product(q, u, add=q, beta=a)
+            q = symmetric_product(q, u, add=q, beta=a)
     return q
-
-
-def _symmetric_product(
-    left: Tensor, right: Tensor, add: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
-) -> Tensor:
-    """Return beta add + alpha left @ right, known to be symmetric: block rows right of the diagonal, mirrored.
-
-    left (batch, m, k), right (batch, k, m), add (batch, m, m) symmetric -> (batch, m, m).
-    """
-    m = left.shape[-2]
-    blocks = _blocks(m, left.device)
-    if blocks == 1:
-        return left @ right if add is None else torch.baddbmm(add, left, right, beta=beta, alpha=alpha)
-    rows = -(-m // blocks)
-    out = left.new_empty(left.shape[0], m, m)
-    for i in range(0, m, rows):
-        j = min(i + rows, m)
-        upper_left, upper_right = left[:, i:j], right[:, :, i:]
-        if add is None:
-            out[:, i:j, i:] = upper_left @ upper_right
-        else:
-            out[:, i:j, i:] = torch.baddbmm(add[:, i:j, i:], upper_left, upper_right, beta=beta, alpha=alpha)
-        out[:, i:j, :i] = out[:, :i, i:j].mT
-    return out
-
-
-def _blocks(m: int, device: torch.device) -> int:
-    """Block rows of a symmetric (m, m) product. One off the CPU: there a split has not been measured."""
-    return max(1, round(m / _BLOCK)) if device.type == "cpu" else 1
 
 
 def _runs(triples: list[Triple], dtype: torch.dtype) -> list[list[Triple]]:
