@@ -123,6 +123,8 @@ class Checkpoint(titan.Checkpoint):
     """The last one can be resumed, too, with more steps."""
     keep_latest_k: int = 2
     """Newest checkpoints that are kept; 0 keeps all."""
+    checksums: bool = True
+    """Hash every file (SHA-256, about 1 GB/s per core) once it is saved, and compare before loading; else its size."""
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torchtitan.components import metrics as titan
@@ -81,20 +81,29 @@ class _Logger(titan.BaseLogger):
         training, (unit, of_a_step) = settings.training, work(settings)
         if "validation_metrics/loss" in metrics:
             shared = self._validation(metrics, step)
-            if step == training.steps:
-                self._end(step, shared)
         else:
             shared = self._training(metrics)
             shared[f"{unit}_per_second"] = of_a_step / shared["step_ms"] * 1000  # of all ranks
         self._runlog.log(step, {unit: step * of_a_step, **shared})
-        finite = [shared[key] for key in ("train/loss", "grad_norm") if key in shared]
-        if not all(map(math.isfinite, finite)):
-            self._end(step, {})
-            raise Diverged(
-                f"training needs finite losses and gradients, and step {step} had loss {finite[0]} and gradient norm "
-                f"{finite[1]}; start anew with a lower learning rate, or with one from the weights of an earlier step: "
-                "--checkpoint.initial_load_path RUN/checkpoint/step-N"
-            )
+        if "val/loss" in shared:
+            if step == training.steps:
+                self._last_validation(step, shared)
+            return
+        loss, norm = shared["train/loss"], shared["grad_norm"]
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._diverged(step, f"losses and gradients, and step {step} had loss {loss} and gradient norm {norm}")
+
+    def _last_validation(self, step: int, validation: dict[str, float]) -> None:
+        if not math.isfinite(validation["val/loss"]):
+            self._diverged(step, f"losses, and the last validation, after step {step}, was {validation['val/loss']}")
+        self._end(step, validation)
+
+    def _diverged(self, step: int, needed: str) -> NoReturn:
+        self._end(step, {})
+        raise Diverged(
+            f"training needs finite {needed}; start anew with a lower learning rate, or with one from the weights of "
+            "an earlier step: --checkpoint.initial_load_path RUN/checkpoint/step-N"
+        )
 
     def _end(self, step: int, validation: dict[str, float]) -> None:
         if launch.process_rank() == 0:

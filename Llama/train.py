@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import sys
 import warnings
 from dataclasses import replace
@@ -27,11 +26,13 @@ import Llama.spec  # noqa: F401  (registers the TrainSpec)
 from common import UserError, launch
 from common.config import refuse_changes
 from common.runlog import END, move_aside
+from Llama.checkpoints import Checkpointer
 from Llama.checks import environment
 from Llama.config import JobConfig, parse_config
 from Llama.cpu import on_cpu
 from Llama.metrics import name_of, record_of
-from Llama.weights import CHECKPOINTS, newest_checkpoint
+
+titan.CheckpointManager = Checkpointer  # the one part of its trainer that a TrainSpec cannot replace
 
 
 class Trainer(titan.Trainer):
@@ -80,11 +81,6 @@ class Trainer(titan.Trainer):
         titan.logger.info(f"stopped after step {self.step}; {after}")
         return False
 
-    def close(self) -> None:
-        if future := getattr(self.checkpointer, "save_future", None):  # asynchronous, and not on the disk yet
-            future.result()
-        super().close()
-
 
 def main() -> None:
     """Read the configuration and train."""
@@ -130,8 +126,6 @@ def train(settings: JobConfig) -> None:
             trainer = Trainer(settings, stop_request)
             if not settings.job.resume:
                 launch.on_main(lambda: move_aside(folder))
-            elif newest_checkpoint(folder) is None:  # torchtitan would take an incomplete one for a reason to load none
-                launch.on_main(lambda: shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True))
             trainer.train()
     finally:
         if trainer:

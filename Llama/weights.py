@@ -9,7 +9,8 @@ the three kinds of folder (Hugging Face weights, a run, one of its checkpoints) 
 """
 
 import json
-import re
+import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,12 +24,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from common import UserError
 from common.corpus import written_aside
 from common.launch import main_guard
+from common.manifest import Damaged
+from common.tensor_reader import TensorReader
+from Llama.checkpoints import FOLDER, newest_checkpoint, verify
 from Llama.hf import DTYPES, Adapter, check_config, hf_config, stored_tensors
 from Llama.model import FLAVORS, Shape, weights_on_meta
 from Llama.templates import FINE_TUNING, TEMPLATES, Template
 from Llama.tokenizer import Tokenizer, export_tokenizer
-
-CHECKPOINTS = "checkpoint"  # torchtitan's folder of them, below a run's
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,6 @@ class Options:
     """Of the checkpoint; None is the newest."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Of the weights that are written."""
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Find a run's newest complete checkpoint."""
-    steps = {
-        int(match[1]): path
-        for path in (folder / CHECKPOINTS).glob("step-*")
-        if (match := re.fullmatch(r"step-(\d+)", path.name)) and (path / ".metadata").is_file()
-    }
-    return steps[max(steps)] if steps else None
 
 
 def find_weights(path: Path) -> tuple[Path, bool]:
@@ -103,9 +95,16 @@ def check_weights(path: Path, is_hf: bool, shape: Shape, name: str) -> None:
 def checkpoint_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the model's tensors in a checkpoint, whose other entries are the optimizer's and the run's.
 
-    Raises UserError where they are no floats.
+    Raises UserError where they are no floats, or damaged.
     """
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    try:
+        # Every rank of a run comes here: the first alone reads all bytes.
+        verify(path, contents=os.environ.get("RANK", "0") == "0")
+        metadata = TensorReader(path).read_metadata().state_dict_metadata
+    except Damaged as error:
+        raise UserError(
+            f"weights must be as they were written; {path} is not: {error}; name an older step-N"
+        ) from error
     parts = {key.partition(".")[0] for key in weights_on_meta(FLAVORS["llama2"]["debug"])}
     found = {key: entry for key, entry in metadata.items() if key.partition(".")[0] in parts}
     for key, entry in found.items():
@@ -125,13 +124,16 @@ def export(options: Options) -> Path:
     if options.out.exists():
         raise UserError(f"--out must be a new folder; {options.out} is there: remove it, or name another")
     settings = json.loads(record.read_text())["config"]
-    step = options.run / CHECKPOINTS / f"step-{options.step}" if options.step is not None else options.run
+    step = options.run / FOLDER / f"step-{options.step}" if options.step is not None else options.run
     checkpoint, _ = find_weights(step)
     model = settings["model"]
     shape, assets = FLAVORS[model["name"]][model["flavor"]], Path(model["hf_assets_path"])
     dtype = getattr(torch, options.dtype)
     weights = {name: torch.empty_like(w, dtype=dtype, device="cpu") for name, w in weights_on_meta(shape).items()}
-    dcp.load(weights, checkpoint_id=checkpoint)
+    check_weights(checkpoint, False, shape, f"{model['name']} {model['flavor']}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        dcp.load(weights, storage_reader=TensorReader(checkpoint), no_dist=True)
     with written_aside(options.out) as partial:
         tuned = settings["training"]["dataset"] in FINE_TUNING
         template = TEMPLATES[settings["fine_tuning"]["template"]] if tuned else None

@@ -1,0 +1,191 @@
+"""torchtitan's checkpoints, only finite ones, each proven whole by a manifest and read without executing anything.
+
+A run's folder has checkpoint/step-N/: torchtitan's files, and manifest.json with their SHA-256, written last. A run that
+resumes takes the newest checkpoint whose files are as they were written, and says which ones it passed over.
+"""
+
+import re
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.tensor import DTensor
+from torchtitan.components import checkpoint as titan
+from torchtitan.config import Checkpoint
+
+from common import Diverged, UserError, one_line, warn
+from common.launch import on_main, process_rank
+from common.manifest import MANIFEST, Damaged, read_manifest, verify_manifest, write_manifest
+from common.runlog import write_end
+from common.tensor_reader import TensorReader
+
+FOLDER = "checkpoint"  # torchtitan's folder of them, below a run's
+
+
+class Checkpointer(titan.CheckpointManager):
+    """torchtitan's, that saves only finite tensors, and loads only checkpoints that are as they were written."""
+
+    def __init__(self, *, checkpoint_config: Checkpoint, **parts: Any):
+        self._checksums, self._proof = checkpoint_config.checksums, Future()
+        self._proof.set_result(None)
+        self._thread = ThreadPoolExecutor(1, "manifest")
+        super().__init__(checkpoint_config=checkpoint_config, **parts)
+
+    @torch.no_grad()
+    def save(self, curr_step: int, last_step: bool = False) -> None:
+        """Save if it is due; raises Diverged, on all ranks, where weights or the optimizer's state are not finite."""
+        if not self._should_save(curr_step, last_step):
+            return
+        self._refuse_not_finite(curr_step)
+        folder = Path(self._create_checkpoint_id(curr_step))
+        self._async_wait()
+        on_main(lambda: shutil.rmtree(folder, ignore_errors=True))  # a damaged one, or of a layout with more files
+        super().save(curr_step, last_step)
+        pending = None if last_step else self.save_future
+        if process_rank() == 0:
+            self._proof = self._thread.submit(self._prove, folder, curr_step, pending)
+        if pending is None:
+            self._proof.result()
+
+    def _prove(self, folder: Path, step: int, pending: Future | None) -> None:
+        if pending is not None:
+            pending.result()  # asynchronous, and not on the disk before
+        write_manifest(folder, {"step": step}, self._checksums)
+
+    def _async_wait(self) -> None:
+        super()._async_wait()
+        self._proof.result()
+
+    def _refuse_not_finite(self, step: int) -> None:
+        tensors = [param for part in self.states[titan.MODEL].model for param in part.parameters()]
+        for optimizer in self.states[titan.OPTIMIZER]:
+            tensors += [value for state in optimizer.state.values() for value in state.values()]
+        wrong = sum(not is_finite(tensor) for tensor in tensors if isinstance(tensor, Tensor))
+        count = torch.tensor(float(wrong), device=tensors[0].device)
+        dist.all_reduce(count)
+        if not count:
+            return
+        run = Path(self.folder).parent
+        if process_rank() == 0:
+            write_end(run, step, {})
+        raise Diverged(
+            f"training needs finite weights and momentum, and after step {step} they are not: nothing was saved, and "
+            "earlier checkpoints are as they were; start anew with a lower learning rate, or with one from the weights "
+            f"of an earlier step: --checkpoint.initial_load_path {run}/{FOLDER}/step-N"
+        )
+
+    @torch.no_grad()
+    def load(self, step: int = -1) -> bool:
+        """Load the checkpoint of `step`, or the newest whole one (-1), or without any the weights to start from."""
+        if self.enable and Path(self.folder).is_dir():
+            found = on_main(lambda: find_step(Path(self.folder), step))
+            if found is None:  # torchtitan would take the folder for a reason not to load weights to start from
+                on_main(lambda: shutil.rmtree(self.folder, ignore_errors=True))
+            else:
+                step = found
+        return super().load(step)
+
+    def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
+        """Read a checkpoint into `state_dict`, as torchtitan does, but without executing what it holds."""
+        if from_hf:
+            return super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
+        dcp.load(state_dict, storage_reader=TensorReader(checkpoint_id), planner=PlainPlanner())
+        self.states[titan.MODEL].load_state_dict(state_dict)
+
+    def close(self) -> None:
+        """Wait until the last checkpoint is on the disk, and end the threads."""
+        if future := getattr(self, "save_future", None):
+            future.result()
+        self._proof.result()
+        self._thread.shutdown()
+        super().close()
+
+
+class PlainPlanner(DefaultLoadPlanner):
+    """torch's planner, whose entries that are no tensors may be numbers, strings and collections of them alone."""
+
+    def load_bytes(self, read_item: dcp.ReadItem, value: BytesIO) -> None:
+        """Read an entry with weights_only; torch would unpickle it freely."""
+        checked = BytesIO()
+        torch.save(torch.load(value, weights_only=True), checked)
+        checked.seek(0)
+        super().load_bytes(read_item, checked)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether this rank's part of a tensor has neither inf nor NaN."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return bool(torch.isfinite(local).all())
+
+
+# ---- Finding
+
+
+def find_step(folder: Path, step: int = -1) -> int | None:
+    """Return the newest step, or `step` itself, whose checkpoint is as it was written; None where none was finished.
+
+    Damaged ones are passed over with a warning. Raises UserError where all are damaged, or the one asked for is.
+    """
+    wanted = {number: path for number, path in numbered(folder).items() if step in (-1, number)}
+    if step != -1 and step not in wanted:
+        raise UserError(f"--checkpoint.load_step {step} must be a checkpoint of this run; {folder} has no step-{step}")
+    damaged = []
+    for number, path in sorted(wanted.items(), reverse=True):
+        try:
+            verify(path)
+        except Damaged as error:
+            damaged.append(f"{path}: {error}")
+            warn(f"checkpoint {path} is damaged and passed over: {error}")
+        else:
+            return number
+    if damaged:
+        raise UserError(
+            f"a checkpoint must be as it was written; none in {folder} is ({'; '.join(damaged)[:300]}): restore one, "
+            "or start without --job.resume"
+        )
+    return None
+
+
+def numbered(folder: Path) -> dict[int, Path]:
+    """Return the checkpoints of a folder by their steps, but those that a killed run did not finish."""
+    matches = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*"))
+    return {int(match[1]): path for match, path in matches if match and (path / ".metadata").is_file()}
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """Return a run's newest checkpoint whose files have the sizes that they were written with, or None without any."""
+    for _, path in sorted(numbered(run / FOLDER).items(), reverse=True):
+        try:
+            verify(path, contents=False)
+            return path
+        except Damaged as error:
+            warn(f"checkpoint {path} is damaged and passed over: {error}")
+    return None
+
+
+def verify(path: Path, contents: bool = True) -> None:
+    """Compare a checkpoint's files with its manifest, with SHA-256 or (`contents` false) by sizes; raises Damaged.
+
+    One without a manifest (another program's, or of a run killed while it was written) must have the bytes that its
+    metadata names.
+    """
+    if (path / MANIFEST).is_file():
+        if contents:
+            verify_manifest(path)
+        else:
+            read_manifest(path)
+        return
+    try:
+        for each in TensorReader(path).read_metadata().storage_data.values():
+            found, needed = (path / each.relative_path).stat().st_size, each.offset + each.length
+            if found < needed:
+                raise Damaged(f"{each.relative_path} has {found} bytes, and its metadata needs {needed}")
+    except OSError as error:
+        raise Damaged(f"a file cannot be read: {one_line(error)}") from error
