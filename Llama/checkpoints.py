@@ -1,12 +1,13 @@
 """torchtitan's checkpoints, only finite ones, each proven whole by a manifest and read without executing anything.
 
-A run's folder has checkpoint/step-N/: torchtitan's files, and manifest.json with their SHA-256, written last. A run that
-resumes takes the newest checkpoint whose files are as they were written, and says which ones it passed over.
+A run's folder has checkpoint/step-N/: torchtitan's files, and manifest.json with their SHA-256, written last. A run
+that resumes takes the newest checkpoint whose files are as they were written, and says which ones it passed over.
 """
 
 import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner
 from torch.distributed.tensor import DTensor
 from torchtitan.components import checkpoint as titan
 from torchtitan.config import Checkpoint
@@ -24,7 +25,7 @@ from common import Diverged, UserError, one_line, warn
 from common.launch import on_main, process_rank
 from common.manifest import MANIFEST, Damaged, read_manifest, verify_manifest, write_manifest
 from common.runlog import write_end
-from common.tensor_reader import TensorReader
+from common.tensor_reader import TensorReader, refuse_unlisted
 
 FOLDER = "checkpoint"  # torchtitan's folder of them, below a run's
 
@@ -35,8 +36,9 @@ class Checkpointer(titan.CheckpointManager):
     def __init__(self, *, checkpoint_config: Checkpoint, **parts: Any):
         self._checksums, self._proof = checkpoint_config.checksums, Future()
         self._proof.set_result(None)
-        self._thread = ThreadPoolExecutor(1, "manifest")
-        super().__init__(checkpoint_config=checkpoint_config, **parts)
+        self._thread, self._keep = ThreadPoolExecutor(1, "manifest"), checkpoint_config.keep_latest_k
+        # torchtitan would remove older ones before the new one is on the disk, and count later ones, passed over.
+        super().__init__(checkpoint_config=replace(checkpoint_config, keep_latest_k=0), **parts)
 
     @torch.no_grad()
     def save(self, curr_step: int, last_step: bool = False) -> None:
@@ -58,6 +60,7 @@ class Checkpointer(titan.CheckpointManager):
         if pending is not None:
             pending.result()  # asynchronous, and not on the disk before
         write_manifest(folder, {"step": step}, self._checksums)
+        remove_others(folder.parent, step, self._keep)
 
     def _async_wait(self) -> None:
         super()._async_wait()
@@ -84,19 +87,25 @@ class Checkpointer(titan.CheckpointManager):
     @torch.no_grad()
     def load(self, step: int = -1) -> bool:
         """Load the checkpoint of `step`, or the newest whole one (-1), or without any the weights to start from."""
-        if self.enable and Path(self.folder).is_dir():
-            found = on_main(lambda: find_step(Path(self.folder), step))
-            if found is None:  # torchtitan would take the folder for a reason not to load weights to start from
-                on_main(lambda: shutil.rmtree(self.folder, ignore_errors=True))
-            else:
-                step = found
-        return super().load(step)
+        if not self.enable:
+            return False
+        found = on_main(lambda: find_step(Path(self.folder), step))
+        if found is None:  # torchtitan would take the folder for a reason not to load weights to start from
+            on_main(lambda: shutil.rmtree(self.folder, ignore_errors=True))
+        return super().load(-1 if found is None else found)
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
         """Read a checkpoint into `state_dict`, as torchtitan does, but without executing what it holds."""
         if from_hf:
             return super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
-        dcp.load(state_dict, storage_reader=TensorReader(checkpoint_id), planner=PlainPlanner())
+        try:
+            dcp.load(state_dict, storage_reader=TensorReader(checkpoint_id), planner=PlainPlanner())
+        except CheckpointException as error:  # of torch, on all ranks
+            cause = next(iter(error.failures.values()))[0]
+            raise UserError(
+                f"checkpoint {checkpoint_id} must be of this model and optimizer, and of plain values; it cannot be "
+                f"loaded: {one_line(cause)[:300]}"
+            ) from error
         self.states[titan.MODEL].load_state_dict(state_dict)
 
     def close(self) -> None:
@@ -159,6 +168,14 @@ def numbered(folder: Path) -> dict[int, Path]:
     return {int(match[1]): path for match, path in matches if match and (path / ".metadata").is_file()}
 
 
+def remove_others(folder: Path, step: int, keep: int) -> None:
+    """Remove all checkpoints after `step`, and all but the last `keep` up to it; 0 keeps those."""
+    paths = {int(path.name[5:]): path for path in folder.glob("step-*") if path.name[5:].isdecimal()}
+    earlier = sorted(number for number in paths if number <= step)
+    for number in [number for number in paths if number > step] + (earlier[:-keep] if keep else []):
+        shutil.rmtree(paths[number], ignore_errors=True)
+
+
 def newest_checkpoint(run: Path) -> Path | None:
     """Return a run's newest checkpoint whose files have the sizes that they were written with, or None without any."""
     for _, path in sorted(numbered(run / FOLDER).items(), reverse=True):
@@ -176,16 +193,18 @@ def verify(path: Path, contents: bool = True) -> None:
     One without a manifest (another program's, or of a run killed while it was written) must have the bytes that its
     metadata names.
     """
-    if (path / MANIFEST).is_file():
-        if contents:
-            verify_manifest(path)
-        else:
-            read_manifest(path)
-        return
     try:
+        if (path / MANIFEST).is_file():
+            manifest = verify_manifest(path) if contents else read_manifest(path)
+            if path.name.startswith("step-") and path.name != f"step-{manifest.get('step')}":  # one may rename a copy
+                raise Damaged(f"its {MANIFEST} is of step {manifest.get('step')}")
+            refuse_unlisted(TensorReader(path).read_metadata(), manifest["files"])
+            return
         for each in TensorReader(path).read_metadata().storage_data.values():
             found, needed = (path / each.relative_path).stat().st_size, each.offset + each.length
             if found < needed:
                 raise Damaged(f"{each.relative_path} has {found} bytes, and its metadata needs {needed}")
     except OSError as error:
         raise Damaged(f"a file cannot be read: {one_line(error)}") from error
+    if contents:
+        warn(f"checkpoint {path} has no {MANIFEST}: its sizes alone were compared")

@@ -1,10 +1,16 @@
-"""Llama's shapes against the published ones, and its rotary frequencies against their formula."""
+"""Llama's shapes against the published ones, rotary frequencies against their formula, and weights in shards."""
+
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
+from Llama import hf
 from Llama.model import FLAVORS, Llama
 from optimizers import roles_of
+from tests.ranks import Ranks
 
 
 # Parameters, feed-forward width: config.json and weights of meta-llama/Llama-2-{7b,13b,70b}-hf.
@@ -31,3 +37,18 @@ def test_roles_match_what_each_weight_does():
     assert roles["tok_embeddings.weight"] == "embedding" and roles["output.weight"] == "head"
     assert sum(role == "matrix" for role in roles.values()) == 4 * 7  # q, k, v, o and three of the feed-forward
     assert all(role == "vector" for name, role in roles.items() if "norm" in name)
+
+
+def test_weights_cut_within_a_head_translate_as_whole_ones():
+    with Ranks(4) as ranks:
+        assert all(ranks(_cut_within_a_head))
+
+
+def _cut_within_a_head() -> bool:
+    shape = replace(FLAVORS["llama2"]["debug"], dim=64, n_kv_heads=2)
+    whole = torch.arange(32 * 64.0).view(32, 64)  # keys of 2 heads of 16, on 4 ranks
+    adapter, name = hf.Adapter(shape, None), "layers.0.attention.wk.weight"
+    cut = distribute_tensor(whole, init_device_mesh("cpu", (4,)), [Shard(0)])
+    (there,) = adapter.to_hf({name: cut}).values()
+    (expected,) = hf.Llama3StateDictAdapter(shape, None).to_hf({name: whole}).values()
+    return torch.equal(there.full_tensor(), expected)

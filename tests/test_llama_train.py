@@ -1,20 +1,24 @@
 """Llama through torchtitan: the same losses on every layout of ranks, across a kill and a resume, and fine-tuned."""
 
 import json
+import math
 import os
 import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 
 from common import UserError
+from common.manifest import Damaged, verify_manifest
 from Llama import arithmetic
+from Llama.checkpoints import find_step, newest_checkpoint
 from Llama.config import JobConfig, parse_config
-from Llama.metrics import Diverged, name_of
+from Llama.metrics import Diverged, _Logger, name_of
 from Llama.model import FLAVORS
 from Llama.prepare import Prepare, prepare
 from Llama.train import same_experiment, titan, train
@@ -193,6 +197,108 @@ def _stopped(settings: JobConfig) -> None:
 
     with mock.patch.object(titan.Trainer, "train_step", stopped):
         _train(settings)
+
+
+def test_weights_that_are_not_finite_are_not_saved_and_refuse_on_all_ranks(folder):
+    settings = {"job__group": "poisoned", "optimizer__name": "adamw", "metrics__log_freq": 100, "training__steps": 4}
+    with Ranks(2) as ranks:  # the steps between logged ones are not looked at otherwise
+        said = ranks(_poisoned, quick(folder, ranks=2, lr_scheduler__total_steps=4, **settings))
+    assert all("training needs finite weights and momentum, and after step 2 they are not" in line for line in said)
+    run = run_of(folder, "poisoned", "adamw")
+    assert {path.name for path in (run / "checkpoint").iterdir()} == {"step-1"}  # the last finite one
+    verify_manifest(run / "checkpoint/step-1")
+    assert json.loads((run / "finished.json").read_text())["diverged"]
+
+
+def _poisoned(settings: JobConfig) -> str:
+    """Train, with one NaN in one weight of rank 1 after the second step."""
+    step = titan.Trainer.train_step
+
+    def poisoned(trainer, *arguments) -> None:
+        step(trainer, *arguments)
+        if torch.distributed.get_rank() == 1 and trainer.step == 2:
+            next(trainer.model_parts[0].parameters()).data.to_local().view(-1)[0] = math.nan
+
+    with mock.patch.object(titan.Trainer, "train_step", poisoned):
+        return _refused(settings)
+
+
+def test_last_validation_that_is_not_finite_is_a_divergence(tmp_path):
+    settings = SimpleNamespace(
+        job=SimpleNamespace(dump_folder=str(tmp_path)),
+        training=SimpleNamespace(dataset="text", steps=2, global_batch_size=1, seq_len=1),
+    )
+    logger = _Logger(SimpleNamespace(job_config=settings), mock.Mock(), mock.Mock())
+    logger.log({"validation_metrics/loss": math.nan}, 1)  # may recover
+    with pytest.raises(Diverged, match="the last validation, after step 2, was nan"):
+        logger.log({"validation_metrics/loss": math.nan}, 2)
+    end = json.loads((tmp_path / "finished.json").read_text())
+    assert end == {"step": 2, "val_loss": None, "bits_per_byte": None, "diverged": True}
+    logger.log({"validation_metrics/loss": 1.5}, 2)
+    assert json.loads((tmp_path / "finished.json").read_text())["val_loss"] == 1.5
+
+
+def flip_a_bit(path: Path, place: float = 0.5) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * place)] ^= 1
+    path.write_bytes(content)
+
+
+def swap_in(newest: Path, name: str) -> None:
+    shutil.copy(newest.with_name("step-1") / name, newest / name)
+
+
+DAMAGES = {
+    "a bit of the tensors": lambda newest: flip_a_bit(newest / "__0_0.distcp"),
+    "a bit of the metadata": lambda newest: flip_a_bit(newest / ".metadata"),
+    "a bit of the manifest": lambda newest: flip_a_bit(newest / "manifest.json", 0.3),
+    "cut": lambda newest: (newest / "__0_0.distcp").write_bytes(b"short"),
+    "gone": lambda newest: (newest / "__0_0.distcp").unlink(),
+    "tensors of another step": lambda newest: swap_in(newest, "__0_0.distcp"),
+    "manifest of another step": lambda newest: swap_in(newest, "manifest.json"),
+    "all of another step": lambda newest: [swap_in(newest, path.name) for path in newest.with_name("step-1").iterdir()],
+    "an empty list": lambda newest: (newest / "manifest.json").write_text("[]"),
+    "no manifest, cut": lambda newest: [
+        (newest / "manifest.json").unlink(),
+        (newest / "__0_0.distcp").write_bytes(b"short"),
+    ],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_newest_checkpoint_is_passed_over_and_named(folder, tmp_path, capsys, damage):
+    shutil.copytree(run_of(folder, "alone", "adamw") / "checkpoint", tmp_path / "checkpoint")
+    newest = tmp_path / "checkpoint/step-2"
+    assert find_step(newest.parent) == 2
+    DAMAGES[damage](newest)
+    capsys.readouterr()
+    assert find_step(newest.parent) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"checkpoint {newest} is damaged and passed over" in said
+    with pytest.raises(UserError, match=r"a checkpoint must be as it was written; none in .* is"):
+        find_step(newest.parent, 2)
+    shutil.rmtree(newest.with_name("step-1"))
+    with pytest.raises(UserError, match=r"none in .* is"):
+        find_step(newest.parent)
+
+
+def test_newest_checkpoint_to_export_is_one_whose_sizes_match(folder, tmp_path):
+    shutil.copytree(run_of(folder, "alone", "adamw") / "checkpoint", tmp_path / "checkpoint")
+    assert newest_checkpoint(tmp_path).name == "step-2"
+    DAMAGES["cut"](tmp_path / "checkpoint/step-2")
+    assert newest_checkpoint(tmp_path).name == "step-1"
+
+
+def test_resume_beside_a_damaged_checkpoint_matches_an_uninterrupted_run_and_replaces_it(folder):
+    run = folder / "runs/damaged" / run_of(folder, "alone", "adamw").name
+    shutil.copytree(run_of(folder, "alone", "adamw"), run)
+    flip_a_bit(run / "checkpoint/step-2/__0_0.distcp")
+    with pytest.raises(Damaged):
+        verify_manifest(run / "checkpoint/step-2")
+    with Ranks(1) as rank:
+        rank(_train, quick(folder, "--job.resume", job__group="damaged", optimizer__name="adamw"))
+    verify_manifest(run / "checkpoint/step-2")
+    assert losses(run) == losses(run_of(folder, "alone", "adamw"))
 
 
 @pytest.mark.parametrize(("several", "alone"), [("tuned", "tuned alone"), ("packed", "packed alone")])

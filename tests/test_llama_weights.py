@@ -1,6 +1,7 @@
 """Llama's weights against transformers' LlamaForCausalLM, there and back, and checkpoints against their model."""
 
 import json
+import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,16 +10,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from common import UserError
 from Llama import hf, weights
+from Llama.checkpoints import Checkpointer
 from Llama.model import FLAVORS, Llama, Shape
 from Llama.prepare import Prepare, prepare
 from Llama.templates import TEMPLATES
-from tests.ranks import Ranks
 
 # Grouped queries, and wavelengths both shorter and longer than those that Llama-3.1 stretches.
 SMALL = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 300, "max_seq_len": 128}
@@ -71,21 +70,6 @@ def test_imported_logits_match_transformers(name, tmp_path):
     dcp.load(states, storage_reader=adapter.get_hf_storage_reader(str(folder)))  # as torchtitan loads them
     model.load_state_dict(adapter.from_hf(states))
     torch.testing.assert_close(model(TOKENS), theirs(TOKENS).logits, atol=2e-4, rtol=0)
-
-
-def test_weights_cut_within_a_head_translate_as_whole_ones():
-    with Ranks(4) as ranks:
-        assert all(ranks(_cut_within_a_head))
-
-
-def _cut_within_a_head() -> bool:
-    shape = SHAPES["llama2"]
-    whole = torch.arange(32 * 64.0).view(32, 64)  # keys of 2 heads of 16, on 4 ranks
-    adapter, name = hf.Adapter(shape, None), "layers.0.attention.wk.weight"
-    cut = distribute_tensor(whole, init_device_mesh("cpu", (4,)), [Shard(0)])
-    (there,) = adapter.to_hf({name: cut}).values()
-    (expected,) = hf.Llama3StateDictAdapter(shape, None).to_hf({name: whole}).values()
-    return torch.equal(there.full_tensor(), expected)
 
 
 def run_with(folder: Path, shape: Shape, assets: Path, **settings) -> Llama:
@@ -309,6 +293,31 @@ def test_tensors_match_the_file_that_the_index_names(foreign):
     ]:
         index.write_text(json.dumps(content))
         assert re.search(message, refusal(foreign)), message
+
+
+class Payload:
+    """Code in a pickle, which makes a file where it is executed."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+def test_pickles_of_a_foreign_checkpoint_refuse_and_run_nothing(tmp_path):
+    state, trace = model_of(SHAPES["llama2"]).state_dict(), tmp_path / "ran"
+    dcp.save(state | {"train_state": Payload(trace)}, checkpoint_id=tmp_path / "step-1")
+    trace.unlink(missing_ok=True)
+    checkpointer = Checkpointer.__new__(Checkpointer)
+    for wanted in ({"train_state": 0}, {"norm.weight": state["norm.weight"], "train_state": 0}):
+        with pytest.raises(UserError, match="of plain values; it cannot be loaded"):
+            checkpointer.dcp_load(wanted, str(tmp_path / "step-1"), from_hf=False, from_quantized=False)
+    (tmp_path / "step-1/.metadata").write_bytes(pickle.dumps(Payload(trace)))
+    assert ".metadata must be of torch.distributed.checkpoint" in refusal(tmp_path / "step-1")
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(Payload(trace)))
+    assert trace.exists()  # the payload works
 
 
 def test_checkpoint_with_other_tensors_or_none_of_floats_refuses(tmp_path):
