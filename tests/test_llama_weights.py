@@ -309,10 +309,9 @@ def test_pickles_of_a_foreign_checkpoint_refuse_and_run_nothing(tmp_path):
     state, trace = model_of(SHAPES["llama2"]).state_dict(), tmp_path / "ran"
     dcp.save(state | {"train_state": Payload(trace)}, checkpoint_id=tmp_path / "step-1")
     trace.unlink(missing_ok=True)
-    checkpointer = Checkpointer.__new__(Checkpointer)
     for wanted in ({"train_state": 0}, {"norm.weight": state["norm.weight"], "train_state": 0}):
         with pytest.raises(UserError, match="of plain values; it cannot be loaded"):
-            checkpointer.dcp_load(wanted, str(tmp_path / "step-1"), from_hf=False, from_quantized=False)
+            Checkpointer.dcp_load(None, wanted, str(tmp_path / "step-1"), from_hf=False, from_quantized=False)
     (tmp_path / "step-1/.metadata").write_bytes(pickle.dumps(Payload(trace)))
     assert ".metadata must be of torch.distributed.checkpoint" in refusal(tmp_path / "step-1")
     assert not trace.exists()
