@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import UserError
+from common import UserError, one_line
 from common.corpus import locked
 from SIT.data import Pixels, digits, to_pixels
 from SIT.files import write_whole
@@ -124,7 +124,7 @@ def load_digits_cnn(path: Path, device: torch.device | str = "cpu") -> DigitsCNN
         model.load_state_dict(saved["weights"])
     except Exception as error:  # torch.load's failures share no narrower class
         raise UserError(
-            f"{path} must hold a digits' network, does not ({type(error).__name__}): prepare it again"
+            f"{path} must hold a digits' network, does not ({one_line(error)[:200]}): prepare it again"
         ) from error
     return model.to(device).eval().requires_grad_(False)
 

@@ -1,6 +1,5 @@
 """FID of sampled images by torch-fidelity: `python -m SIT.evaluate samples.npz --reference images/`."""
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,8 @@ def fid(samples: Path, reference: Path | None) -> float:
     """Return the FID of the images of a .npz by torch-fidelity."""
     if reference is None or not reference.exists():
         raise UserError(f"FID needs --reference, a folder of images or a .npz that exists; got {reference}")
+    if not (reference.is_dir() or reference.suffix == ".npz"):
+        raise UserError(f"--reference must be a folder of images or a .npz, {reference} is neither: name another")
     try:
         from torch_fidelity import calculate_metrics
     except ImportError as error:
@@ -36,15 +37,21 @@ class ImagesOf(Dataset):
 
     def __init__(self, path: Path):
         try:
-            content = np.load(path)
-            self.images = content["arr_0"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} must be a .npz of images, as SIT.sample --npz writes, is not: {error}") from error
-        if "mu" in content:
+            content = np.load(path, allow_pickle=False)
+            names, self.images = set(content), content["arr_0"]
+        except Exception as error:  # numpy and zipfile raise whatever the bytes make them raise
+            raise UserError(
+                f"{path} must be a .npz of images, as SIT.sample --npz writes, is not ({one_line(error)[:200]}): name "
+                "another file"
+            ) from error
+        if "mu" in names:
             raise UserError(
                 f"{path} is ADM's reference: its images are a tenth of those of its statistics, and FID against them "
                 "another number; give a folder of images, or measure with ADM's evaluator"
             )
+        if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[-1] != 3:
+            came = f"{self.images.shape} {self.images.dtype}"
+            raise UserError(f"{path} must hold images (n, side, side, 3) uint8 as arr_0, has {came}: name another file")
 
     def __len__(self) -> int:
         return len(self.images)

@@ -1,6 +1,7 @@
 """Large folders made file by file: for one purpose, with room on the disk, and every file whole or not there."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +52,13 @@ def check_space(folder: Path, count: int, bytes_each: int) -> None:
             f"{folder} needs {needed / 1e9:.1f} GB for {count:,} files, the disk has {free / 1e9:.1f} GB: make room, "
             "or name a folder of another disk"
         )
+
+
+def check_memory(needed: int, option: str) -> None:
+    """Refuse what would take more bytes than this machine's memory; `option` is what asks for it."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(f"{option} asks for {needed / 1e9:,.0f} GB, this machine has {there / 1e9:.0f} GB: lower it")
 
 
 def map_in_groups(function: Callable[[str], str | None], arguments: list[str], workers: int) -> Iterator[str | None]:

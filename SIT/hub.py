@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from common import UserError
+from common import UserError, one_line
 
 
 def load_pretrained(model_class: Any, name: str, folder: str | Path | None = None) -> nn.Module:
@@ -15,12 +15,14 @@ def load_pretrained(model_class: Any, name: str, folder: str | Path | None = Non
     """
     try:
         model, found = model_class.from_pretrained(str(folder or name), output_loading_info=True)
-    except (OSError, ValueError) as error:  # as they raise whatever goes wrong, the Hub's failures included
-        where = f"{folder} must hold {name}'s config.json and weights, does not"
+    except ImportError:
+        raise  # a package to install
+    except Exception as error:  # the Hub's failures, damaged files and weights of other shapes share no narrower class
+        where = f"{folder} must hold {name}'s config.json and weights, and cannot be loaded"
         if not folder:
-            where = f"{name} is neither in the Hugging Face cache nor to be downloaded"
+            where = f"{name} cannot be loaded from the Hugging Face cache or the Hub"
         raise UserError(
-            f"{where} ({type(error).__name__}): where there is internet, run `hf download {name} --local-dir FOLDER`, "
+            f"{where} ({one_line(error)[:200]}): where there is internet, run `hf download {name} --local-dir FOLDER`, "
             "copy FOLDER here, and name it in the config or on the command line"
         ) from error
     if found["missing_keys"]:

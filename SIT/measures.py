@@ -20,6 +20,7 @@ from common.figure import FAINT, INK, markdown, mean_and_spread, new_figure, sav
 from common.runlog import read_metrics
 from SIT.data import Pixels, digits, to_images
 from SIT.digits import FOLDER, JUDGE_FILE, DigitsCNN, load_digits_cnn
+from SIT.files import check_memory
 from SIT.sample import Sampler
 from SIT.sampling import draw, labels_of, load_run, picture
 
@@ -114,6 +115,7 @@ def evaluate_digits(options: "Options") -> str:
     """Measure all runs; writes the picture and its JSON, and returns the table."""
     at_least(COLUMNS * LINES, options, "count")
     at_least(1, options, "steps")
+    check_memory(options.count * digits()["val"].images[0].numel(), "--count")
     out = options.out or options.samples[0] / "samples.png"
     folders, splits, judge = find_runs(options.samples), digits(), load_digits_cnn(FOLDER / JUDGE_FILE)
     methods: dict[str, list[Run]] = defaultdict(list)

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import pickle
 from collections.abc import KeysView, Mapping
 from pathlib import Path
 
@@ -35,8 +34,11 @@ def open_published(path: Path) -> SiT:
             state_dict = torch.load(path, map_location="cpu", weights_only=True)
         model = SiT(_shape_of(state_dict.get("ema", state_dict)))
         load_published(model, state_dict)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, AttributeError, KeyError, ValueError) as error:
-        raise UserError(f"{path} must be a published SiT or REPA checkpoint, is not ({one_line(error)})") from error
+    except Exception as error:  # any file may come, and torch.load and its contents fail in any way
+        raise UserError(
+            f"{path} must be a published SiT or REPA checkpoint, is not ({one_line(error)[:200]}): name one, or the "
+            "folder of a run"
+        ) from error
     return model
 
 

@@ -9,7 +9,6 @@ Image i has noise of its own, drawn from (seed, i), and the class i mod n_class:
 the batch, up to rounding.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,17 +20,21 @@ from common.config import at_least
 from common.guard import main_guard
 from common.options import parse_options
 
+MOST_GUIDANCE = 1000.0  # published scales are below 10; far above, the images are noise, then overflow
+
 
 @dataclass(frozen=True)
 class Sampler:
-    """How images are drawn."""
+    """The method that turns noise into images."""
 
     steps: int = 50
     """Steps from noise to image."""
     method: Literal["euler", "heun", "sde"] = "heun"
-    """euler and heun follow the ODE, heun with two evaluations a step; sde is Euler-Maruyama."""
+    """euler and heun follow the ODE, heun with two evaluations per step; sde is Euler-Maruyama."""
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1 is none."""
+    guided_channels: int = 0
+    """Guide the first so many channels alone; 0 guides all, as REPA's sampler does. DiT's and SiT's guide 3 of 4."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Times at which to guide; 1 is noise."""
 
@@ -41,7 +44,7 @@ class Options(Sampler):
     run: tyro.conf.Positional[Path] = Path()
     """Folder of a run, with config.json and checkpoints/; or a published checkpoint, a file."""
     count: int = 64
-    """How many images; the classes take turns."""
+    """Number of images; the classes take turns."""
     out: Path | None = None
     """The picture, a .png; default: samples.png in the run's folder. The .npz lies beside it."""
     npz: bool = False
@@ -53,15 +56,24 @@ class Options(Sampler):
     seed: int = 0
     """The same seed gives the same images."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute; auto takes a GPU if there is one."""
+    """Device to compute on; auto takes a GPU if there is one."""
+
+
+def check(options: Options) -> None:
+    """Raise UserError for an option out of its range."""
+    at_least(1, options, "count", "steps", "batch_size")
+    at_least(0, options, "seed", "guided_channels")
+    if not abs(options.guidance) <= MOST_GUIDANCE:
+        raise UserError(f"--guidance must be a number up to {MOST_GUIDANCE:g}, got {options.guidance}; 1 is none")
+    if options.out and options.out.suffix != ".png":
+        raise UserError(
+            f"--out is the picture, a .png, beside which --npz writes its file; got {options.out}: name a .png"
+        )
 
 
 def main() -> None:
     options = parse_options(Options, "python -m SIT.sample", __doc__)
-    at_least(1, options, "count", "steps", "batch_size")
-    at_least(0, options, "seed")
-    if not math.isfinite(options.guidance):
-        raise UserError(f"--guidance must be a finite number, got {options.guidance}; 1 is none")
+    check(options)
     from common import launch  # here: --help goes without torch, which takes seconds to import
     from SIT.sampling import sample
 

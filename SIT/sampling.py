@@ -12,12 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from common import UserError, checkpoint, launch, one_line, progress
+from common.config import from_dict
+from common.whole import write_whole
 from SIT import transport
 from SIT.data import to_images
-from SIT.files import check_space, write_whole
+from SIT.files import check_memory, check_space
 from SIT.model import ModelConfig, SiT
 from SIT.published import PUBLISHED, open_published
-from SIT.sample import Options, Sampler
+from SIT.sample import Options, Sampler, check
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,7 +59,9 @@ def draw(
     def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return transport.to_velocity(model(x, t, y)[0], x, t, path, prediction)
 
-    guided = transport.guided(velocity, y, config.n_class, sampler.guidance, sampler.interval)
+    guided = transport.guided(
+        velocity, y, config.n_class, sampler.guidance, sampler.interval, sampler.guided_channels or None
+    )
     start = transport.first_time(sampler.steps, prediction)
     if sampler.method == "sde":
         return transport.sample_sde(guided, noise, sampler.steps, path, generators, start=start)
@@ -107,7 +111,7 @@ def load_run(folder: Path, device: torch.device) -> tuple[SiT, dict[str, Any]]:
     if content.get("experiment") != "sit":
         raise UserError(f"need the folder of a SIT run; {folder} is of {content.get('experiment')}: name another")
     settings = content["config"]
-    config = ModelConfig(**settings["model"])
+    config = from_dict(ModelConfig, settings["model"])
     both = nn.ModuleDict({"model": SiT(config), "average": SiT(config)})
     if checkpoint.load(folder / "checkpoints", both) is None:
         raise UserError(f"{folder} has no checkpoint to sample from; train it first, with checkpoint.every above 0")
@@ -127,17 +131,20 @@ def open_model(options: Options, device: torch.device) -> tuple[SiT, dict[str, A
             f"--guidance {options.guidance:g} needs a model that learnt to go without a class, {options.run} was "
             "trained with objective.label_dropout 0: leave --guidance out"
         )
+    if options.guided_channels > model.config.channels:
+        raise UserError(
+            f"--guided-channels must be at most the model's {model.config.channels}, got {options.guided_channels}"
+        )
     vae = options.vae or settings["data"]["vae"]
     return model, settings["objective"], open_decoder(settings["data"]["kind"], vae, model.config.channels, device)
 
 
 def sample(options: Options, ranks: launch.Launch) -> Path:
     """Draw the images, each rank its share, and write them; returns the picture's path."""
+    check(options)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as in training
     run = options.run
     out = options.out or (run.with_name(f"{run.stem}-samples.png") if run.is_file() else run / "samples.png")
-    if out.suffix != ".png":
-        raise UserError(f"--out is the picture, a .png, beside which --npz writes its file; got {out}: name a .png")
     model, objective, decode = open_model(options, ranks.device)
     launch.on_main(lambda: out.parent.mkdir(parents=True, exist_ok=True))
     images = draw_all(model, objective, decode, options, out.parent, ranks)
@@ -167,10 +174,17 @@ def draw_all(
             mine = list(range(first, min(first + options.batch_size, options.count)))  # the last round may leave none
             drawn = None
             if mine:
-                drawn = decode(draw(model, mine, options, objective, options.seed, ranks.device))
+                drawn = draw(model, mine, options, objective, options.seed, ranks.device)
+                if not drawn.isfinite().all():
+                    raise UserError(
+                        f"{options.run} draws images that are not finite: lower --guidance, or name a run "
+                        "that has not diverged"
+                    )
+                drawn = decode(drawn)
                 drawn = drawn.permute(0, 2, 3, 1).cpu().numpy()  # (B, side, side, 1 or 3)
             for part in gather(drawn, ranks):
                 if images is None:
+                    check_memory(options.count * part[0].size, "--count")
                     check_space(folder, int(options.npz), options.count * 3 * part[0, ..., 0].size)
                     images = np.empty((options.count, *part.shape[1:]), np.uint8)  # once: 50,000 are 10 GB
                 images[filled : filled + len(part)] = part

@@ -156,13 +156,15 @@ def guided(
     null_class: int,
     scale: float,
     interval: tuple[float, float] = (0.0, 1.0),
+    channels: int | None = None,
 ) -> Velocity:
     """Bind labels y (B,) to model_velocity(x, t, y), guided away from what it says without a class.
 
     scale: 1 is no guidance, 0 no class (Ho and Salimans, arXiv 2207.12598). interval: the times, both ends included,
     at which to guide (Kynkaanniemi et al., arXiv 2404.07724); elsewhere, and at scale 1, the model runs on B samples
     rather than 2 B. All times of a call are taken to be its first one's. Of Heun's two calls a step each goes by its
-    own time, in REPA's sampler both by the step's.
+    own time, in REPA's sampler both by the step's. channels: guide the first so many alone, as DiT's and SiT's own
+    samplers do with 3 of 4; the others keep what the model says of the class.
 
     Raises ValueError for an interval outside 0 <= low <= high <= 1.
     """
@@ -176,7 +178,8 @@ def guided(
         labels = torch.cat([y, torch.full_like(y, null_class)])  # (2 B,)
         both = _precise(model_velocity(torch.cat([x, x]), torch.cat([t, t]), labels))  # (2 B, ...)
         of_class, of_none = both.chunk(2)
-        return of_none + scale * (of_class - of_none)
+        moved = of_none + scale * (of_class - of_none)
+        return moved if channels is None else torch.cat([moved[:, :channels], of_class[:, channels:]], dim=1)
 
     return velocity
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common import UserError, one_line
+
 LEAST_TEMPERATURE = 1e-30  # only ties of the likeliest token share here already; near 1e-38 float32 has 0 / 0
 
 
@@ -188,7 +190,7 @@ class GPT(nn.Module):
     def from_huggingface(cls, source: Any, dropout: float = 0.0) -> "GPT":
         """Take over a GPT2LMHeadModel, given itself or by name ("gpt2", "gpt2-medium", a folder).
 
-        Raises FileNotFoundError when the name is neither here nor on the Hub, ValueError for a model whose
+        Raises UserError when it can be loaded neither from here nor from the Hub, ValueError for a model whose
         arithmetic is not GPT-2's.
         """
         theirs = download(source) if isinstance(source, str) else source
@@ -213,9 +215,19 @@ def download(name: str) -> nn.Module:
     from transformers import GPT2LMHeadModel  # slow to import, and only needed here
 
     try:
-        return GPT2LMHeadModel.from_pretrained(name)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"GPT-2 {name!r} is neither a folder, nor in HF_HOME, nor to be had from the Hugging Face Hub: run "
-            f"`hf download {name} --local-dir FOLDER` where there is internet, and give that folder"
+        model, found = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+    except ImportError:
+        raise  # a package to install
+    except Exception as error:  # the Hub's failures, damaged files and weights of other shapes share no narrower class
+        raise UserError(
+            f"GPT-2 {name!r} cannot be loaded from a folder, HF_HOME or the Hugging Face Hub "
+            f"({one_line(error)[:200]}): run `hf download {name} --local-dir FOLDER` where there is internet, and give "
+            "that folder"
         ) from error
+    if lacking := sorted(
+        set(found["missing_keys"]) - {"lm_head.weight"}
+    ):  # it is tied; others would be drawn at random
+        raise UserError(
+            f"{name} must hold all weights of a GPT-2, lacks {len(lacking)}, as {lacking[0]}: load it again"
+        )
+    return model

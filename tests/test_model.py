@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from common import UserError
 from nanoGPT.model import GPT, GPTConfig
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, context=16, vocab_size=61)
@@ -68,12 +69,25 @@ def test_from_huggingface_refuses_other_arithmetic(changed):
 
 
 def test_from_huggingface_refuses_an_unreachable_hub_in_one_line(monkeypatch):
-    def unreachable(name):
+    def unreachable(name, **_):
         raise OSError("We couldn't connect to 'https://huggingface.co'\nto load the files")
 
     monkeypatch.setattr(transformers.GPT2LMHeadModel, "from_pretrained", unreachable)
-    with pytest.raises(FileNotFoundError, match="hf download gpt2-medium --local-dir") as caught:
+    with pytest.raises(UserError, match=r"couldn't connect to .*hf download gpt2-medium --local-dir") as caught:
         GPT.from_huggingface("gpt2-medium")
+    assert "\n" not in str(caught.value)
+
+
+def test_from_huggingface_refuses_a_folder_that_lacks_weights(tmp_path):
+    shape = dict(n_layer=1, n_head=2, n_embd=8, n_positions=8, vocab_size=11)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape))
+    kept = {name: weight for name, weight in model.state_dict().items() if "ln_f" not in name}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    with pytest.raises(UserError, match=r"lacks 2, as transformer\.ln_f\.bias"):
+        GPT.from_huggingface(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(UserError, match="cannot be loaded from a folder") as caught:
+        GPT.from_huggingface(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 

@@ -132,6 +132,8 @@ def test_runs_that_cannot_be_measured_refuse_in_one_line(runs, tmp_path, monkeyp
         shutil.copytree(runs / "runs" / "default" / "adamw-lr4e-3-s1", tmp_path / "default" / "adamw-lr4e-3-s1")
         monkeypatch.setattr(measures, "FOLDER", runs)
         evaluate_digits(Options((runs / "runs", tmp_path), count=40, steps=1, out=tmp_path / "a.png"))
+    with pytest.raises(UserError, match="--count asks for 64,000 GB"):
+        evaluate_digits(Options((runs,), count=10**12))
     with pytest.raises(UserError, match="count must be 40 or more; got 9"):
         evaluate_digits(Options((runs,), count=9))
     monkeypatch.setattr(measures, "FOLDER", tmp_path)
@@ -162,6 +164,8 @@ def test_fid_hands_the_images_of_a_npz_to_torch_fidelity(tmp_path, monkeypatch):
     [
         ({"mu": np.zeros(3), "arr_0": np.zeros((3, 4, 4, 3), np.uint8)}, "is ADM's reference"),
         ({"x": np.zeros(3)}, "arr_0"),
+        ({"arr_0": np.zeros((3, 4, 4), np.uint8)}, r"must hold images .* has \(3, 4, 4\) uint8"),
+        ({"arr_0": np.zeros((3, 4, 4, 3))}, "must hold images .* float64"),
     ],
 )
 def test_fid_refuses_a_npz_of_something_else(tmp_path, monkeypatch, arrays, said):
@@ -187,3 +191,6 @@ def test_fid_refuses_without_torch_fidelity_or_a_reference(tmp_path, monkeypatch
         fid(tmp_path / "a.npz", tmp_path)
     with pytest.raises(UserError, match=r"FID needs --reference, a folder of images or a \.npz that exists; got None"):
         fid(tmp_path / "a.npz", None)
+    (tmp_path / "a.txt").write_text("no images")
+    with pytest.raises(UserError, match=r"--reference must be a folder of images or a \.npz, .*a\.txt is neither"):
+        fid(tmp_path / "a.npz", tmp_path / "a.txt")

@@ -159,7 +159,11 @@ def test_folder_that_is_no_run_refuses_in_one_line(model, tmp_path):
         (["--count", "0"], "count must be 1 or more; got 0"),
         (["--batch-size", "-3"], "batch_size must be 1 or more; got -3"),
         (["--seed", "-1"], "seed must be 0 or more; got -1"),
-        (["--guidance", "nan"], "--guidance must be a finite number, got nan"),
+        (["--guidance", "nan"], "--guidance must be a number up to 1000, got nan"),
+        (["--guidance", "1e38"], "--guidance must be a number up to 1000, got 1e+38"),
+        (["--guided-channels", "2"], "--guided-channels must be at most the model's 1, got 2"),
+        (["--count", "1000000000000", "--steps", "1"], "--count asks for 64,000 GB"),
+        (["--cout", "3"], "command line: Unrecognized options: --cout, 3; the nearest is --count"),
         (["--out", "a.npz", "--npz"], "--out is the picture, a .png, beside which --npz writes its file; got a.npz"),
         (["--guidance", "2", "--interval", "0.8", "0.2"], "a guidance interval must be 0 <= low <= high <= 1"),
     ],
@@ -171,6 +175,34 @@ def test_bad_option_ends_the_program_with_one_line(run, monkeypatch, capsys, arg
     assert ended.value.code == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ") and said in last
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(bytes(range(256)) * 9),
+        lambda path: path.write_text('{"a": 1}'),
+        lambda path: torch.save([1, 2], path),
+        lambda path: torch.save({"ema": 3}, path),
+        lambda path: torch.save({"x_embedder.proj.weight": torch.zeros(3)}, path),
+        lambda path: torch.save(
+            {"x_embedder.proj.weight": torch.zeros(4, 3, 2, 2), "pos_embed": torch.zeros(())}, path
+        ),
+    ],
+)
+def test_sample_of_any_file_refuses_in_one_line(tmp_path, write):
+    write(tmp_path / "any.pt")
+    with pytest.raises(UserError, match=r"any\.pt must be a published SiT or REPA checkpoint, is not") as refusal:
+        sample(Options(run=tmp_path / "any.pt", device="cpu"), ONE)
+    assert "\n" not in str(refusal.value)
+
+
+def test_images_that_are_not_finite_refuse(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "draw", lambda *given: draw(*given) * torch.nan)
+    with pytest.raises(UserError, match="draws images that are not finite: lower --guidance"):
+        sample(Options(run=run, count=1, steps=1, out=tmp_path / "a.png", device="cpu"), ONE)
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_guidance_refuses_a_model_that_never_went_without_a_class(run, tmp_path, model, monkeypatch):

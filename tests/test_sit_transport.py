@@ -325,6 +325,18 @@ def test_guidance_matches_its_formula(scale):
     torch.testing.assert_close(guided(model, y, 9, scale)(x, t), (1 - scale) * of_none + scale * of_class)
 
 
+def test_guidance_of_three_channels_matches_the_sampler_of_dit():
+    def model(x, t, y):
+        return torch.sin(x + t[:, None]) * (1 + y[:, None, None, None])
+
+    y, x, t = torch.arange(2), torch.randn(2, 4, 3, 3), torch.full((2,), 0.5)
+    of_class, of_none = model(x, t[:, None, None], y), model(x, t[:, None, None], torch.full_like(y, 9))
+    # As DiT's forward_with_cfg has it: three channels guided, the others those of the half with the class.
+    expected = torch.cat([of_none[:, :3] + 4 * (of_class[:, :3] - of_none[:, :3]), of_class[:, 3:]], 1)
+    velocity = guided(lambda x, t, y: model(x, t[:, None, None], y), y, 9, 4.0, channels=3)
+    torch.testing.assert_close(velocity(x, t), expected)
+
+
 def test_guidance_of_scale_1_matches_none_through_a_sampler():
     model, y, noise = LabelledVelocity(), torch.arange(4), torch.randn(4, 2)
     plain = sample_ode(lambda x, t: model(x, t, y), noise, 6, "heun")
