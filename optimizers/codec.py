@@ -17,7 +17,7 @@ Rounding alone makes a zero or two in a matrix of a million entries; a dead unit
 written as positions where they are few, and as a plane where they are many.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -36,24 +36,32 @@ _GPU_CHUNK = 2**28
 
 
 class Codec(Protocol):
-    """Writes directions as bytes; a message holds the pieces (shards of equal size) of several matrices."""
+    """Writes pieces of directions, shards of equal size, as rows of bytes, multiples of 16.
 
-    def nbytes(self, pieces: int, entries: int) -> int:
-        """Return the bytes of a message of `pieces` pieces of `entries` entries each."""
+    packed: whether rows are small, so that all of a step may wait for one another, and say the norms of the matrices.
+    """
+
+    packed: bool
+
+    def nbytes(self, entries: int, batch: int) -> int:
+        """Return the bytes of the row of a piece of `entries` entries, of a tensor of `batch` matrices."""
         ...
 
-    def write(self, shards: Tensor) -> Tensor:
-        """Return one message per shard, uint8 (W, nbytes), for the shards (W, pieces, entries) of whole matrices."""
+    def write(self, pieces: Tensor, norms: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return (rows, zeros) of pieces (W, k, entries), the shards of k tensors with `norms` (k, batch) of matrices.
+
+        rows: uint8 (W, k, nbytes). zeros: uint8 (W, k, bytes), rows to send if `overflow` says so.
+        """
         ...
 
     def read(
-        self, received: Tensor, counts: Sequence[int], entries: int, dtype: torch.dtype
-    ) -> tuple[list[Tensor], list[int]]:
-        """Return (pieces, flags) of joined messages, uint8 (n,), of counts[q] pieces from each sender q.
+        self, rows: Tensor, entries: int, batch: int, dtype: torch.dtype, zeros: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return (pieces, norms), (n, entries) in `dtype` and (n, batch) or None, of rows (n, nbytes)."""
+        ...
 
-        pieces: (entries,) each, in `dtype`. flags: one per piece, not 0 where its matrix has zeros or NaN that were
-        not written; empty where all is written.
-        """
+    def overflow(self, rows: Tensor) -> Tensor:
+        """Return whether any of the rows lacks zeros, which must follow: bool, 0-dimensional, the same on all ranks."""
         ...
 
 
@@ -62,15 +70,21 @@ class CastCodec:
     """Entries in a dtype."""
 
     dtype: torch.dtype
+    packed = False
 
-    def nbytes(self, pieces: int, entries: int) -> int:
-        return pieces * entries * self.dtype.itemsize
+    def nbytes(self, entries: int, batch: int) -> int:
+        return padded_entries(entries, self.dtype) * self.dtype.itemsize
 
-    def write(self, shards: Tensor) -> Tensor:
-        return as_bytes(shards.to(self.dtype)).view(len(shards), self.nbytes(*shards.shape[1:]))
+    def write(self, pieces: Tensor, norms: Tensor) -> tuple[Tensor, None]:
+        rows = pieces.new_empty(*pieces.shape[:2], padded_entries(pieces.shape[2], self.dtype), dtype=self.dtype)
+        rows[..., : pieces.shape[2]] = pieces
+        return rows.view(torch.uint8), None
 
-    def read(self, received, counts, entries, dtype):
-        return list(received.view(self.dtype).to(dtype).view(sum(counts), entries)), []
+    def read(self, rows, entries, batch, dtype, zeros=None):
+        return rows.view(self.dtype)[:, :entries].to(dtype), None
+
+    def overflow(self, rows: Tensor) -> Tensor:
+        return rows.new_zeros((), dtype=torch.bool)
 
     def __str__(self) -> str:
         return str(self.dtype)
@@ -78,30 +92,73 @@ class CastCodec:
 
 @dataclass(frozen=True)
 class SignCodec:
-    """Signs, one bit per entry, then one flag byte per piece: whether its matrix has a zero or NaN."""
+    """Signs. A row is 64-bit words:
 
-    def nbytes(self, pieces: int, entries: int) -> int:
-        return -(-pieces * entries // 8) + pieces
+    negatives    one bit per entry
+    table        up to 8 words of the plane of zeros and NaN that are not 0, then their positions
+    norms        of the tensor's matrices, float64
+    overflow     after a 0 where it takes one to 16 bytes: whether the table of any shard is too small
+    """
 
-    def write(self, shards: Tensor) -> Tensor:
-        parts, pieces, entries = shards.shape
-        flat = shards.reshape(parts, pieces * entries)
-        planes = negatives(pad(flat, [0, -flat.shape[1] % 8])).view(parts, -(-flat.shape[1] // 8))
-        flags = has_zero_or_nan(shards.flatten(0, 1)).view(parts, pieces).any(0).to(torch.uint8)
-        return torch.cat([planes, flags.expand(parts, -1)], dim=1)
+    packed = True
 
-    def read(self, received, counts, entries, dtype):
-        unpacked = unpack(received, 8 * len(received), dtype)  # eight per byte; those of flags mean nothing
-        pieces, flags, start = [], [], 0
-        for count in counts:
-            end = start + self.nbytes(count, entries)
-            pieces += unpacked[8 * start :][: count * entries].view(count, entries)
-            flags.append(received[end - count : end])
-            start = end
-        return pieces, torch.cat(flags).tolist()
+    def nbytes(self, entries: int, batch: int) -> int:
+        return 8 * (_words(entries) + 2 * _table(entries) + _tail(batch))
+
+    def write(self, pieces: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+        parts, count, entries = pieces.shape
+        words, table = _words(entries), _table(entries)
+        signs = pad(pieces, [0, 64 * words - entries], value=1.0) if entries < 64 * words else pieces
+        planes = negatives(signs).view(torch.int64).view(parts, count, words)
+        zeros = zero_or_nan(signs).view(torch.int64).view(parts, count, words)
+        filled = zeros != 0
+        positions = filled.to(torch.uint8).topk(table, dim=2).indices  # no sync: as many, whether there are any or not
+        overflow = (filled.sum(2) > table).any(0).to(torch.int64)[:, None]  # (k, 1)
+        tail = torch.cat([norms.view(torch.int64), pad(overflow, [_tail(norms.shape[1]) - norms.shape[1] - 1, 0])], 1)
+        rows = torch.cat([planes, zeros.gather(2, positions), positions, tail.expand(parts, -1, -1)], dim=2)
+        return rows.view(torch.uint8), zeros.view(torch.uint8)
+
+    def read(self, rows, entries, batch, dtype, zeros=None):
+        words, table, count = _words(entries), _table(entries), len(rows)
+        planes, filled, positions, norms, _ = rows.view(torch.int64).split(
+            [words, table, table, batch, _tail(batch) - batch], dim=1
+        )
+        signs = unpack(planes.contiguous().view(torch.uint8).view(-1), 64 * words * count, dtype).view(
+            count, 64 * words
+        )
+        if zeros is not None:
+            restore(signs, zeros.reshape(-1))
+        else:
+            bits = torch.arange(8, dtype=torch.uint8, device=rows.device)
+            hit = filled.contiguous().view(torch.uint8)[..., None] >> bits & 1  # (n, 8 table, 8)
+            where = 64 * positions[..., None] + torch.arange(64, device=rows.device)  # (n, table, 64)
+            hit, where = hit.view(count, 64 * table).bool(), where.view(count, 64 * table)
+            found = signs.gather(1, where)
+            signs.scatter_(1, where, torch.where(hit, _zero_or_nan_of(found), found))
+        return signs[:, :entries], norms.contiguous().view(torch.float64)
+
+    def overflow(self, rows: Tensor) -> Tensor:
+        return (rows.view(torch.int64)[:, -1] != 0).any()
 
     def __str__(self) -> str:
         return "signs"
+
+
+def _words(entries: int) -> int:
+    return 2 * max(1, -(-entries // 128))
+
+
+def _table(entries: int) -> int:
+    return min(8, max(1, _words(entries) // 256))
+
+
+def _tail(batch: int) -> int:
+    return batch + 1 + (batch + 1) % 2
+
+
+def padded_entries(entries: int, dtype: torch.dtype) -> int:
+    """Return the entries of a row of whole 16 bytes."""
+    return -(-entries * dtype.itemsize // 16) * 16 // dtype.itemsize
 
 
 def negatives(signs: Tensor) -> Tensor:
@@ -112,11 +169,6 @@ def negatives(signs: Tensor) -> Tensor:
 def zero_or_nan(signs: Tensor) -> Tensor:
     """Return the plane of entries that are neither -1 nor 1: uint8 (ceil(n / 8),), for signs of any shape."""
     return _pack(signs, lambda chunk: chunk.abs().sub_(1))
-
-
-def has_zero_or_nan(stack: Tensor) -> Tensor:
-    """Return bool (k,): whether each slice of a stack (k, ...) holds a zero or NaN; False for empty slices."""
-    return stack.flatten(1).prod(1).abs() != 1  # one read; a zero makes it 0, a NaN makes it NaN, none makes it 1
 
 
 def unpack(negatives: Tensor, count: int, dtype: torch.dtype) -> Tensor:
@@ -138,45 +190,12 @@ def unpack(negatives: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 def restore(signs: Tensor, zero_or_nan: Tensor) -> Tensor:
     """Put the zeros and NaN of the plane `zero_or_nan` back into unpacked signs of any shape, in place."""
     zeros = unpack(zero_or_nan, signs.numel(), torch.int8).view(signs.shape) < 0
-    nan = (signs < 0) & zeros
-    return signs.masked_fill_(zeros, 0.0).masked_fill_(nan, torch.nan)
+    return signs.copy_(torch.where(zeros, _zero_or_nan_of(signs), signs))
 
 
-def most_zeros(shards: Tensor) -> Tensor:
-    """Return the most zeros and NaN in one shard of each matrix: int32 (k,), for signs (W, k, entries)."""
-    return (shards.abs() != 1).sum(2).amax(0).int()
-
-
-def zeros_nbytes(count: int, entries: int) -> int:
-    """Return the bytes of `write_zeros` per shard with up to `count` zeros: whole words of four."""
-    return 4 * min(count, -(-entries // 32))
-
-
-def write_zeros(shards: Tensor, count: int) -> Tensor:
-    """Return the zeros and NaN of one matrix's shards, signs (W, entries), up to `count` each: uint8 (W, nbytes)."""
-    parts, entries = shards.shape
-    if 4 * count > zeros_nbytes(count, entries):
-        return zero_or_nan(pad(shards, [0, -entries % 32], value=1.0)).view(parts, -1)
-    positions = shards.new_full((parts, count), entries, dtype=torch.int32)  # past the end: no zero
-    part, position = (shards.abs() != 1).nonzero(as_tuple=True)  # (zeros,) each, shard by shard
-    first = torch.searchsorted(part, torch.arange(parts, device=part.device))  # (W,), index of a shard's first zero
-    positions[part, torch.arange(len(part), device=part.device) - first[part]] = position.int()
-    return as_bytes(positions).view(parts, -1)
-
-
-def read_zeros(signs: Tensor, written: Tensor, count: int) -> Tensor:
-    """Put a shard's zeros and NaN, as `write_zeros` wrote them, into its unpacked signs (entries,), in place."""
-    if 4 * count > len(written):
-        return restore(signs, written)
-    positions = written.view(torch.int32)
-    positions = positions[positions < len(signs)].long()
-    signs[positions] = torch.where(signs[positions] < 0, torch.nan, 0.0).to(signs.dtype)  # negative there means NaN
-    return signs
-
-
-def as_bytes(tensor: Tensor) -> Tensor:
-    """Return the tensor's memory, flat, as uint8."""
-    return tensor.contiguous().view(-1).view(torch.uint8)
+def _zero_or_nan_of(signs: Tensor) -> Tensor:
+    """Return what entries marked as zero or NaN are: NaN where their sign is negative."""
+    return torch.where(signs < 0, torch.nan, 0.0).to(signs.dtype)
 
 
 def _pack(signs: Tensor, mark: Callable[[Tensor], Tensor]) -> Tensor:

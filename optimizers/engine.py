@@ -1,20 +1,19 @@
 """The one torch.optim.Optimizer that runs every rule, param group by param group."""
 
 from collections.abc import Callable
-from itertools import compress
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
 from .checks import closest, name_of
 from .layout import local_of
+from .matrices import shape_in
 from .plan import make_plan
-from .precision import grad_dtype, state_dtype
-from .routes import Route, shape_in
+from .precision import state_dtype
 from .rule import UpdateRule, rule_named
+from .update import ParamsUpdate
 
 # Group keys that belong to the engine or to torch and its schedulers, not to a rule.
 _COMMON_KEYS = {"params", "param_names", "rule", "name", "initial_lr"}
@@ -91,43 +90,10 @@ class RuleOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group, routed in zip(self.param_groups, self.plan.routed, strict=True):
             for part in routed:
-                self._update([group["params"][i] for i in part.indices], group, part.route)
+                params = [group["params"][i] for i in part.indices]
+                update = ParamsUpdate(params, group, self.state, part.route.matrix_shapes)
+                update.whole_step() if update.rule.whole_step else part.route.run(update)
         return loss
-
-    def _update(self, params: list[Tensor], group: dict, route: Route) -> None:
-        rule = rule_named(group["rule"])
-        if not route.collective:
-            has_grad = [param.grad is not None for param in params]
-            params, route = list(compress(params, has_grad)), route.subset(has_grad)
-        if not params:
-            return
-        # On a collective route a parameter without a gradient takes part with zeros, or other ranks would wait for
-        # it; its own state and value stay as they are.
-        grads = [_gradient(param, group) for param in params]
-        state = {name: [self._buffer(param, name) for param in params] for name in rule.state + rule.scalars}
-        weights = [local_of(param) for param in params]
-        if rule.whole_step:
-            rule.whole_step(weights, grads, state, group)
-            return
-        directions = rule.prepare(grads, state, group)
-        directions = route.direct(directions, lambda stack: rule.direct(stack, group))
-        if rule.refine:
-            directions = rule.refine(directions, state, group, route.matrix_shapes)
-        if rule.rms:
-            directions = route.rescale(directions, group[rule.rms])
-        has_grad = [param.grad is not None for param in params]
-        weights, directions = list(compress(weights, has_grad)), list(compress(directions, has_grad))
-        if not weights:
-            return
-        lr = float(group["lr"])
-        if group["weight_decay"]:
-            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(weights, directions, alpha=-lr)
-
-    def _buffer(self, param: Tensor, name: str) -> Tensor:
-        """What this process holds of a state; of a parameter without a gradient, something to throw away."""
-        buffer = local_of(self.state[param][name])
-        return buffer if param.grad is not None else torch.zeros_like(buffer)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a state dict of the same rules over the same tensors; ValueError, changing nothing, for another one.
@@ -190,20 +156,6 @@ def _new_state(param: Tensor, group: dict, rule: UpdateRule) -> dict[str, Tensor
     state = {name: torch.zeros_like(param, dtype=state_dtype(param, group)) for name in rule.state}
     scalars = {name: torch.zeros((), dtype=torch.float32, device=param.device) for name in rule.scalars}
     return {name: buffer.detach() for name, buffer in {**state, **scalars}.items()}
-
-
-def _gradient(param: Tensor, group: dict) -> Tensor:
-    """What this process holds of the gradient, in the wider of its own dtype and the state's; zeros for none."""
-    grad = param.grad
-    if grad is None:
-        return torch.zeros_like(local_of(param), dtype=grad_dtype(param, group))
-    if grad.is_sparse:
-        raise ValueError(
-            f"{group['rule']} needs dense gradients, got sparse ones; build the embedding with sparse=False"
-        )
-    if isinstance(grad, DTensor) and grad.placements != param.placements:  # tensor parallelism may leave it Partial
-        grad = grad.redistribute(placements=param.placements)
-    return local_of(grad).to(torch.promote_types(grad.dtype, state_dtype(param, group)))
 
 
 def _check(group: dict, rule: UpdateRule) -> None:

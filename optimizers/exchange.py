@@ -2,21 +2,23 @@
 
 The ranks form a grid of R replicas by W shards (layout.py). For each bucket, matrices of one shape:
 
-    1. each rank sends its shards to the owners in its own row of the grid (all-to-all)
+    1. each rank prepares its shards and sends them to the owners in its own row of the grid (all-to-all)
     2. owners stack their whole matrices and compute the directions
     3. owners send the ranks of their row their shards of the directions (all-to-all), as the codec writes them
-    4. each rank sends what it received to the ranks of its column, as it came (one broadcast per replica)
+    4. each rank sends what it received to the ranks of its column, as it came (all-to-all)
+    5. each rank reads the shards of the directions and updates its shards of the weights
 
 Where W is 1 (DDP), 1 and 3 fall away, where R is 1 (FSDP2) 4 does. While a bucket is computed, the shards of the next
 and the directions of the two before are on their way. Every rank posts the same collectives in the same order, whatever
-it owns.
+it owns. Messages are rows of equal length, one per matrix, of multiples of 16 bytes: NCCL copies others byte by byte.
 
-Shards are padded to the longest, so that all messages about a bucket are of equal pieces; where torch.chunk cuts
-evenly there is no padding.
+Packed signs stay packed until all have come: then one look at their flags tells whether a matrix has more zeros than
+its row has room for, and their planes follow. Shards are padded to the longest; where torch.chunk cuts evenly there is
+no padding.
 """
 
 from collections.abc import Generator, Iterable
-from itertools import chain
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -26,10 +28,27 @@ from torch.nn.functional import pad
 
 from . import wire
 from .buckets import Bucket, MatrixSpec, fill_buckets
-from .codec import Codec, as_bytes, most_zeros, read_zeros, write_zeros, zeros_nbytes
+from .codec import Codec, padded_entries
 from .layout import Layout
-from .routes import Direction, Route, rescale_slices, rescale_whole, slices_of
-from .rule import Tensors
+from .matrices import norms_of, scaled
+from .routes import Route, Update
+
+# Entries that a rank prepares, or reads and applies, at once: a step's temporaries are a few times as large.
+_CHUNK = 2**25
+
+
+@dataclass
+class PendingDirections:
+    """Directions of a bucket that have come, unread.
+
+    rows: (n, bytes), one per member. zeros: (W, k, bytes), the planes of this rank's own directions, in case that they
+    must follow. dtype: of the directions once they are read.
+    """
+
+    bucket: Bucket
+    rows: Tensor
+    zeros: Tensor | None
+    dtype: torch.dtype
 
 
 class OwnerExchange(Route):
@@ -45,157 +64,184 @@ class OwnerExchange(Route):
     collective = True
 
     def __init__(self, matrices: list[MatrixSpec], layout: Layout, to_owner_dtype: torch.dtype, codec: Codec):
-        self.matrices, self.layout, self.to_owner_dtype, self.codec = matrices, layout, to_owner_dtype, codec
+        self.layout, self.to_owner_dtype, self.codec = layout, to_owner_dtype, codec
         self.matrix_shapes = [matrix.matrix_shape for matrix in matrices]
-        self.buckets = fill_buckets(matrices, layout, codec)
+        self.buckets = fill_buckets(matrices, layout)
         self._replica, self._shard = layout.coordinate_of(dist.get_rank())
         self._shard_group, self._replica_group = (
             groups[0] if groups else None for groups in (layout.shard_groups, layout.replica_groups)
         )
 
-    def direct(self, tensors: Tensors, direction: Direction) -> Tensors:
-        """Return this rank's shards of direction(matrices), given its shards of the matrices."""
-        results = list(tensors)
-        _overlap(self._carry(bucket, tensors, direction, results) for bucket in self.buckets)
-        return results
+    def run(self, update: Update) -> None:
+        pending: list[PendingDirections] = []
+        _overlap(self._carry(bucket, update, pending) for bucket in self.buckets)
+        if not pending:
+            return
+        # Every rank sees the same flags: the owners sent the same ones to all.
+        flags = torch.stack([self.codec.overflow(each.rows) for each in pending]).tolist()  # the one sync
+        _overlap(self._send_zeros(each, update) for each, flag in zip(pending, flags, strict=True) if flag)
+        for each, flag in zip(pending, flags, strict=True):
+            if not flag:
+                self._finish(each, update)
 
-    def rescale(self, tensors: Tensors, rms: float) -> Tensors:
-        """Scale each matrix, in place, to this root mean square entry; a zero matrix stays zero."""
-        if self.layout.dim is None:
-            return rescale_whole(tensors, self.matrix_shapes, rms)
-        starts = (self.layout.shard_range(matrix.shape, self._shard)[0] for matrix in self.matrices)
-        slices = [
-            slices_of(tensor, matrix_shape, self.layout.dim, start)
-            for tensor, matrix_shape, start in zip(tensors, self.matrix_shapes, starts, strict=True)
-        ]
-        return rescale_slices(tensors, slices, self.matrix_shapes, self.layout.shard_groups, rms)
-
-    def add_traffic(self, traffic: wire.Traffic, rank: int, rescales: bool) -> None:
-        """Count what a global rank sends and receives per step, when no direction has a zero."""
+    def add_traffic(self, traffic: wire.Traffic, rank: int, rescales: bool, refines: bool) -> None:
         if rank not in self.layout.ranks:
             return
         replica, shard = self.layout.coordinate_of(rank)
         for bucket in self.buckets:
-            row = bucket.nbytes[replica]
+            batch, row, rows = bucket.matrix_shape[0], bucket.counts[replica], [sum(each) for each in bucket.counts]
+            directions = self.codec.nbytes(prod(bucket.piece), batch)
             if self._shard_group:
-                traffic.add_all_to_all("to owners", *self._shard_sizes(bucket, replica, shard), shard)
-                traffic.add_all_to_all("directions", [row[shard]] * len(row), row, shard)
+                shards = self._shard_entries(bucket) * self.to_owner_dtype.itemsize
+                traffic.add_all_to_all("to owners", row, [row[shard]] * len(row), shard, shards)
+                traffic.add_all_to_all("directions", [row[shard]] * len(row), row, shard, directions)
             if self._replica_group:
-                traffic.add_all_gather("directions", [sum(each) for each in bucket.nbytes], replica)
-        if rescales and self._shard_group:
-            count = sum(batch for batch, _, _ in self.matrix_shapes)
-            traffic.add_all_reduce("norms", 8 * count, self.layout.shards)
+                traffic.add_all_to_all("directions", [rows[replica]] * len(rows), rows, replica, directions)
+            if rescales and self._shard_group and (refines or not self.codec.packed):
+                for chunk in self._chunks(bucket):
+                    traffic.add_all_reduce("norms", 8 * len(bucket.members[chunk]) * batch, self.layout.shards)
 
-    def _carry(self, bucket: Bucket, tensors: Tensors, direction: Direction, results: Tensors) -> Generator:
-        """Compute a bucket's directions into `results`, yielding while messages travel."""
-        shards = self._send_shards(bucket, tensors)
-        yield
-        cut = self._directed(bucket, tensors, shards, direction)  # (W, k, entries)
-        del shards
-        received = yield from self._send_to_all(self.codec.write(cut), bucket.nbytes, "directions")
-        counts = [len(mine) for row in bucket.owned for mine in row]
-        dtype = tensors[bucket.members[0]].dtype
-        pieces, flags = self.codec.read(received, counts, prod(bucket.piece), dtype)
-        if any(flags):  # on every rank alike: the owners sent the same flags to all
-            yield from self._send_zeros(bucket, cut, pieces, flags)
-        for i, piece in zip(bucket.members, pieces, strict=True):
-            piece = piece.view(bucket.piece)
-            if self.layout.dim is not None:
-                _, length = self.layout.shard_range(bucket.shape, self._shard)
-                piece = piece.narrow(self.layout.dim, 0, length).contiguous()
-            results[i] = piece
-
-    def _shard_sizes(self, bucket: Bucket, replica: int, shard: int) -> tuple[list[int], list[int]]:
-        """Return the bytes that a rank sends to, and receives from, each rank of its row for the owners to compute."""
-        size = prod(bucket.piece) * self.to_owner_dtype.itemsize
-        sizes_out = [len(mine) * size for mine in bucket.owned[replica]]
-        return sizes_out, [sizes_out[shard]] * len(sizes_out)
-
-    def _send_shards(self, bucket: Bucket, tensors: Tensors) -> wire.Pending | None:
-        if not self._shard_group:
-            return None
-        dim, members = self.layout.dim, chain(*bucket.owned[self._replica])
-        parts = [_lengthened(tensors[i], dim, bucket.piece[dim]).reshape(-1) for i in members]
-        send = torch.cat([tensors[0].new_empty(0), *parts]).to(self.to_owner_dtype)
-        sizes = self._shard_sizes(bucket, self._replica, self._shard)
-        return wire.all_to_all(as_bytes(send), *sizes, self._shard_group, "to owners")
-
-    def _whole(self, bucket: Bucket, tensors: Tensors, shards: wire.Pending | None) -> Tensor:
-        """Return the whole tensors that this rank owns in a bucket: (k, *shape)."""
-        mine, dim = bucket.owned[self._replica][self._shard], self.layout.dim
-        if shards is None:
-            return torch.stack([tensors[i] for i in mine]) if mine else tensors[0].new_empty(0, *bucket.shape)
-        pieces = shards.wait().view(self.to_owner_dtype)
-        pieces = pieces.view(self.layout.shards, len(mine), *bucket.piece)  # (W, k, *piece)
-        side_by_side = pieces.movedim(0, dim + 1).flatten(dim + 1, dim + 2)  # (k, ..., W x longest, ...)
-        return side_by_side.narrow(dim + 1, 0, bucket.shape[dim])
-
-    def _directed(self, bucket: Bucket, tensors: Tensors, shards: wire.Pending | None, direction: Direction) -> Tensor:
-        """Return the directions of the matrices that this rank owns, cut for the ranks of its row: (W, k, entries)."""
-        whole = self._whole(bucket, tensors, shards)  # (k, *shape)
-        _, m, n = bucket.matrix_shape
-        directed = direction(whole.reshape(-1, m, n)).reshape(whole.shape) if len(whole) else whole
-        dim, parts = self.layout.dim, self.layout.shards
-        if dim is not None:
-            directed = _lengthened(directed, dim + 1, parts * bucket.piece[dim], 1.0)  # with 1, a sign
-            directed = directed.unflatten(dim + 1, (parts, bucket.piece[dim])).movedim(dim + 1, 0)
-        return directed.reshape(parts, len(whole), prod(bucket.piece))
-
-    def _send_to_all(self, messages: Tensor, nbytes: list[list[int]], kind: str) -> Generator[None, None, Tensor]:
-        """Send my messages, uint8 (W, bytes), one per shard, to all holders of that shard; return those of all owners.
-
-        nbytes: (R, W), of each owner's message to one rank.
-        """
-        row, mine = nbytes[self._replica], messages.view(-1)
-
-        def along_replicas(received: Tensor) -> wire.Pending:
-            return wire.all_gather_uneven(received, [sum(each) for each in nbytes], self._replica_group, kind)
-
+    def _carry(self, bucket: Bucket, update: Update, pending: list[PendingDirections]) -> Generator:
+        """Compute and send a bucket's directions, yielding while messages travel."""
+        shards, dtype = self._prepare(bucket, update)  # (n, entries)
+        counts = bucket.counts[self._replica]
         if self._shard_group:
-            pending = wire.all_to_all(mine, [row[self._shard]] * len(row), row, self._shard_group, kind)
+            from_all = [counts[self._shard]] * len(counts)
+            travelling = wire.all_to_all(shards, counts, from_all, self._shard_group, "to owners")
+            yield
+            shards = travelling.wait()
+            del travelling
         else:
-            pending = along_replicas(mine)
+            yield
+        directed = self._direct(bucket, update, shards)  # (k, *shape)
+        del shards
+        norms = norms_of(directed.reshape(-1, prod(bucket.matrix_shape[1:])), torch.float64)
+        messages, zeros = self.codec.write(self._cut(bucket, directed), norms.view(-1, bucket.matrix_shape[0]))
+        del directed
+        received = PendingDirections(
+            bucket, (yield from self._send_to_all(bucket, messages, "directions")), zeros, dtype
+        )
+        if self.codec.packed:
+            pending.append(received)
+        else:
+            self._finish(received, update)
+
+    def _shard_entries(self, bucket: Bucket) -> int:
+        """Entries of a shard's row on the way to its owner."""
+        return padded_entries(prod(bucket.piece), self.to_owner_dtype) if self._shard_group else prod(bucket.piece)
+
+    def _chunks(self, bucket: Bucket) -> list[slice]:
+        """Ranges of a bucket's members that are prepared, or applied, at once."""
+        size = max(1, _CHUNK // max(1, prod(bucket.piece)))
+        return [slice(start, start + size) for start in range(0, len(bucket.members), size)]
+
+    def _prepare(self, bucket: Bucket, update: Update) -> tuple[Tensor, torch.dtype]:
+        """Prepare all members; return the shards for my row's owners, (n, entries), and the dtype of directions."""
+        first = sum(map(sum, bucket.counts[: self._replica]))
+        last = first + sum(bucket.counts[self._replica])
+        rows = None
+        for chunk in self._chunks(bucket):
+            shards = update.prepare(bucket.members[chunk])
+            dtype = shards[0].dtype
+            if rows is None:
+                sent_in = self.to_owner_dtype if self._shard_group else dtype
+                rows = shards[0].new_empty(last - first, self._shard_entries(bucket), dtype=sent_in)
+            places, kept = [], []
+            for position, shard in enumerate(shards, chunk.start):
+                if first <= position < last:
+                    place = rows[position - first, : prod(bucket.piece)].view(bucket.piece)
+                    dim = self.layout.dim
+                    places.append(place if dim is None else place.narrow(dim, 0, shard.shape[dim]))
+                    kept.append(shard)
+            if kept:
+                torch._foreach_copy_(places, kept)
+        return rows, dtype
+
+    def _direct(self, bucket: Bucket, update: Update, shards: Tensor) -> Tensor:
+        """Return the directions of this rank's matrices, (k, *shape), from the shards of all ranks, (W k, entries)."""
+        dim, count = self.layout.dim, bucket.counts[self._replica][self._shard]
+        pieces = shards[:, : prod(bucket.piece)].view(self.layout.shards, count, *bucket.piece)  # (W, k, *piece)
+        whole = pieces[0]
+        if dim is not None:
+            side_by_side = pieces.movedim(0, dim + 1).flatten(dim + 1, dim + 2)  # (k, ..., W x longest, ...)
+            whole = side_by_side.narrow(dim + 1, 0, bucket.shape[dim])
+        _, m, n = bucket.matrix_shape
+        return update.direct(whole.reshape(-1, m, n)).reshape(whole.shape) if count else whole
+
+    def _cut(self, bucket: Bucket, directed: Tensor) -> Tensor:
+        """Cut directions (k, *shape) into the pieces of the ranks of my row: (W, k, entries), padded with 1, a sign."""
+        dim, parts = self.layout.dim, self.layout.shards
+        pieces = directed[None]
+        if dim is not None:
+            missing = parts * bucket.piece[dim] - directed.shape[dim + 1]
+            even = pad(directed, [0, 0] * (directed.ndim - 2 - dim) + [0, missing], value=1.0) if missing else directed
+            pieces = even.unflatten(dim + 1, (parts, bucket.piece[dim])).movedim(dim + 1, 0)
+        return pieces.reshape(parts, len(directed), prod(bucket.piece))
+
+    def _send_to_all(self, bucket: Bucket, messages: Tensor, kind: str) -> Generator[None, None, Tensor]:
+        """Send messages (W, k, bytes), one per shard, to all who hold that shard; return those of all owners."""
+        row, rows = bucket.counts[self._replica], [sum(each) for each in bucket.counts]
+        received = messages.flatten(0, 1)
+        if self._shard_group:
+            received = wire.all_to_all(received, [row[self._shard]] * len(row), row, self._shard_group, kind)
         yield
-        if self._shard_group and self._replica_group:
-            pending = along_replicas(pending.wait())
+        if self._replica_group:
+            received = wire.arrived(received).repeat(len(rows), 1)
+            to_all = [rows[self._replica]] * len(rows)
+            received = wire.all_to_all(received, to_all, rows, self._replica_group, kind)
         yield
-        return pending.wait()
+        return wire.arrived(received)
 
-    def _send_zeros(self, bucket: Bucket, cut: Tensor, pieces: list[Tensor], flags: list[int]) -> Generator:
-        """Put zeros and NaN into the flagged pieces: owners send how many there are, then where."""
-        owners = [(r, s) for r, row in enumerate(bucket.owned) for s, mine in enumerate(row) for _ in mine]
-        flagged = [j for j, flag in enumerate(flags) if flag]
-        own = [bool(flag) for owner, flag in zip(owners, flags, strict=True) if owner == (self._replica, self._shard)]
-        cut = cut[:, own]  # (W, own flagged, entries)
+    def _send_zeros(self, pending: PendingDirections, update: Update) -> Generator:
+        """Finish a bucket with more zeros than its rows have room for: planes of all of them follow."""
+        planes = yield from self._send_to_all(pending.bucket, pending.zeros, "zeros")
+        self._finish(pending, update, planes)
 
-        def to_all(messages: Tensor, lengths: list[int]) -> Generator[None, None, Tensor]:
-            nbytes = [[0] * self.layout.shards for _ in self.layout.grid]
-            for j, length in zip(flagged, lengths, strict=True):
-                replica, shard = owners[j]
-                nbytes[replica][shard] += length
-            return self._send_to_all(messages, nbytes, "zeros")
+    def _finish(self, pending: PendingDirections, update: Update, zeros: Tensor | None = None) -> None:
+        """Read the directions and apply them. zeros: planes, (n, bytes)."""
+        bucket, dim = pending.bucket, self.layout.dim
+        for chunk in self._chunks(bucket):
+            members, planes = bucket.members[chunk], None if zeros is None else zeros[chunk]
+            entries, batch = prod(bucket.piece), bucket.matrix_shape[0]
+            stack, norms = self.codec.read(pending.rows[chunk], entries, batch, pending.dtype, planes)
+            stack = stack.view(-1, *bucket.piece) if stack.is_contiguous() else stack.unflatten(1, bucket.piece)
+            if dim is not None:
+                stack = stack.narrow(dim + 1, 0, self.layout.shard_range(bucket.shape, self._shard)[1])
+            if update.rms is not None and not update.refines:
+                stack = self._rescaled(bucket, stack, norms, update.rms)
+            directions = list(stack.contiguous())
+            if update.refines:
+                directions = update.refine(members, directions)
+                if update.rms is not None:
+                    directions = list(self._rescaled(bucket, torch.stack(directions), None, update.rms))
+            update.apply(members, directions)
 
-        mine = most_zeros(cut)  # (own flagged,)
-        counts = yield from to_all(as_bytes(mine).repeat(len(cut), 1), [4] * len(flagged))
-        counts = counts.view(torch.int32).tolist()
-        lengths = [zeros_nbytes(count, cut.shape[2]) for count in counts]
-        messages = [write_zeros(cut[:, k], count) for k, count in enumerate(mine.tolist())]
-        messages = torch.cat([cut.new_empty(len(cut), 0, dtype=torch.uint8), *messages], dim=1)
-        received = yield from to_all(messages, lengths)
-        for j, count, written in zip(flagged, counts, received.split(lengths), strict=True):
-            read_zeros(pieces[j], written, count)
+    def _rescaled(self, bucket: Bucket, stack: Tensor, norms: Tensor | None, rms: float) -> Tensor:
+        """Scale shards (k, *shard) of matrices with `norms` (k, batch); None: all-reduced over the shards."""
+        batch, m, n = bucket.matrix_shape
+        matrix_of = None  # of each slice; None where slices and matrices are the same
+        if batch > 1 and self.layout.dim == 0 and len(bucket.shape) == 2:  # blocks of rows: a shard may begin in any
+            start, length = self.layout.shard_range(bucket.shape, self._shard)
+            slices = stack.contiguous()  # (k, rows, n)
+            matrix_of = torch.arange(start, start + length, device=stack.device) // m  # (rows,)
+        else:
+            slices = stack.reshape(len(stack), batch, prod(stack.shape[1:]) // batch)
+        if norms is None:
+            squares = norms_of(slices.flatten(0, 1), torch.float64).square().view(len(stack), slices.shape[1])
+            if matrix_of is not None:
+                squares = squares @ (matrix_of[:, None] == torch.arange(batch, device=stack.device)).double()
+            if self._shard_group:
+                wire.all_reduce(squares, self._shard_group, "norms")
+            norms = squares.sqrt()
+        norms = norms if matrix_of is None else norms[:, matrix_of]
+        return scaled(slices.flatten(0, 1), norms.flatten(), rms * (m * n) ** 0.5, stack.dtype).view(stack.shape)
 
 
 def _overlap(journeys: Iterable[Generator]) -> None:
     """Run generators to their ends: per turn, start one and advance all by one step, the youngest first."""
-    waiting, running = list(journeys), []
-    while waiting or running:
-        running = waiting[:1] + running
-        del waiting[:1]
+    waiting, running = iter(journeys), []
+    starting = next(waiting, None)
+    while starting or running:
+        running = [starting, *running] if starting else running
         running = [each for each in running if next(each, "ended") is None]
-
-
-def _lengthened(tensor: Tensor, dim: int, length: int, filler: float = 0.0) -> Tensor:
-    """Return the tensor with a filler after it, up to this length of one dimension."""
-    missing = length - tensor.shape[dim]
-    return pad(tensor, [0, 0] * (tensor.ndim - 1 - dim) + [0, missing], value=filler) if missing else tensor
+        starting = next(waiting, None)

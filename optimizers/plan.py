@@ -17,9 +17,10 @@ from .checks import name_of
 from .codec import Codec
 from .exchange import OwnerExchange
 from .layout import Layout, layout_of, local_of, plain_layout
+from .matrices import MatrixShape, shape_in
 from .owners import assign_owners, refuse_disagreement
 from .precision import codec_of, grad_dtype, to_owner_dtype
-from .routes import Elementwise, Gathered, Local, MatrixShape, Route, shape_in
+from .routes import Elementwise, Gathered, Local, Route
 from .rule import UpdateRule, rule_named
 from .wire import Traffic
 
@@ -51,7 +52,7 @@ class Entry:
     @property
     def direction_bytes(self) -> int:
         """Bytes of the whole direction on the wire, when it has no zero; 0 where nothing is sent."""
-        return self.codec.nbytes(1, prod(self.shape)) if self.layout and self.layout.grid else 0
+        return self.codec.nbytes(prod(self.shape), self.matrix_shape[0]) if self.layout and self.layout.grid else 0
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Plan:
         rank = dist.get_rank() if rank is None and dist.is_initialized() else rank
         for routed, rule in zip(self.routed, self.rules, strict=True):
             for params in routed:
-                params.route.add_traffic(total, rank, rescales=rule.rms is not None)
+                params.route.add_traffic(total, rank, rule.rms is not None, rule.refine is not None)
         return total
 
     def loads(self) -> dict[tuple[int, ...], list[float]]:

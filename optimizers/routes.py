@@ -1,16 +1,15 @@
 """Routes: how a rule's direction, which needs whole matrices, is computed from the shards that this process holds.
 
-A route serves parameters of one param group with one layout, and knows layouts, never rules.
+A route serves parameters of one param group with one layout, bucket by bucket, so that the temporaries of a step are
+those of a few buckets. It knows layouts, never rules.
 
     Elementwise      no direction to compute: any layout, nothing is sent
     Local            whole matrices in this process
-    OwnerExchange    each matrix has an owner among the ranks, which computes it for all: replicated, sharded and hsdp
     Gathered         every rank gathers every matrix: right for any DTensor, and the oracle of the others
+    OwnerExchange    each matrix has an owner among the ranks, which computes it for all (exchange.py)
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from itertools import compress
 from math import prod
 from typing import Protocol
 
@@ -21,17 +20,45 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from . import wire
 from .layout import Layout
+from .matrices import MatrixShape, factor_dtype, norms_of, scaled
 from .rule import Tensors
 
-_STACK_LIMIT = 2**27  # entries stacked at once (512 MiB in fp32): past that a larger batch is no faster
+# Entries of a stack: more gain nothing in speed, and its temporaries are about six times as large. A model of many
+# more has larger stacks, so that it has at most about 40.
+_STACK_ENTRIES, _STACKS = 2**25, 40
 
-Direction = Callable[[Tensor], Tensor]  # (batch, m, n) -> (batch, m, n)
-MatrixShape = tuple[int, int, int]  # (batch, m, n) that a tensor is treated as
-MatrixSlice = tuple[slice, Tensor]  # a range of the matrices of a batch, and their entries here (b, entries)
+
+class Update(Protocol):
+    """One step of a route's parameters, by their indices; made by the engine.
+
+    weights: this process's shards. has_grad: one per parameter. rms: the root mean square entry that each matrix is
+    scaled to, or None. refines: whether `refine` does anything; matrices are then scaled after it.
+    """
+
+    weights: Tensors
+    has_grad: list[bool]
+    rms: float | None
+    refines: bool
+
+    def prepare(self, members: list[int]) -> Tensors:
+        """Return the shards of the matrices whose directions are wanted; once per step and parameter."""
+        ...
+
+    def direct(self, stack: Tensor) -> Tensor:
+        """Return the directions of whole matrices, (b, m, n) -> (b, m, n)."""
+        ...
+
+    def refine(self, members: list[int], directions: Tensors) -> Tensors:
+        """Return the shards of the directions, refined elementwise."""
+        ...
+
+    def apply(self, members: list[int], directions: Tensors) -> None:
+        """Write the weights that have a gradient."""
+        ...
 
 
 class Route(Protocol):
-    """Computes the directions of some parameters from this process's shards of them.
+    """Steps some parameters.
 
     collective: whether other ranks take part, so that every rank must step all parameters, with a gradient or not.
     matrix_shapes: one per parameter; None for elementwise rules.
@@ -40,31 +67,25 @@ class Route(Protocol):
     collective: bool = False
     matrix_shapes: list[MatrixShape] | None = None
 
-    def subset(self, keep: list[bool]) -> "Route":
-        """Return the route of some of the parameters; for routes that are not collective."""
+    def run(self, update: Update) -> None:
+        """Step the parameters."""
         ...
 
-    def direct(self, tensors: Tensors, direction: Direction) -> Tensors:
-        """Return this process's shards of direction(matrices), in each tensor's shape and dtype."""
-        ...
+    def add_traffic(self, traffic: wire.Traffic, rank: int, rescales: bool, refines: bool) -> None:
+        """Count the bytes that a global rank sends and receives per step while zeros fit into their messages.
 
-    def rescale(self, tensors: Tensors, rms: float) -> Tensors:
-        """Scale each matrix to this root mean square entry, possibly in place; a zero matrix stays zero."""
-        ...
-
-    def add_traffic(self, traffic: wire.Traffic, rank: int, rescales: bool) -> None:
-        """Count the bytes that a global rank sends and receives per step, when no direction has a zero."""
+        rescales, refines: whether the rule scales matrices, and refines directions.
+        """
         ...
 
 
 class Elementwise(Route):
     """The route of rules without a direction."""
 
-    def subset(self, keep: list[bool]) -> "Elementwise":
-        return self
-
-    def direct(self, tensors: Tensors, direction: Direction) -> Tensors:
-        return tensors
+    def run(self, update: Update) -> None:
+        indices = [i for i, has_grad in enumerate(update.has_grad) if has_grad]
+        for members in _chunks(indices, [weight.numel() for weight in update.weights]):
+            update.apply(members, update.refine(members, update.prepare(members)))
 
 
 class Local(Route):
@@ -73,34 +94,27 @@ class Local(Route):
     def __init__(self, matrix_shapes: list[MatrixShape]):
         self.matrix_shapes = matrix_shapes
 
-    def subset(self, keep: list[bool]) -> "Local":
-        return Local(list(compress(self.matrix_shapes, keep)))
+    def run(self, update: Update) -> None:
+        for members in self._stacks(update):
+            shapes = [self.matrix_shapes[i] for i in members]
+            stack = join(update.prepare(members), shapes)  # (b, m, n)
+            stack = rescaled(update.direct(stack), None if update.refines else update.rms, stack.dtype)
+            directions = split(stack, shapes, [update.weights[i].shape for i in members])
+            if update.refines:
+                directions = update.refine(members, directions)
+                if update.rms is not None:
+                    stack = rescaled(join(directions, shapes), update.rms, stack.dtype)
+                    directions = split(stack, shapes, [update.weights[i].shape for i in members])
+            update.apply(members, directions)
 
-    def direct(self, tensors: Tensors, direction: Direction) -> Tensors:
-        results = list(tensors)  # a tensor without entries, an empty shard of a batch, is its own direction
-        for members in self._stacks(tensors):
-            stack = torch.cat([tensors[i].reshape(self.matrix_shapes[i]) for i in members])  # (batch, m, n)
-            # Contiguous: a tall matrix comes back transposed, and elementwise kernels are ten times slower on that.
-            directed = direction(stack).contiguous().to(stack.dtype)
-            batches = directed.split([self.matrix_shapes[i][0] for i in members])
-            for i, batch in zip(members, batches, strict=True):
-                results[i] = batch.reshape(tensors[i].shape)
-        return results
-
-    def rescale(self, tensors: Tensors, rms: float) -> Tensors:
-        return rescale_whole(tensors, self.matrix_shapes, rms)
-
-    def _stacks(self, tensors: Tensors) -> list[list[int]]:
-        """Indices of tensors to stack: equal matrices, dtype and device, up to the limit."""
+    def _stacks(self, update: Update) -> list[list[int]]:
+        """Indices of parameters to stack: equal matrices, dtype and device."""
         alike = defaultdict(list)
-        for i, tensor in enumerate(tensors):
-            if tensor.numel():
-                alike[self.matrix_shapes[i][1:], tensor.dtype, tensor.device].append(i)
-        stacks = []
-        for members in alike.values():
-            size = max(1, _STACK_LIMIT // tensors[members[0]].numel())
-            stacks += [members[i : i + size] for i in range(0, len(members), size)]
-        return stacks
+        for i, weight in enumerate(update.weights):
+            if update.has_grad[i] and weight.numel():  # an empty shard of a batch has no direction
+                alike[self.matrix_shapes[i][1:], weight.dtype, weight.device].append(i)
+        sizes = [weight.numel() for weight in update.weights]
+        return [chunk for members in alike.values() for chunk in _chunks(members, sizes)]
 
 
 class Gathered(Route):
@@ -115,134 +129,103 @@ class Gathered(Route):
         self, params: list[DTensor], matrix_shapes: list[MatrixShape], layout: Layout, to_owner_dtype: torch.dtype
     ):
         self.matrix_shapes, self.layout, self.to_owner_dtype = matrix_shapes, layout, to_owner_dtype
-        self._whole = Local(matrix_shapes)
         self._mesh, self._placements = params[0].device_mesh, params[0].placements
         self._sizes = [(param.shape, param.stride()) for param in params]
         self._itemsize = params[0].element_size()
-        self._missing = sum(param.numel() - param.to_local().numel() for param in params)  # entries of other ranks
-        # DTensor does not expose which rows of each matrix a rank has.
-        self._gathers_twice = any(batch > 1 for batch, _, _ in matrix_shapes)
+        self._missing = [param.numel() - param.to_local().numel() for param in params]  # entries of other ranks
+        alike = defaultdict(list)
+        for i, matrix_shape in enumerate(matrix_shapes):
+            alike[matrix_shape[1:]].append(i)
+        sizes = [param.numel() for param in params]
+        self._stacks = [chunk for members in alike.values() for chunk in _chunks(members, sizes)]
 
-    def direct(self, tensors: Tensors, direction: Direction) -> Tensors:
-        wholes = self._gather([tensor.to(self.to_owner_dtype) for tensor in tensors])
-        shards = self._shards_of(self._whole.direct(wholes, direction))
-        return [shard.to(tensor.dtype) for shard, tensor in zip(shards, tensors, strict=True)]
+    def run(self, update: Update) -> None:
+        for members in self._stacks:
+            shapes = [self.matrix_shapes[i] for i in members]
+            shards = update.prepare(members)
+            dtype = shards[0].dtype
+            wholes = self._gather(members, [shard.to(self.to_owner_dtype) for shard in shards])
+            stack = update.direct(join(wholes, shapes))
+            directions = self._shards(members, rescaled(stack, None if update.refines else update.rms, dtype))
+            if update.refines:
+                directions = update.refine(members, directions)
+                if update.rms is not None:
+                    directions = self._rescale(members, directions, update.rms)
+            update.apply(members, directions)
 
-    def rescale(self, tensors: Tensors, rms: float) -> Tensors:
-        if self._gathers_twice:
-            return self._shards_of(self._whole.rescale(self._gather(tensors), rms))
-        slices = [[(slice(0, 1), tensor.view(1, -1))] for tensor in tensors]
-        return rescale_slices(tensors, slices, self.matrix_shapes, self.layout.shard_groups, rms)
-
-    def add_traffic(self, traffic: wire.Traffic, rank: int, rescales: bool) -> None:
+    def add_traffic(self, traffic: wire.Traffic, rank: int, rescales: bool, refines: bool) -> None:
         """Count what this rank, taken for any, gathers per step."""
         if rank not in self.layout.ranks:
             return
-        again = self._itemsize if rescales and self._gathers_twice else 0
-        size = self._missing * (self.to_owner_dtype.itemsize + again)
-        traffic.add("gather", size, size)
-        for group in self.layout.shard_groups if rescales and not self._gathers_twice else ():
-            traffic.add_all_reduce("norms", 8 * len(self.matrix_shapes), dist.get_world_size(group))
+        for members in self._stacks:
+            again = rescales and refines and self._hides_rows(members)
+            size = sum(self._missing[i] for i in members) * (self.to_owner_dtype.itemsize + again * self._itemsize)
+            traffic.add("gather", size, size)
+            for group in self.layout.shard_groups if rescales and refines and not again else ():
+                traffic.add_all_reduce("norms", 8 * len(members), dist.get_world_size(group))
 
-    def _gather(self, tensors: Tensors) -> Tensors:
-        size = self._missing * tensors[0].element_size()
+    def _hides_rows(self, members: list[int]) -> bool:
+        """Whether a tensor has several matrices: DTensor does not expose which of their rows a rank has."""
+        return any(self.matrix_shapes[i][0] > 1 for i in members)
+
+    def _rescale(self, members: list[int], directions: Tensors, rms: float) -> Tensors:
+        shapes, dtype = [self.matrix_shapes[i] for i in members], directions[0].dtype
+        if self._hides_rows(members):
+            return self._shards(members, rescaled(join(self._gather(members, directions), shapes), rms, dtype))
+        squares = torch.cat([norms_of(each.reshape(1, -1), torch.float64) for each in directions]).square()
+        for group in self.layout.shard_groups:
+            wire.all_reduce(squares, group, "norms")
+        wanted = rms * prod(shapes[0]) ** 0.5
+        norms = squares.sqrt().split(1)
+        return [scaled(each[None], norm, wanted, dtype)[0] for each, norm in zip(directions, norms, strict=True)]
+
+    def _gather(self, members: list[int], shards: Tensors) -> Tensors:
+        size = sum(self._missing[i] for i in members) * shards[0].element_size()
         wire.count("gather", size, size)
         return [
-            DTensor.from_local(tensor, self._mesh, self._placements, run_check=False, shape=shape, stride=stride)
+            DTensor.from_local(shard, self._mesh, self._placements, run_check=False, shape=shape, stride=stride)
             .full_tensor()
             .contiguous()
-            for tensor, (shape, stride) in zip(tensors, self._sizes, strict=True)
+            for shard, (shape, stride) in zip(shards, (self._sizes[i] for i in members), strict=True)
         ]
 
-    def _shards_of(self, wholes: Tensors) -> Tensors:
+    def _shards(self, members: list[int], stack: Tensor) -> Tensors:
         everywhere = [Replicate()] * self._mesh.ndim
         return [
             DTensor.from_local(whole, self._mesh, everywhere, run_check=False)
             .redistribute(placements=self._placements)  # from a replica this is a cut, and sends nothing
             .to_local()
-            for whole in wholes
+            for whole in split(stack, [self.matrix_shapes[i] for i in members], [self._sizes[i][0] for i in members])
         ]
 
 
-def rescale_whole(tensors: Tensors, matrix_shapes: list[MatrixShape], rms: float) -> Tensors:
-    """Scale each matrix, in place, to this root mean square entry; a zero matrix stays zero."""
-    for tensor, (batch, m, n) in zip(tensors, matrix_shapes, strict=True):
-        matrices = tensor.view(batch, m * n)
-        _scale(matrices, torch.linalg.vector_norm(matrices, dim=1), rms * (m * n) ** 0.5)
-    return tensors
+def join(tensors: Tensors, shapes: list[MatrixShape]) -> Tensor:
+    """Stack the matrices of all tensors: (b, m, n)."""
+    return torch.cat([tensor.reshape(shape) for tensor, shape in zip(tensors, shapes, strict=True)])
 
 
-def rescale_slices(
-    tensors: Tensors,
-    slices: list[list[MatrixSlice]],
-    matrix_shapes: list[MatrixShape],
-    groups: Sequence[dist.ProcessGroup],
-    rms: float,
-) -> Tensors:
-    """Sharded version, given the slices of each tensor: norms are all-reduced over `groups`.
-
-    One all-reduce per group, of one float64 per matrix. Sums of signs are whole numbers, so their norm is, bit for bit,
-    that of the whole matrix.
-    """
-    counts = [batch for batch, _, _ in matrix_shapes]
-    squares = tensors[0].new_zeros(sum(counts), dtype=torch.float64)
-    for of_tensor, sums in zip(slices, squares.split(counts), strict=True):
-        for which, entries in of_tensor:
-            sums[which] += torch.linalg.vector_norm(entries, dim=1, dtype=torch.float64).square()
-    for group in groups:
-        wire.all_reduce(squares, group, "norms")
-    for of_tensor, sums, (_, m, n) in zip(slices, squares.split(counts), matrix_shapes, strict=True):
-        for which, entries in of_tensor:
-            _scale(entries, sums[which].sqrt().to(entries.dtype), rms * (m * n) ** 0.5)
-    return tensors
+def split(stack: Tensor, shapes: list[MatrixShape], tensor_shapes: list) -> Tensors:
+    """Return views of a contiguous stack (b, m, n) as the tensors that it was joined from."""
+    batches = stack.split([batch for batch, _, _ in shapes])
+    return [batch.view(shape) for batch, shape in zip(batches, tensor_shapes, strict=True)]
 
 
-def slices_of(shard: Tensor, matrix_shape: MatrixShape, dim: int, start: int) -> list[MatrixSlice]:
-    """Return the slices of its tensor's matrices that a shard holds; it starts at `start` along the cut dimension."""
-    batch, m, _ = matrix_shape
-    if shard.ndim > 2 or dim != 0:
-        return [(slice(0, batch), shard.view(batch, shard.numel() // batch))]
-    # Rows of one or more blocks below each other: the block of a row depends on where the shard starts.
-    end = start + len(shard)
-    return [
-        (slice(j, j + 1), shard[max(start, j * m) - start : min(end, (j + 1) * m) - start].view(1, -1))
-        for j in range(start // m, -(-end // m))
-    ]
+def rescaled(stack: Tensor, rms: float | None, dtype: torch.dtype) -> Tensor:
+    """Return (b, m, n), contiguous, in `dtype`, each matrix scaled to a root mean square entry (None: as it is)."""
+    if rms is None:
+        return stack.to(dtype, memory_format=torch.contiguous_format).contiguous()
+    _, m, n = stack.shape
+    return scaled(stack, norms_of(stack, factor_dtype(dtype)), rms * (m * n) ** 0.5, dtype)
 
 
-def _scale(matrices: Tensor, norms: Tensor, wanted: float) -> None:
-    """Scale matrices (b, entries), in place, from their norms (b,) to the wanted one."""
-    matrices.mul_(torch.where(norms == 0, norms, wanted / norms).unsqueeze(1))
-
-
-def matrix_shape_of(shape: torch.Size, qkv_split: int = 1, as_matrices: str | None = None) -> MatrixShape:
-    """Return the (batch, m, n) that a tensor of this shape is treated as; ValueError where that is not known.
-
-    qkv_split: a (k r, c) weight is k matrices (r, c), one below the other.
-    as_matrices: for more than two dimensions: "batch" (leading dimensions count matrices) or "flatten" (the trailing
-        dimensions are one, as for a convolution's (out, in, height, width)).
-    """
-    said = f"shape {tuple(shape)}"
-    if as_matrices not in (None, "batch", "flatten"):
-        raise ValueError(f"as_matrices must be None, 'batch' or 'flatten'; got {as_matrices!r}")
-    if len(shape) < 2:
-        raise ValueError(f"a matrix rule needs 2 or more dimensions, got {said}; give it to AdamW")
-    if len(shape) == 2:
-        if qkv_split < 1 or shape[0] % qkv_split:
-            raise ValueError(f"qkv_split={qkv_split} must divide the rows of {said}; use the number of fused blocks")
-        return qkv_split, shape[0] // qkv_split, shape[1]
-    if qkv_split != 1:
-        raise ValueError(f"qkv_split={qkv_split} needs a 2-D weight, got {said}; put it in a group of its own")
-    if as_matrices == "batch":
-        return prod(shape[:-2]), shape[-2], shape[-1]
-    if as_matrices == "flatten":
-        return 1, shape[0], prod(shape[1:])
-    raise ValueError(
-        f"a matrix rule needs to know how to see {said}; pass as_matrices='batch' (leading dimensions count matrices) "
-        "or as_matrices='flatten' (one matrix, d0 x the rest)"
-    )
-
-
-def shape_in(group: dict, param: Tensor) -> MatrixShape:
-    """Return the (batch, m, n) that a param group treats one of its parameters as."""
-    return matrix_shape_of(param.shape, group.get("qkv_split", 1), group.get("as_matrices"))
+def _chunks(indices: list[int], sizes: list[int]) -> list[list[int]]:
+    """Divide indices, in order, so that the sizes of a chunk add up to the limit at most, or it has one index."""
+    limit = max(_STACK_ENTRIES, sum(sizes) // _STACKS)
+    chunks, total = [], 0
+    for i in indices:
+        if not chunks or total + sizes[i] > limit:
+            chunks.append([])
+            total = 0
+        chunks[-1].append(i)
+        total += sizes[i]
+    return chunks

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -44,13 +45,9 @@ class Traffic:
         if received:
             self.received[kind] += received
 
-    def add_all_to_all(self, kind: str, sizes_out: list[int], sizes_in: list[int], me: int) -> None:
-        """Count an all-to-all on group rank `me`, which sends sizes_out[q] bytes to rank q and gets sizes_in[q]."""
-        self.add(kind, sum(sizes_out) - sizes_out[me], sum(sizes_in) - sizes_in[me])
-
-    def add_all_gather(self, kind: str, sizes: list[int], me: int) -> None:
-        """Count an all-gather on group rank `me`, to which each rank q gives sizes[q] bytes."""
-        self.add(kind, sizes[me] * (len(sizes) - 1), sum(sizes) - sizes[me])
+    def add_all_to_all(self, kind: str, counts_out: list[int], counts_in: list[int], me: int, size: int) -> None:
+        """Count an all-to-all on group rank `me`, which sends counts_out[q] rows of `size` bytes to each rank q."""
+        self.add(kind, size * (sum(counts_out) - counts_out[me]), size * (sum(counts_in) - counts_in[me]))
 
     def add_all_reduce(self, kind: str, size: int, ranks: int) -> None:
         """Count an all-reduce of `size` bytes."""
@@ -78,46 +75,36 @@ def count(kind: str, sent: int, received: int) -> None:
 
 
 class Pending:
-    """Bytes on their way: `wait` returns them once they have come."""
+    """Rows on their way: `wait` returns them once they have come."""
 
-    def __init__(self, buffer: Tensor, works: list[dist.Work], source: Tensor | None = None):
-        self._buffer, self._works = buffer, works
+    def __init__(self, received: Tensor, work: dist.Work, source: Tensor):
+        self._received, self._work = received, work
         self._source = source  # must live as long as the collective reads it
 
     def wait(self) -> Tensor:
-        """Return the received bytes, uint8 (n,)."""
-        for work in self._works:
-            work.wait()
+        """Return the received rows (n, ...)."""
+        self._work.wait()
         self._source = None
-        return self._buffer
+        return self._received
 
 
-def all_to_all(send: Tensor, sizes_out: list[int], sizes_in: list[int], group: dist.ProcessGroup, kind: str) -> Pending:
-    """Send sizes_out[q] bytes of `send` to each group rank q, and receive sizes_in[q] from it."""
+def arrived(rows: Tensor | Pending) -> Tensor:
+    """Return rows that may have been sent, or may have stayed here."""
+    return rows.wait() if isinstance(rows, Pending) else rows
+
+
+def all_to_all(
+    rows: Tensor, counts_out: list[int], counts_in: list[int], group: dist.ProcessGroup, kind: str
+) -> Pending:
+    """Send counts_out[q] of the rows to each group rank q, in order, and receive counts_in[q] from it."""
     for traffic in _counting:
-        traffic.add_all_to_all(kind, sizes_out, sizes_in, dist.get_rank(group))
-    received = send.new_empty(sum(sizes_in))
-    work = dist.all_to_all_single(received, send, sizes_in, sizes_out, group=group, async_op=True)
-    return Pending(received, [work], send)
-
-
-def all_gather_uneven(mine: Tensor, sizes: list[int], group: dist.ProcessGroup, kind: str) -> Pending:
-    """Give my bytes to every rank of the group, and receive sizes[q] from each group rank q, side by side.
-
-    One broadcast per sender: an all-gather would need equal sizes, and ranks without anything send nothing, so there
-    are never more broadcasts than matrices.
-    """
-    me = dist.get_rank(group)
-    for traffic in _counting:
-        traffic.add_all_gather(kind, sizes, me)
-    received = mine.new_empty(sum(sizes))
-    works = []
-    for sender, part in enumerate(received.split(sizes)):
-        if sizes[sender]:
-            if sender == me:
-                part.copy_(mine)
-            works.append(dist.broadcast(part, group=group, group_src=sender, async_op=True))
-    return Pending(received, works)
+        size = rows.element_size() * rows.shape[1]
+        traffic.add_all_to_all(kind, counts_out, counts_in, dist.get_rank(group), size)
+    received = rows.new_empty(sum(counts_in), rows.shape[1])
+    # As bytes: gloo and NCCL know few dtypes.
+    out, sent = (each.view(torch.uint8) for each in (received, rows.contiguous()))
+    work = dist.all_to_all_single(out, sent, counts_in, counts_out, group=group, async_op=True)
+    return Pending(received, work, sent)
 
 
 def all_reduce(values: Tensor, group: dist.ProcessGroup, kind: str) -> Tensor:

@@ -23,9 +23,9 @@ import tyro
 
 from common.launch import main_guard
 from common.runlog import machine
-from optimizers.codec import has_zero_or_nan, negatives, unpack
+from optimizers.codec import SignCodec, negatives, unpack
 
-COLUMNS = ("clone", "copy_", "pack", "unpack", "has_zero_or_nan")
+COLUMNS = ("clone", "copy_", "pack", "unpack", "write", "read")
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,15 @@ def operations(entries: int, dtype: torch.dtype, device: str) -> dict[str, tuple
     signs = torch.where(torch.rand(entries, device=device) < 0.5, -1.0, 1.0).to(dtype)
     there, packed = torch.ones_like(signs), negatives(signs)
     whole, bits = signs.nbytes, packed.nbytes
+    codec, pieces, norms = SignCodec(), signs.view(1, 1, -1), torch.ones(1, 1, dtype=torch.float64, device=device)
+    rows, _ = codec.write(pieces, norms)  # the planes of both kinds, and the positions of zeros
     return {
         "clone": (signs.clone, 2 * whole),
         "copy_": (lambda: there.copy_(signs), 2 * whole),
         "pack": (lambda: negatives(signs), whole + bits),
         "unpack": (lambda: unpack(packed, entries, dtype), whole + bits),
-        "has_zero_or_nan": (lambda: has_zero_or_nan(signs[None]), whole),
+        "write": (lambda: codec.write(pieces, norms), whole + bits),
+        "read": (lambda: codec.read(rows[0], entries, 1, dtype), whole + bits),
     }
 
 

@@ -1,54 +1,64 @@
-"""Codecs: messages are read as what was written, in the planned number of bytes; zeros and NaN of signs included."""
+"""Codecs: rows are read as what was written, in the planned number of bytes; zeros and NaN of signs included."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from optimizers.codec import CastCodec, SignCodec, most_zeros, read_zeros, write_zeros, zeros_nbytes
+from optimizers.codec import CastCodec, SignCodec
+
+SHAPES = [(1, 1, 7), (3, 2, 100), (4, 3, 1024), (2, 2, 70000), (2, 0, 100)]  # shards, tensors, entries of a shard
 
 
-def signs_with_zeros(shape: tuple[int, ...], share: float, nan: bool) -> Tensor:
+def some_signs(shape: tuple[int, ...], zeros: int, nan: bool = False) -> Tensor:
+    """Random signs with this many zeros (or NaN, every second) in each shard."""
     signs = torch.randn(shape).sign()
-    signs[torch.rand(shape) < share] = 0
-    if nan:
-        signs[torch.rand(shape) < share / 2] = torch.nan
+    for shard in signs.flatten(0, 1):
+        positions = torch.randperm(shape[2])[:zeros]
+        shard[positions] = 0.0
+        shard[positions[::2]] = torch.nan if nan else 0.0
     return signs
 
 
-@pytest.mark.parametrize("codec", [SignCodec(), CastCodec(torch.bfloat16), CastCodec(torch.float32)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_messages_of_several_senders_match_what_was_written(codec, dtype):
-    entries, counts = 21, [2, 0, 3, 1]
-    senders = [torch.randn(4, count, entries).sign().to(dtype) for count in counts]  # (W, pieces, entries)
-    senders[2][1, 2, 5] = 0.0
-    messages = [codec.write(shards) for shards in senders]
-    for message, count in zip(messages, counts, strict=True):
-        assert message.dtype == torch.uint8 and message.shape == (4, codec.nbytes(count, entries))
-    for shard in range(4):
-        joined = torch.cat([message[shard] for message in messages])
-        pieces, flags = codec.read(joined, counts, entries, dtype)
-        wanted = torch.cat([shards[shard] for shards in senders])  # (6, entries)
-        got = torch.stack([piece.view(-1) for piece in pieces])
-        differ = got != wanted
-        assert got.dtype == dtype and not differ[torch.arange(6) != 4].any()
-        assert flags in ([], [0, 0, 0, 0, 1, 0])  # a zero in any shard: its place must follow
-        assert flags or not differ.any()
+def through_rows(codec, pieces: Tensor, batch: int = 2) -> tuple[Tensor, Tensor | None]:
+    """Write pieces, and read each shard's rows as its rank would; zeros follow where the rows ask for them."""
+    norms = torch.rand(pieces.shape[1], batch, dtype=torch.float64)
+    rows, zeros = codec.write(pieces, norms)
+    assert rows.shape == (*pieces.shape[:2], codec.nbytes(pieces.shape[2], batch)) and rows.shape[2] % 16 == 0
+    assert zeros is None or zeros.shape[2] % 16 == 0
+    read = []
+    for shard, mine in enumerate(rows):
+        follow = zeros[shard] if codec.overflow(mine) else None
+        signs, found = codec.read(mine.clone(), pieces.shape[2], batch, pieces.dtype, follow)
+        assert found is None or torch.equal(found, norms)
+        read.append(signs)
+    return torch.stack(read)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.005, 0.04, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cast_rows_match_a_cast(shape, dtype):
+    pieces = torch.randn(shape).to(dtype)
+    got = through_rows(CastCodec(torch.bfloat16), pieces)
+    assert got.dtype == dtype and torch.equal(got, pieces.to(torch.bfloat16).to(dtype))
+
+
+@pytest.mark.parametrize("zeros", [0, 1, 4, 7, 50])
 @pytest.mark.parametrize("nan", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 7), (3, 2, 100), (4, 3, 1024)])
-def test_zeros_written_and_read_match_the_signs(shape, nan, share):
-    shards = signs_with_zeros(shape, share, nan)  # (W, k, entries)
-    full = torch.where((shards < 0) | shards.isnan(), -1.0, 1.0)  # as they are unpacked
-    for k, count in enumerate(most_zeros(shards).tolist()):
-        assert count == max(int((shard[k].abs() != 1).sum()) for shard in shards)
-        written = write_zeros(shards[:, k], count)  # (W, bytes)
-        assert written.shape == (shape[0], zeros_nbytes(count, shape[2]))
-        for part, shard in zip(written, range(shape[0]), strict=True):
-            restored = read_zeros(full[shard, k].clone(), part.clone(), count)
-            torch.testing.assert_close(restored, shards[shard, k], rtol=0, atol=0, equal_nan=True)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sign_rows_match_the_signs(shape, nan, zeros):
+    signs = some_signs(shape, zeros, nan)
+    torch.testing.assert_close(through_rows(SignCodec(), signs), signs, rtol=0, atol=0, equal_nan=True)
 
 
-def test_size_of_few_zeros_matches_a_word_each_and_of_many_a_bit_an_entry():
-    assert [zeros_nbytes(count, 1024) for count in (0, 1, 31, 32, 1024)] == [0, 4, 124, 128, 128]
+def test_few_zeros_match_those_in_the_rows_and_many_are_told_by_every_shard():
+    codec, norms = SignCodec(), torch.ones(2, 1, dtype=torch.float64)
+    for zeros, follow in ((0, False), (8, False), (1000, True)):
+        signs = torch.ones(3, 2, 2**18)
+        signs[1, 1, : zeros * 100 : 100] = 0.0  # of one shard of one matrix
+        rows, _ = codec.write(signs, norms)
+        assert [bool(codec.overflow(shard)) for shard in rows] == [follow] * 3
+
+
+def test_rows_of_signs_match_a_bit_per_entry():
+    for entries in (2**14, 2**20, 2**24):
+        assert entries / 8 < SignCodec().nbytes(entries, 1) <= 1.02 * entries / 8

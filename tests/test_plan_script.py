@@ -116,7 +116,8 @@ def test_work_of_gpt2_xl_on_8_replicas_matches_an_even_share():
     share = 48 * sum(flops(m, n, dtype=torch.bfloat16, device="meta") for m, n in shapes) / 8
     assert column["busiest_flops"] == pytest.approx(share * column["balance"])
     assert 1 <= column["balance"] < 1.01  # 192 matrices on 8 ranks, 24 each
-    assert column["received"]["directions"]["mean"] == pytest.approx(7 / 8 * 48 * 12 * 1600**2 / 8, rel=1e-4)  # bits
+    # Bits, and 144 bytes per matrix: 8 places for zeros, its norm, and whether they are enough.
+    assert column["received"]["directions"]["mean"] == 7 / 8 * (48 * 12 * 1600**2 / 8 + 192 * 144)
 
 
 def test_work_where_everyone_gathers_matches_the_whole():
@@ -147,10 +148,10 @@ def test_1024_ranks_of_llama2_70b_match_the_sum_of_their_directions():
     found = planned_for("llama2_70b", "hsdp=16x64")
     assert found["ranks"] == 1024
     directions = (68_976_648_192 - 2 * 32000 * 8192 - 161 * 8192) / 64  # entries a rank holds, of the matrices
-    for rule, bits in (("muon", 16), ("olion", 1)):
+    for rule, bits, beside in (("muon", 16, 0), ("olion", 1, 144)):  # bytes beside the signs of each of 7 x 80 matrices
         mean = found["columns"][rule]["received"]["directions"]["mean"]
-        # All but 1 / 1024 come from others; a flag a matrix comes with the signs.
-        assert mean == pytest.approx(bits / 8 * directions * 1023 / 1024, rel=1e-4)
+        # All but 1 / 1024 come from others.
+        assert mean == (bits / 8 * directions + beside * 7 * 80) * 1023 / 1024
 
 
 def test_record_matches_the_table(monkeypatch, capsys, tmp_path):
