@@ -1,6 +1,5 @@
 """Large folders made file by file: for one purpose, with room on the disk, and every file whole or not there."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -8,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
-from common import UserError, one_line
+from common import UserError
+from common.json_files import read_object
 from common.whole import write_json as write_json
 from common.whole import write_whole as write_whole
 
@@ -23,13 +23,7 @@ def claim(folder: Path, request: dict) -> None:
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} must be new, or made by SIT.prepare; has files but no {REQUEST}: choose another")
         write_json(path, request)
-    try:
-        found = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} must say what {folder.name} was made of, is damaged ({one_line(error)}): remove {folder}, or name "
-            "another folder"
-        ) from None
+    found = read_object(path, {}, f"remove {folder}, or name another folder")
     for key, value in request.items():
         if found.get(key) != value:
             raise UserError(

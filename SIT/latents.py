@@ -170,7 +170,7 @@ def read_labels(folder: Path) -> tuple[dict[str, tuple[str, Any]], float, str]:
         record = json.loads(path.read_text())
         labels = {name_of(file): (file, label) for file, label in record["labels"]}
         count, scaling, vae = len(record["labels"]), float(record.get("scaling", SCALING)), str(record.get("vae", ""))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f'{path} must be {{"labels": [[path, class], ...]}}, is not ({error!r}): make it anew'
         ) from None

@@ -17,7 +17,8 @@ from torch.nn.functional import pad
 from common import UserError, progress, warn
 from common.config import at_least
 from common.figure import FAINT, INK, markdown, mean_and_spread, new_figure, save, style_of
-from common.runlog import read_metrics
+from common.json_files import read_object
+from common.runlog import METRICS_FILE, read_metrics
 from SIT.data import Pixels, digits, to_images
 from SIT.digits import FOLDER, JUDGE_FILE, DigitsCNN, load_digits_cnn
 from SIT.files import check_memory
@@ -82,7 +83,7 @@ def find_runs(folders: tuple[Path, ...]) -> list[Path]:
     found = []
     for run in sorted({path.parent for folder in folders for path in folder.rglob("config.json")}):
         end = run / "finished.json"
-        if end.is_file() and json.loads(end.read_text())["diverged"]:
+        if end.is_file() and read_object(end, {"diverged": bool}, "remove it, or leave the run out")["diverged"]:
             warn(f"{run} diverged, and is left out")
         elif any(run.glob("checkpoints/step-*")) and not run.parent.name.endswith(".old"):
             found.append(run)
@@ -93,8 +94,11 @@ def find_runs(folders: tuple[Path, ...]) -> list[Path]:
 
 def last_losses(run: Path) -> dict[str, float]:
     """Return the denoising and the projection loss of a run's last validation."""
-    last = [line for line in read_metrics(run) if "val/loss" in line][-1]
-    return {name: last[f"val/{name}_loss"] for name in ("denoising", "projection")}
+    names = {name: f"val/{name}_loss" for name in ("denoising", "projection")}
+    validated = [line for line in read_metrics(run) if all(key in line for key in names.values())]
+    if not validated:
+        raise UserError(f"{run / METRICS_FILE} must hold a validation, holds none: leave the run out")
+    return {name: validated[-1][key] for name, key in names.items()}
 
 
 def draw_digits(run: Path, options: "Options") -> tuple[Tensor, Tensor, str]:

@@ -1,6 +1,5 @@
 """Images drawn from a trained SiT, as `python -m SIT.sample` and the previews of training draw them."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common import UserError, checkpoint, launch, one_line, progress
+from common import UserError, checkpoint, launch, progress
 from common.config import from_dict
+from common.json_files import check as check_shape
+from common.json_files import read_object
 from common.whole import write_whole
 from SIT import transport
 from SIT.data import to_images
@@ -24,6 +25,8 @@ from SIT.sample import Options, Sampler, check
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+SETTINGS = {"model": dict, "objective": {"path": str, "prediction": str, "label_dropout": float}}
+SETTINGS |= {"data": {"kind": str, "vae": str}, "optimizer": {"name": str}}
 Decode = Callable[[Tensor], Tensor]  # (B, C, H, W) of the model -> uint8 images (B, 1 or 3, side, side)
 
 
@@ -102,14 +105,11 @@ def open_decoder(kind: str, vae: str, channels: int, device: torch.device, scali
 
 def load_run(folder: Path, device: torch.device) -> tuple[SiT, dict[str, Any]]:
     """Read a run's config and its newest average of weights, whichever layout it was trained in."""
-    try:
-        content = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"need the folder of a SIT run, with config.json and checkpoints; {folder} is none ({one_line(error)})"
-        ) from error
-    if content.get("experiment") != "sit":
-        raise UserError(f"need the folder of a SIT run; {folder} is of {content.get('experiment')}: name another")
+    path, remedy = folder / "config.json", "name the folder of a SIT run, with config.json and checkpoints"
+    content = read_object(path, {"experiment": str}, remedy)
+    if content["experiment"] != "sit":
+        raise UserError(f"need the folder of a SIT run; {folder} is of {content['experiment']}: name another")
+    check_shape(content, str(path), {"config": SETTINGS}, remedy)
     settings = content["config"]
     config = from_dict(ModelConfig, settings["model"])
     both = nn.ModuleDict({"model": SiT(config), "average": SiT(config)})

@@ -27,12 +27,14 @@ from torch.optim import Optimizer
 from common import Diverged, checkpoint, config, launch, progress, warn
 from common.checkpoint_folder import CheckpointConfig
 from common.config import at_least
+from common.json_files import check
 from common.parallel import ParallelConfig
 from common.runlog import RunLog, move_aside, run_name, write_end
 from common.schedule import ScheduleConfig, multiplier
 from common.timer import Timer
 
 MAX_SKIPPED = 10  # non-finite steps in a row after which a run is lost; fp16's loss scale recovers within these
+EXTRA = {"config": dict, "scaler": dict, "skipped": int, "in_a_row": int}  # a checkpoint's, beside its tensors
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,7 @@ class Run:
         folder = self.folder / "checkpoints"
         saved = launch.on_main(lambda: checkpoint.read_extra(folder))
         if saved is not None:
+            check(saved, f"the newest checkpoint in {folder}", EXTRA, "resume one that this program saved")
             config.refuse_changes(saved["config"], config.to_dict(self.settings), fixed, free)
         saved = checkpoint.load(folder, self._model, self._optimizer)
         if saved:

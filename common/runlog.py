@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from common import one_line, warn
+from common import UserError, one_line, warn
+from common.json_files import is_json, parse_object
 from common.whole import write_json, write_text
 
 METRICS_FILE = "metrics.jsonl"
@@ -41,17 +42,21 @@ def shortest(value: float) -> str:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """Read the metrics of a run, one dict per logged step, without a last line that a killed run left half-written."""
+    """Read the metrics of a run, one dict per logged step, without a last line that a killed run left half-written.
+
+    Raises UserError for any other line that is not an object with a step, FileNotFoundError without a file.
+    """
     path = Path(folder) / METRICS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines()
-    metrics = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise ValueError(f"{path}: line {number} is not JSON; remove the line or the file") from None
-    return metrics
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} must be UTF-8 ({one_line(error)}): restore it, or remove it") from None
+    if lines and not is_json(lines[-1]):
+        lines.pop()
+    return [
+        parse_object(line, f"{path}, line {number}", {"step": int}, "remove the line or the file")
+        for number, line in enumerate(lines, start=1)
+    ]
 
 
 def move_aside(folder: Path) -> None:
@@ -138,9 +143,16 @@ class RunLog:
             self._wandb_run = None
 
     def _drop_after(self, step: int) -> None:
-        if (self._folder / METRICS_FILE).exists():
+        """Remove metrics after `step`; a warning where those before it are not all there, which no error can mend."""
+        path = self._folder / METRICS_FILE
+        try:
             kept = [record for record in read_metrics(self._folder) if record["step"] <= step]
-            write_text(self._folder / METRICS_FILE, "".join(json.dumps(record) + "\n" for record in kept))
+        except FileNotFoundError:
+            warn(f"{path} is gone: the curves of this run begin after step {step}")
+            return
+        if not kept:
+            warn(f"{path} has no line up to step {step}: the curves of this run begin there")
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def _start_wandb(self, mode: str, **settings: Any) -> None:
         id_file = self._folder / "wandb_id"

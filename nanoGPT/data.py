@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from common import progress
+from common import UserError, progress
 from common.corpus import written_aside
+from common.json_files import read_object
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+FILE = {"tokens": int, "text_bytes": int, "sha256": str}
+META = {"tokenizer": str, "vocab_size": int, "dtype": str, "files": {"train.bin?": FILE, "val.bin?": FILE}}
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's name for it
 
 
@@ -74,17 +77,17 @@ def tokenizer(name: str) -> Any:
 
 
 def read_meta(folder: str | Path) -> dict:
-    """Read a corpus' meta.json; raises FileNotFoundError where there is none, ValueError for a damaged one."""
+    """Read a corpus' meta.json; raises FileNotFoundError where there is none, UserError for a damaged one."""
     path = Path(folder) / "meta.json"
     if not path.is_file():
         source = path.parent.name if path.parent.name in ("stdlib", "openwebtext") else "FILE_OR_FOLDER"
         command = f"python -m nanoGPT.prepare {source} --out {path.parent}"
         raise FileNotFoundError(f"{path.parent} holds no corpus (no meta.json): run `{command}`")
-    try:
-        meta = json.loads(path.read_text())
-        _ = meta["tokenizer"], meta["vocab_size"], meta["dtype"], meta["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): remove {path.parent}, prepare it again") from error
+    remedy = f"remove {path.parent} and run `python -m nanoGPT.prepare` again"
+    meta = read_object(path, META, remedy)
+    if meta["vocab_size"] < 1 or meta["dtype"] not in ("uint16", "uint32"):
+        got = f"{meta['vocab_size']} and {meta['dtype']}"
+        raise UserError(f"{path} must hold a positive vocab_size and dtype uint16 or uint32, got {got}: {remedy}")
     return meta
 
 
@@ -99,7 +102,7 @@ def load(folder: str | Path, split: str, *, verify: bool = True) -> TokenFile:
     if path.name not in meta["files"] or not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {remedy}")
     entry, dtype = meta["files"][path.name], np.dtype(meta["dtype"]).newbyteorder("<")
-    if not entry["tokens"]:
+    if entry["tokens"] < 1:
         raise ValueError(f"{path} must hold tokens, is empty: prepare more text, or another --val-fraction")
     if path.stat().st_size != entry["tokens"] * dtype.itemsize:
         expected = f"{entry['tokens']} tokens of {dtype.itemsize} bytes"

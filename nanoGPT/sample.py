@@ -5,7 +5,6 @@
 The newest checkpoint of the run is used, and the tokenizer of the corpus that it was trained on.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from common import UserError
 from common.config import at_least, from_dict
 from common.guard import main_guard
+from common.json_files import check, read_object
 from common.options import parse_options
 
 if TYPE_CHECKING:
@@ -75,12 +75,11 @@ def load_run(run: Path) -> "tuple[GPT, dict]":
     from nanoGPT.data import fit_vocabulary, read_meta
     from nanoGPT.model import GPT, GPTConfig
 
-    record_path = run / "config.json"
-    if not record_path.is_file():
-        raise FileNotFoundError(f"{run} holds no run (no config.json): give a folder below runs/nanogpt")
-    record = json.loads(record_path.read_text())
+    path, remedy = run / "config.json", "give the folder of a run, below runs/nanogpt"
+    record = read_object(path, {"experiment": str}, remedy)
     if record["experiment"] != "nanogpt":
         raise UserError(f"the run must be nanoGPT's, {run} is of {record['experiment']}: give another folder")
+    check(record, str(path), {"config": {"data": {"folder": str}, "model": dict}}, remedy)
     settings = record["config"]
     corpus = read_meta(settings["data"]["folder"])
     model = GPT(fit_vocabulary(from_dict(GPTConfig, settings["model"]), corpus))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from common import UserError
 from nanoGPT import data
 from nanoGPT.data import Encoded, TokenFile
 
@@ -202,11 +203,26 @@ def test_load_refuses_a_missing_and_an_empty_file(tmp_path):
         data.load(folder, "val")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"tokenizer": "bytes"}'])
-def test_read_meta_refuses_a_damaged_file(tmp_path, content):
-    (tmp_path / "meta.json").write_text(content)
-    with pytest.raises(ValueError, match="is damaged"):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "must be JSON"),
+        ("[]", "must hold an object"),
+        ({"vocab_size": "257"}, "vocab_size as a whole number"),
+        ({"vocab_size": 0}, "positive vocab_size"),
+        ({"dtype": "float64"}, "dtype uint16 or uint32"),
+        ({"tokenizer": None}, "tokenizer as text, got null"),
+        ({"files": []}, "files as an object"),
+        ({"files": {"train.bin": {"tokens": "9", "text_bytes": 8, "sha256": ""}}}, "files.train.bin.tokens as a whole"),
+        ({"files": {"train.bin": {"tokens": 9}}}, "files.train.bin.text_bytes as a whole number, got none"),
+    ],
+)
+def test_read_meta_refuses_a_damaged_file(tmp_path, content, said):
+    good = {"tokenizer": "bytes", "vocab_size": 257, "dtype": "uint16", "files": {}}
+    (tmp_path / "meta.json").write_text(json.dumps(good | content) if isinstance(content, dict) else content)
+    with pytest.raises(UserError, match=said) as caught:
         data.read_meta(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_padded_vocabulary_matches_gpt2s_50304():

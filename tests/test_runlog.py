@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common import UserError
 from common.runlog import RunLog, read_metrics, run_name
 
 
@@ -81,7 +82,7 @@ def test_fresh_start_replaces_the_metrics(tmp_path):
 
 def test_read_metrics_refuses_a_damaged_line_that_is_not_the_last(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl: line 2 is not JSON"):
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2 must be JSON"):
         read_metrics(tmp_path)
 
 
@@ -196,3 +197,14 @@ def test_import_does_not_load_torch_or_wandb():
     """Figures are drawn from metrics alone."""
     code = "import common.runlog, sys; assert not {'torch', 'wandb'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.parametrize("left", [None, "", '{"step": 7}\n'])
+def test_a_resumed_run_goes_on_with_a_warning_where_its_history_is_missing(tmp_path, capsys, left):
+    if left is not None:
+        (tmp_path / "metrics.jsonl").write_text(left)
+    log = start(tmp_path, resume_step=3)
+    log.log(4, {"train/loss": 1.0})
+    log.finish()
+    assert "warning" in (said := capsys.readouterr().err) and "metrics.jsonl" in said and said.count("\n") == 1
+    assert [line["step"] for line in read_metrics(tmp_path)] == [4]

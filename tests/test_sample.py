@@ -60,7 +60,7 @@ def test_sample_of_an_empty_prompt_matches_the_start_of_a_document(run):
 
 def test_sample_refuses_what_is_not_there(run, tmp_path):
     folder, _ = run
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+    with pytest.raises(UserError, match=r"config\.json must be readable.*No such file.*: give the folder of a run"):
         sample(Sample(tmp_path / "nowhere"))
     (folder / "checkpoints").rename(folder / "moved")
     with pytest.raises(FileNotFoundError, match="must hold a checkpoint"):
@@ -68,6 +68,18 @@ def test_sample_refuses_what_is_not_there(run, tmp_path):
     write_config(folder, tmp_path / "no-corpus")
     with pytest.raises(FileNotFoundError, match=r"python -m nanoGPT\.prepare"):
         sample(Sample(folder))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{}", "[]", "null", '{"experiment": "nanogpt", "config": []}', '{"experiment": "nanogpt", "config": {}}'],
+)
+def test_sample_refuses_a_damaged_config_in_one_line(run, content):
+    folder, _ = run
+    (folder / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json must (be|hold) ") as caught:
+        sample(Sample(folder))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-39, 1e-30, 1e-6])

@@ -46,7 +46,12 @@ def run(model, tmp_path_factory) -> Path:
 
 
 def write_record(folder: Path, config: ModelConfig, experiment: str = "sit") -> None:
-    settings = {"model": asdict(config), "data": {"kind": "digits", "vae": ""}, "objective": OBJECTIVE}
+    settings = {
+        "model": asdict(config),
+        "data": {"kind": "digits", "vae": ""},
+        "objective": OBJECTIVE,
+        "optimizer": {"name": "olion"},
+    }
     (folder / "config.json").write_text(json.dumps({"experiment": experiment, "config": settings}))
 
 
@@ -139,12 +144,13 @@ def test_picture_of_a_run_shows_its_first_hundred_in_a_square(run, tmp_path):
 
 def test_folder_that_is_no_run_refuses_in_one_line(model, tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match="need the folder of a SIT run") as refusal:
+        with pytest.raises(UserError, match=r"name the folder of a SIT run") as refusal:
             load_run(folder, CPU)
         assert "\n" not in str(refusal.value)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"need the folder of a SIT run, .* is none"):
-        load_run(tmp_path, CPU)
+    for content in ("", "{", "{}", "[]", "null", '{"experiment": "sit"}', '{"experiment": "sit", "config": []}'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match=r"config\.json must (be|hold) .*: name the folder of a SIT run"):
+            load_run(tmp_path, CPU)
     write_record(tmp_path, model.config, experiment="nanogpt")
     with pytest.raises(UserError, match=r"need the folder of a SIT run; .* is of nanogpt"):
         load_run(tmp_path, CPU)
