@@ -1,6 +1,9 @@
 """The one torch.optim.Optimizer that runs every rule, param group by param group."""
 
+from collections import defaultdict
 from collections.abc import Callable
+from copy import deepcopy
+from difflib import get_close_matches
 
 import torch
 from torch import Tensor
@@ -10,13 +13,15 @@ from torch.optim.optimizer import ParamsT
 from .checks import closest, name_of
 from .layout import local_of
 from .matrices import shape_in
-from .plan import make_plan
-from .precision import state_dtype
-from .rule import UpdateRule, rule_named
+from .plan import Plan, make_plan
+from .rule import RULES, UpdateRule, rule_named
+from .state import fill, fingerprint, new_state, refitted, refuse_resized, refuse_unfit, saved_buffers
 from .update import ParamsUpdate
 
 # Group keys that belong to the engine or to torch and its schedulers, not to a rule.
 _COMMON_KEYS = {"params", "param_names", "rule", "name", "initial_lr"}
+# Keys of schedulers and model libraries that are near an option's name: OneCycleLR, CyclicLR, SWALR, timm.
+_FOREIGN_KEYS = {"max_lr", "min_lr", "base_lr", "swa_lr", "lr_scale", "max_momentum", "base_momentum"}
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -35,9 +40,6 @@ class RuleOptimizer(torch.optim.Optimizer):
     Raises ValueError, when built, for an unknown rule or option, a value out of range, a tensor or layout the rule
     cannot do, and ranks that disagree on the parameters.
 
-    Attributes:
-        plan: what `step` will do: routes, owners, bytes; print it.
-
     Example:
         >>> groups = [{"params": matrices}, {"params": others, "rule": "adamw", "lr": 3e-4}]
         >>> optimizer = RuleOptimizer(groups, "olion", lr=1e-3)
@@ -48,28 +50,36 @@ class RuleOptimizer(torch.optim.Optimizer):
         _refuse_unknown(options, known, rule)
         super().__init__(params, {**known, **options, "rule": rule})
         self._process_group = process_group
-        self.plan = make_plan(self.param_groups, process_group)
+        self._seen = self._fingerprints()
+        self._plan = make_plan(self.param_groups, process_group)
+        self._agreed = True
 
     def add_param_group(self, param_group: dict) -> None:
-        """Add a group, complete its options from its rule's defaults, check it, and make its state."""
+        """Add a group, complete its options from its rule's defaults, check it, and make its state.
+
+        Keys that are no option of any rule are kept for others to read (schedulers, `lr_scale`).
+        """
         rule = rule_named(param_group.get("rule", self.defaults["rule"]))
-        _refuse_unknown(param_group, rule.defaults.keys() | _COMMON_KEYS, rule.name)
+        _refuse_misplaced(param_group, rule)
         inherited = self.defaults
         if rule.name != self.defaults["rule"]:
             inherited = {name: self.defaults[name] for name in ("lr", "weight_decay")}
         super().add_param_group({**rule.defaults, **inherited, "rule": rule.name, **param_group})
         group = self.param_groups[-1]
-        for foreign in self.defaults.keys() - rule.defaults.keys() - _COMMON_KEYS:
+        for foreign in self.defaults.keys() - rule.defaults.keys() - _COMMON_KEYS - param_group.keys():
             del group[foreign]  # torch hands every group the optimizer's defaults, also a group of another rule
+        built = hasattr(self, "_plan")  # not while the first groups are added
         try:
             _check(group, rule)
-            if hasattr(self, "plan"):  # not while the first groups are added
-                self.plan = make_plan(self.param_groups, self._process_group)
+            if built:
+                self._plan = make_plan(self.param_groups, self._process_group)
         except ValueError:
             self.param_groups.pop()
             raise
         for param in group["params"]:
-            self.state[param] = _new_state(param, group, rule)
+            self.state[param] = new_state(param, group, rule)
+        if built:
+            self._seen.append([(param, fingerprint(param)) for param in group["params"]])
 
     def __setstate__(self, state: dict) -> None:
         """Restore a copy or a pickle; of plain tensors it steps by itself, in no process group.
@@ -77,9 +87,53 @@ class RuleOptimizer(torch.optim.Optimizer):
         torch calls this after loading a state, too.
         """
         super().__setstate__(state)
-        if not hasattr(self, "plan"):
+        if not hasattr(self, "_plan"):
             self._process_group = None
-            self.plan = make_plan(self.param_groups, None, ask=False)
+            self._seen = self._fingerprints()
+            self._plan = make_plan(self.param_groups, None, ask=False)
+            self._agreed = True
+
+    # --- following the parameters
+
+    @property
+    def plan(self) -> Plan:
+        """What `step` will do: routes, owners, bytes; print it."""
+        self._follow()
+        return self._plan
+
+    def _follow(self) -> None:
+        """Refit state and plan to parameters that were moved, converted or swapped since they were made.
+
+        `model.to(...)` changes a parameter in place; Accelerate puts others, of FSDP2, into the groups.
+        """
+        seen = self._fingerprints()
+        if [[mark for _, mark in group] for group in seen] == [[mark for _, mark in group] for group in self._seen]:
+            return
+        former = {(g, i): param for g, group in enumerate(self._seen) for i, (param, _) in enumerate(group)}
+        state = defaultdict(dict)
+        for g, group in enumerate(self.param_groups):
+            rule = rule_named(group["rule"])
+            _check(group, rule)
+            for i, param in enumerate(group["params"]):
+                buffers = self.state.get(param)
+                if buffers:
+                    refuse_resized(group, i, buffers, rule)
+                else:
+                    buffers = self.state.get(former.get((g, i)), {})
+                fits = buffers and all(buffers[name].shape == param.shape for name in rule.state)
+                state[param] = refitted(buffers, param, group, rule) if fits else new_state(param, group, rule)
+        entries = self._plan.entries
+        self.state, self._seen = state, seen
+        self._plan = make_plan(self.param_groups, self._process_group, ask=False)
+        self._agreed = self._agreed and self._plan.entries == entries
+
+    def _fingerprints(self) -> list[list[tuple[Tensor, tuple]]]:
+        return [[(param, fingerprint(param)) for param in group["params"]] for group in self.param_groups]
+
+    def state_dict(self) -> dict:
+        """Return the state and the param groups, as any torch optimizer does."""
+        self._follow()
+        return super().state_dict()
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -88,7 +142,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, routed in zip(self.param_groups, self.plan.routed, strict=True):
+        self._follow()
+        if not self._agreed:  # what is sent has changed: all ranks must have changed alike
+            self._plan, self._agreed = make_plan(self.param_groups, self._process_group), True
+        for group, routed in zip(self.param_groups, self._plan.routed, strict=True):
             for part in routed:
                 params = [group["params"][i] for i in part.indices]
                 update = ParamsUpdate(params, group, self.state, part.route.matrix_shapes)
@@ -98,64 +155,37 @@ class RuleOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a state dict of the same rules over the same tensors; ValueError, changing nothing, for another one.
 
-        State keeps the dtype, device and memory that it was built with.
+        Parameters are matched by name where both sides have names, else by position. State keeps the dtype, device
+        and memory of this optimizer's. Hooks are called as torch calls them.
         """
-        saved_ids = [each for group in state_dict["param_groups"] for each in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        saved = dict(zip(params, (state_dict["state"].get(each, {}) for each in saved_ids), strict=False))
-        self._refuse_other(state_dict["param_groups"], saved)
-        state = self.state
-        super().load_state_dict({**state_dict, "state": {}})  # the groups; torch would cast state to the weights' dtype
-        self.state = state
-        self.plan = make_plan(self.param_groups, self._process_group, ask=False)  # for the loaded options
-        for param, buffers in saved.items():
-            for name, buffer in buffers.items():
-                self.state[param][name].copy_(buffer)
-
-    def _refuse_other(self, saved_groups: list[dict], saved: dict[Tensor, dict[str, Tensor]]) -> None:
-        required, got = _outline(self.param_groups), _outline(saved_groups)
-        if required != got:
+        self._follow()
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        if missing := {"state", "param_groups"} - state_dict.keys():
             raise ValueError(
-                f"the state must be of param groups (rule, parameters) {required}; got {got}; "
-                "build the optimizer that the state was saved from"
+                f"the state must be what an optimizer's state_dict() returns, got no {' and no '.join(sorted(missing))}"
+                "; load that"
             )
-        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
-            _check({**group, **saved_group, "params": group["params"]}, rule_named(group["rule"]))
-        named = ((name_of(group, i), param) for group in self.param_groups for i, param in enumerate(group["params"]))
-        differences = [
-            f"{name} needs {required}, got {got}"
-            for name, param in named
-            if (required := _shapes(self.state[param])) != (got := _shapes(saved[param]))
-            and (got or param.requires_grad)  # torch saves the state of frozen parameters, and does not hand it back
+        saved = saved_buffers(self.param_groups, state_dict)
+        loaded = [
+            {**deepcopy(saved_group), **{key: group[key] for key in ("params", "param_names") if key in group}}
+            for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True)
         ]
-        if differences:
-            raise ValueError(
-                f"the state must fit the parameters; of {len(differences)} that do not: {'; '.join(differences[:3])}; "
-                "load it into the model and layout that it is of, or through torch.distributed.checkpoint.state_dict"
-            )
+        for group in loaded:
+            _check(group, rule_named(group["rule"]))
+        refuse_unfit(self.param_groups, self.state, saved)
+        self.__setstate__({"state": self.state, "param_groups": loaded})
+        self._plan = make_plan(self.param_groups, self._process_group, ask=False)  # for the loaded options
+        for param, buffers in saved.items():
+            fill(self.state[param], buffers)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
     def state_size(self) -> int:
         """Return the bytes of state that this process holds."""
         buffers = [local_of(value) for state in self.state.values() for value in state.values()]
         return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
-
-
-def _outline(groups: list[dict]) -> list[tuple[str | None, int]]:
-    return [(group.get("rule"), len(group["params"])) for group in groups]
-
-
-def _shapes(buffers: dict[str, Tensor]) -> dict[str, tuple]:
-    """Describe what can be copied into what: shapes and, of DTensors, placements."""
-    return {
-        name: (*getattr(buffer, "shape", [type(buffer).__name__]), *getattr(buffer, "placements", ()))
-        for name, buffer in buffers.items()
-    }
-
-
-def _new_state(param: Tensor, group: dict, rule: UpdateRule) -> dict[str, Tensor]:
-    state = {name: torch.zeros_like(param, dtype=state_dtype(param, group)) for name in rule.state}
-    scalars = {name: torch.zeros((), dtype=torch.float32, device=param.device) for name in rule.scalars}
-    return {name: buffer.detach() for name, buffer in {**state, **scalars}.items()}
 
 
 def _check(group: dict, rule: UpdateRule) -> None:
@@ -191,7 +221,17 @@ def _require(holds: bool, name: str, wanted: str, got) -> None:
 def _refuse_unknown(options, known, rule: str) -> None:
     for option in options:
         if option not in known:
-            names = sorted(set(known) - _COMMON_KEYS)
-            raise ValueError(
-                f"{rule} has no option {option!r}{closest(option, names)}; its options are {', '.join(names)}"
-            )
+            raise ValueError(_unknown(option, known, rule))
+
+
+def _refuse_misplaced(group: dict, rule: UpdateRule) -> None:
+    """Refuse a group's key that is another rule's option, or nearly one of this rule's; others are not the engine's."""
+    for key in group.keys() - rule.defaults.keys() - _COMMON_KEYS - _FOREIGN_KEYS:
+        near = get_close_matches(key, rule.defaults, n=1, cutoff=0.75)
+        if near or any(key in other.defaults for other in RULES.values()):
+            raise ValueError(_unknown(key, rule.defaults, rule.name))
+
+
+def _unknown(option: str, known, rule: str) -> str:
+    names = sorted(set(known) - _COMMON_KEYS)
+    return f"{rule} has no option {option!r}{closest(option, names)}; its options are {', '.join(names)}"
