@@ -9,7 +9,6 @@ from test_engine import RULES, clones, every_rule, matrices, set_gradients, trai
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from optimizers import AdamW, Muon, OLion, build_optimizer
@@ -258,3 +257,83 @@ def test_an_optimizer_that_no_one_changed_plans_once(monkeypatch):
         for step in range(2):
             set_gradients(optimizer.param_groups[0]["params"], step)
             optimizer.step()
+
+
+# --- Accelerate and the Trainer
+
+
+def _prepared_by_accelerate(fsdp: bool, name: str) -> tuple[list[torch.Tensor], set[str]]:
+    """Build for the plain model, let Accelerate wrap or shard it, and train; the whole parameters and the routes."""
+    import os
+
+    import torch.distributed as dist
+    from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, PartialState
+    from torch.distributed.fsdp import FSDPModule
+
+    rank = str(dist.get_rank())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # the group exists already
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True) if fsdp else None
+    accelerator = Accelerator(cpu=True)
+    try:
+        if fsdp:  # Accelerate takes its FSDP path on accelerators only
+            shared = AcceleratorState._shared_state
+            shared |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+        model = model_of(torch.float64)
+        optimizer = build_optimizer(model, name, lr=0.01)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)  # gloo lacks the other
+        _train_model(model, optimizer, 2)
+        routes = {entry.route for entry in optimizer.optimizer.plan.entries if entry.flops}
+        return _whole(model), routes
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState._reset_state()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["olion", "adamuon", "adamw"])
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_an_optimizer_built_before_accelerates_prepare_matches_one_process(ranks, fsdp, name):
+    pytest.importorskip("accelerate")
+    model = model_of(torch.float64)
+    _train_model(model, build_optimizer(model, name, lr=0.01), 2)
+    for result, routes in ranks(_prepared_by_accelerate, fsdp, name):
+        assert routes <= ({"sharded"} if fsdp else {"local"})
+        for param, expected in zip(result, model.parameters(), strict=True):
+            # AdaMuon's directions travel in bf16: 2^-9 of an update of 0.01 x about 0.6, twice; signs exactly.
+            torch.testing.assert_close(param, expected.detach(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_trainer_resumes_to_the_same_weights(tmp_path):
+    pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=32, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    tokens = torch.arange(64 * 8).view(64, 8) * 7 % 32
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+
+    def trained(resume: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = transformers.GPT2LMHeadModel(config)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=6,
+            save_steps=3,
+            per_device_train_batch_size=4,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        optimizer = build_optimizer(model.double(), "olion", lr=1e-2)
+        trainer = transformers.Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3") if resume else None)
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    straight, resumed = trained(False), trained(True)
+    for name, value in straight.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=1e-12)
