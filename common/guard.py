@@ -44,10 +44,11 @@ def leave(status: int = 0) -> NoReturn:
 def main_guard(main: Callable[[], None]) -> None:
     """Run a program; an error that the user can act on becomes one `error: ...` line and its exit_status, or 1.
 
-    Such errors are UserError, OSError (files, network), a ValueError that this repository raised itself, a package that
-    is not installed, too little memory, and a rank that no longer answers. Any other exception is a bug and keeps its
-    traceback; `python -X dev` shows the traceback of every one. Ctrl-C becomes one line too, and status 130, as shells
-    have it. A process that has been in a process group ends by `leave`.
+    Such errors are UserError, OSError (files, network), a ValueError of a `raise` statement of this repository, a
+    package that is not installed, too little memory, and a rank that no longer answers. Any other exception is a bug
+    and keeps its traceback, a ValueError of `int()` or `zip(strict=True)` among them; `python -X dev` shows the
+    traceback of every one. Ctrl-C becomes one line too, and status 130, as shells have it. A process that has been in a
+    process group ends by `leave`.
     """
     try:
         _with_plain_errors(main)
@@ -141,7 +142,11 @@ def _was_in_a_group() -> bool:
 
 
 def _raised_here(error: Exception) -> bool:
-    """Whether the statement that raised `error` stands in this repository, not in a library."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    repository = Path(__file__).resolve().parents[1]
-    return raised_in.is_relative_to(repository) and "site-packages" not in raised_in.parts
+    """Whether a `raise` statement of this repository raised `error`, not a library or a builtin that it called.
+
+    The optimizers raise ValueError, as torch's do: they know no UserError.
+    """
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    raised_in, repository = Path(last.filename).resolve(), Path(__file__).resolve().parents[1]
+    is_ours = raised_in.is_relative_to(repository) and "site-packages" not in raised_in.parts
+    return is_ours and (last.line or "").startswith("raise ")

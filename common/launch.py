@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from common import UserError, guard
 from common.guard import leave as leave
 from common.guard import main_guard as main_guard
+from common.rendezvous import read_environment, refuse_taken_port
 
 Result = TypeVar("Result")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -46,15 +47,15 @@ def start(device: str = "auto", timeout_s: float = 600) -> Launch:
     `device` "auto" takes CUDA, then MPS, then the CPU. The backend is NCCL on CUDA and gloo on CPUs. A collective
     that takes longer than `timeout_s` seconds ends the run instead of hanging it.
 
-    Raises ValueError when the device is unknown or not on this machine.
+    Raises UserError when the device is unknown or not on this machine, when the launcher's variables do not name a
+    rank, and when another program has the ranks' port.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    rank, local_rank, world_size, local_world_size = read_environment()
     chosen = _choose_device(device, local_rank, world_size)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # NCCL sends Python objects through the current device
     if "RANK" in os.environ and not dist.is_initialized():
+        refuse_taken_port(rank, timeout_s)
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return Launch(rank, local_rank, world_size, chosen, local_world_size)
@@ -62,22 +63,22 @@ def start(device: str = "auto", timeout_s: float = 600) -> Launch:
 
 def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
     if name not in DEVICES:
-        raise ValueError(f"device must be one of {', '.join(DEVICES)}; got {name!r}")
+        raise UserError(f"device must be one of {', '.join(DEVICES)}; got {name!r}")
     if name == "auto":
         several = world_size > 1  # MPS has no collectives
         mps = torch.backends.mps.is_available() and not several
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError("device 'cuda' was asked for, but torch sees no GPU here; use device cpu or auto")
+            raise UserError("device 'cuda' was asked for, but torch sees no GPU here; use device cpu or auto")
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(
+            raise UserError(
                 f"local rank {local_rank} needs a GPU of its own, but torch sees {torch.cuda.device_count()}; "
                 "start fewer processes (NGPU)"
             )
         return torch.device("cuda", local_rank)
     if name == "mps" and (world_size > 1 or not torch.backends.mps.is_available()):
-        raise ValueError("device 'mps' needs an Apple GPU and a single process; use device cpu or auto")
+        raise UserError("device 'mps' needs an Apple GPU and a single process; use device cpu or auto")
     return torch.device(name)
 
 
@@ -85,10 +86,10 @@ def device_mesh(launch: Launch, replicate: int, shard: int) -> DeviceMesh:
     """Arrange all ranks as `replicate` copies of a model, each in the hands of `shard` neighbouring ranks.
 
     A single copy is a mesh of one dimension, "shard"; several are ("replicate", "shard"), as FSDP2 takes them. Every
-    rank must call it. Raises ValueError where the two do not make up the number of ranks.
+    rank must call it. Raises UserError where the two do not make up the number of ranks.
     """
     if replicate * shard != launch.world_size:
-        raise ValueError(
+        raise UserError(
             f"a mesh of {replicate} copies on {shard} ranks each needs {replicate * shard} ranks; got "
             f"{launch.world_size}: start as many, or change the mesh"
         )
@@ -217,8 +218,17 @@ class StopRequest:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Return the most memory this process has used, in MiB: allocated on the GPU, or resident on a CPU."""
+    """Return the most memory this process has used, in MiB: allocated on the GPU, or resident on a CPU.
+
+    Without pages of files, where Linux tells them apart: those of a memory-mapped corpus are the page cache's, which
+    gives them up when memory runs short.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            status = dict(line.split(":", 1) for line in file)
+        return (int(status["VmHWM"].split()[0]) - int(status["RssFile"].split()[0])) / 1024  # both in KiB
+    except (OSError, KeyError):
+        unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, KiB on Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,4 +1,4 @@
-"""torchrun that ends as the rank ended that failed first: with its exit status, and no more words.
+"""torchrun that ends as the rank ended that failed first, with its exit status, and that names a taken port at once.
 
 python -m common.torchrun --standalone --nproc-per-node 2 -m Llama.train Llama/train_configs/stdlib.toml
 """
@@ -8,9 +8,15 @@ import sys
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from common.guard import main_guard
+from common.rendezvous import refuse_foreign_listener
+
 
 def main() -> None:
     """Run torchrun's command line."""
+    address, port = meeting_point(sys.argv[1:])
+    if port:
+        refuse_foreign_listener(address, port)  # torchrun would wait for its answer without end
     try:
         run.main()
     except ChildFailedError as error:  # the rank has said itself what was wrong
@@ -18,5 +24,16 @@ def main() -> None:
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)  # negative: a signal
 
 
+def meeting_point(arguments: list[str]) -> tuple[str, int]:
+    """Return host and port of a torchrun command line; port 0 where torchrun takes a free one."""
+    options = run.parse_args(arguments)
+    if options.standalone:
+        return "localhost", 0
+    if options.rdzv_endpoint:
+        address, _, port = options.rdzv_endpoint.rpartition(":")
+        return address or options.rdzv_endpoint, int(port) if port.isdigit() else 0
+    return options.master_addr, options.master_port
+
+
 if __name__ == "__main__":
-    main()
+    main_guard(main)
