@@ -8,100 +8,41 @@ divisor of the lanes, may change when a run resumes, and the batches stay.
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
-from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torchtitan.components.dataloader import BaseDataLoader
-from torchtitan.components.tokenizer import BaseTokenizer
 
-from common import UserError, one_line, warn
-from common.corpus import TABLES, fingerprint, local_files
-from common.launch import process_rank
-from common.text_rows import text_of, texts
+from common import UserError
 from Llama.checks import shape_of
 from Llama.config import JobConfig
+from Llama.sources import Documents, open_source, read
 from Llama.tokenizer import Tokenizer
 
 Batch = tuple[dict[str, Tensor], Tensor]  # {"input": (b, T)}, labels (b, T), int64, as torchtitan wants them
-Source = datasets.Dataset | datasets.IterableDataset
 
-# The split "validation" of a folder that Llama.prepare wrote is this file; the rest is for training.
-SPLIT_FILES = {"train": "train.jsonl", "validation": "val.jsonl"}
-NO_TEXT = "{} must hold text, has none: add text, or name another file"
+TOGETHER = 16  # documents of a lane: enough for the cores of one GPU's process
 
 
-class Documents(Protocol):
-    """The texts of one lane, without end, and the position in them."""
+class Position(NamedTuple):
+    """What a lane goes on from; neither changes once it is here."""
 
-    epoch: int
-
-    def __next__(self) -> str: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class LocalDocuments:
-    """Documents of a data set on disk, in an order that is drawn anew from (seed, epoch)."""
-
-    def __init__(self, source: datasets.Dataset, lane: int, lanes: int, seed: int):
-        self._source, self._first, self._stride, self._seed = source, lane, lanes, seed
-        self.load_state_dict({"epoch": 0, "taken": 0})
-
-    def __next__(self) -> str:
-        if self._taken == len(self._order):
-            self.load_state_dict({"epoch": self.epoch + 1, "taken": 0})
-        self._taken += 1
-        return self._source[int(self._order[self._taken - 1])]["text"]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "taken": self._taken}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self._taken = state["epoch"], state["taken"]
-        order = np.random.default_rng([self._seed, self.epoch]).permutation(len(self._source))
-        self._order = order[self._first :: self._stride]
-
-
-class StreamedDocuments:
-    """Documents of a data set that is read over the network, in its own order."""
-
-    def __init__(self, source: datasets.IterableDataset, lane: int, lanes: int):
-        self._source = split_dataset_by_node(source, lane, lanes)
-        self._rows = iter(self._source)
-
-    @property
-    def epoch(self) -> int:
-        return self._source.epoch
-
-    def __next__(self) -> str:
-        try:
-            row = next(self._rows)
-        except StopIteration:
-            self._source.set_epoch(self.epoch + 1)
-            self._rows = iter(self._source)
-            row = next(self._rows)
-        return text_of(row["text"], "a row of the stream")
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._source.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._source.load_state_dict(state)
-        self._source.set_epoch(state["epoch"])
-        self._rows = iter(self._source)
+    documents: dict[str, Any]
+    tokens: np.ndarray  # (n,) int64, of documents that were read, and not given out
 
 
 class Lane:
     """Windows (T + 1,) of one lane's documents; the last token of a window is the first of the next."""
 
-    def __init__(self, documents: Documents, tokenizer: BaseTokenizer, length: int):
-        self._documents, self._tokenizer, self._length = documents, tokenizer, length
-        self._tokens = np.empty(0, np.int64)  # of documents that were read, and not given out
+    def __init__(self, documents: Documents, tokenizer: Tokenizer, length: int, together: int = 1):
+        """together: documents that are tokenized at once, on all cores."""
+        self._documents, self._tokenizer, self._length, self._together = documents, tokenizer, length, together
+        self._tokens = np.empty(0, np.int64)
         self.tokens_read = self.bytes_read = 0
 
     @property
@@ -112,48 +53,71 @@ class Lane:
     def window(self) -> np.ndarray:
         """Return the next T + 1 tokens."""
         while len(self._tokens) <= self._length:
-            text = next(self._documents)
-            tokens = self._tokenizer.encode(text, add_bos=True, add_eos=True)
-            self._tokens = np.append(self._tokens, tokens)
-            self.tokens_read += len(tokens)
-            self.bytes_read += len(text.encode())
+            texts = [next(self._documents) for _ in range(self._together)]
+            found = self._tokenizer.encode_batch(texts, add_bos=True, add_eos=True)
+            self._tokens = np.concatenate([self._tokens, *(np.array(tokens, np.int64) for tokens in found)])
+            self.tokens_read += sum(map(len, found))
+            self.bytes_read += sum(len(text.encode()) for text in texts)
         window, self._tokens = self._tokens[: self._length + 1], self._tokens[self._length :]
         return window
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"documents": self._documents.state_dict(), "tokens": self._tokens.tolist()}
+    def position(self) -> Position:
+        """Return what the next window depends on."""
+        return Position(self._documents.state_dict(), self._tokens)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._documents.load_state_dict(state["documents"])
-        self._tokens = np.array(state["tokens"], np.int64)
+    def move_to(self, position: Position) -> None:
+        """Go on from a position."""
+        self._documents.load_state_dict(position.documents)
+        self._tokens = position.tokens
 
 
 class Loader(BaseDataLoader):
-    """The batches of one rank; its state is that of its lanes, by their numbers, so that other ranks can take them."""
+    """The batches of one rank, each read and tokenized by a thread while the one before is trained on.
+
+    The state is that of the batches given out: the positions of the lanes by their numbers, so that other ranks can
+    take them.
+    """
 
     def __init__(self, lanes: list[Lane | None], rank: int, ranks: int, batch_size: int):
         """lanes: all of them in order, None for those that this rank has no part in."""
         self._lanes, self._rank, self._ranks, self._batch_size = lanes, rank, ranks, batch_size
-        self._position = 0  # windows that all ranks together have taken
+        self._given = 0  # windows that all ranks together have been given
+        self._positions = {i: lane.position() for i, lane in enumerate(lanes) if lane}
 
     def __iter__(self) -> Iterator[Batch]:
-        while True:
-            rows = []
-            for _ in range(self._batch_size):
-                lane = self._lanes[(self._position + self._rank) % len(self._lanes)]
-                rows.append(lane.window())
-                self._position += self._ranks
-            yield to_batch(np.stack(rows))
+        with ThreadPoolExecutor(1, "reader") as pool:
+            following = pool.submit(self._read, self._given)
+            while True:
+                rows, given, positions = following.result()
+                following = pool.submit(self._read, given)
+                self._given, self._positions = given, self._positions | positions
+                yield to_batch(rows)
+
+    def _read(self, given: int) -> tuple[np.ndarray, int, dict[int, Position]]:
+        """Read windows (b, T + 1) after `given` ones; return them, those given then, and the positions that changed."""
+        rows, positions = [], {}
+        for _ in range(self._batch_size):
+            number = (given + self._rank) % len(self._lanes)
+            rows.append(self._lanes[number].window())
+            positions[number] = self._lanes[number].position()
+            given += self._ranks
+        return np.stack(rows), given, positions
 
     def state_dict(self) -> dict[str, Any]:
-        lanes = {f"lane_{i}": json.dumps(lane.state_dict()) for i, lane in enumerate(self._lanes) if lane}
-        return {"position": self._position, **lanes}
+        """Return the positions of this rank's lanes, as JSON, and the windows that all ranks were given."""
+        lanes = {
+            f"lane_{i}": json.dumps({"documents": documents, "tokens": tokens.tolist()})
+            for i, (documents, tokens) in self._positions.items()
+        }
+        return {"position": self._given, **lanes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._position = state["position"]
-        for i, lane in enumerate(self._lanes):
-            if lane:
-                lane.load_state_dict(json.loads(state[f"lane_{i}"]))
+        """Go on from a state; to be called before the first batch."""
+        self._given = state["position"]
+        for i in self._positions:
+            lane = json.loads(state[f"lane_{i}"])
+            self._positions[i] = Position(lane["documents"], np.array(lane["tokens"], np.int64))
+            self._lanes[i].move_to(self._positions[i])
 
 
 def to_batch(rows: np.ndarray) -> Batch:
@@ -165,7 +129,7 @@ def to_batch(rows: np.ndarray) -> Batch:
 # ---- What torchtitan calls
 
 
-def build_loader(dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig) -> Loader:
+def build_loader(dp_world_size: int, dp_rank: int, tokenizer: Tokenizer, job_config: JobConfig) -> Loader:
     """Make the training batches of one data-parallel rank."""
     training = job_config.training
     source = open_source(training.dataset, training.dataset_path, "train")
@@ -176,14 +140,15 @@ def build_loader(dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job
         )
 
     def lane(number: int) -> Lane:
-        return Lane(read(source, number, training.lanes, job_config.debug.seed), tokenizer, training.seq_len)
+        documents = read(source, number, training.lanes, job_config.debug.seed)
+        return Lane(documents, tokenizer, training.seq_len, TOGETHER)
 
     mine = [lane(i) if i % dp_world_size == dp_rank else None for i in range(training.lanes)]
     return Loader(mine, dp_rank, dp_world_size, training.local_batch_size)
 
 
 def validation_windows(
-    tokenizer: BaseTokenizer, job_config: JobConfig, name: str, path: str | None, mine: slice
+    tokenizer: Tokenizer, job_config: JobConfig, name: str, path: str | None, mine: slice
 ) -> tuple[list[Batch], float]:
     """Read one rank's batches of the windows that every validation is on, and the UTF-8 bytes of text per token in all.
 
@@ -220,90 +185,3 @@ def build_tokenizer(job_config: JobConfig) -> Tokenizer:
             f"{folder} has {size}: name the model's own tokenizer"
         )
     return tokenizer
-
-
-# ---- Data sets
-
-
-def read(source: Source, lane: int, lanes: int, seed: int) -> Documents:
-    """Deal a data set to lanes, and return the documents of one."""
-    if isinstance(source, datasets.Dataset):
-        return LocalDocuments(source, lane, lanes, seed)
-    return StreamedDocuments(source, lane, lanes)
-
-
-def open_source(name: str, path: str | None, split: str) -> Source:
-    """Open "c4" as a stream from the Hub (or its copy at `path`), or the "text" of local files.
-
-    Raises UserError for another name, a hub that cannot be reached, files that are missing or have no text.
-    """
-    datasets.disable_progress_bars()
-    if name in ("c4", "c4_validation"):
-        return open_c4(path or "allenai/c4", split)
-    if name != "text":
-        raise UserError(f"the data set must be c4 or text, got {name!r}; for your own files, text")
-    if path is None:
-        raise UserError("the data set text needs its files; set training.dataset_path and validation.dataset_path")
-    return open_text(Path(path), split)
-
-
-def open_c4(path: str, split: str) -> datasets.IterableDataset:
-    """Stream C4's English part, from a folder or from the Hub."""
-    if Path(path).is_dir():  # by its files: the data set's README.md, which names them, is often not copied
-        pattern = f"en/c4-{split}.*.json.gz"  # as that README has it
-        files = [str(file) for file in sorted(Path(path).glob(pattern))]
-        if not files:
-            raise UserError(f"the copy of C4 in {path} must hold {pattern}, has none: copy them, or name its folder")
-        return datasets.load_dataset("json", data_files=files, split="train", streaming=True)
-    try:
-        return datasets.load_dataset(path, name="en", split=split, streaming=True)
-    except Exception as error:  # the Hub's failures share no narrower class
-        raise UserError(
-            f"c4 ({path}) cannot be opened ({one_line(error)[:200]}): where there is no internet, set dataset_path to "
-            "a copy of the data set, or train on local files (dataset text)"
-        ) from error
-
-
-def split_of(path: Path, split: str) -> Path:
-    """Return a folder's file of one split, or a path without such files; UserError where only the other is there."""
-    present = [name for name in SPLIT_FILES.values() if (path / name).is_file()]
-    if present and SPLIT_FILES[split] not in present:
-        raise UserError(
-            f"{path} must have {SPLIT_FILES[split]} beside {present[0]}, has none: add it, or name a folder or file of "
-            f"its own as {'training' if split == 'train' else 'validation'}.dataset_path"
-        )
-    return path / SPLIT_FILES[split] if present else path
-
-
-def open_text(path: Path, split: str) -> datasets.Dataset:
-    """Open a file, a folder of files, or one that Llama.prepare wrote."""
-    root, files = local_files(split_of(path, split))
-    tables = [file for file in files if file.suffix in TABLES]
-    names = [str(file) for file in tables or files]
-    if len(names) < len(files) and process_rank() == 0:
-        warn(f"{path}: beside {' and '.join(TABLES)} the {len(files) - len(names)} other files are left out")
-    try:
-        if not tables:
-            if not any(file.stat().st_size for file in files):
-                raise UserError(NO_TEXT.format(path))
-            return datasets.load_dataset("text", data_files=names, split="train", sample_by="document")
-        # `content` makes the cache, which goes by the arguments, see that a file has changed.
-        rows = {"names": names, "content": fingerprint(root, tables)}
-        features = datasets.Features({"text": datasets.Value("string")})
-        return datasets.Dataset.from_generator(rows_of, features=features, gen_kwargs=rows)
-    except datasets.exceptions.DatasetGenerationError as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, UserError):  # of rows_of, with file and row
-            raise cause from None
-        raise UserError(f"{path} must hold text: {one_line(cause)[:200]}") from error
-
-
-def rows_of(names: list[str], content: str) -> Iterator[dict[str, str]]:
-    """Read the rows of .jsonl and .parquet files, one file after the other; UserError where none has any text."""
-    empty = True
-    for name in names:
-        for text in texts(Path(name)):
-            empty = empty and not text
-            yield {"text": text}
-    if empty:
-        raise UserError(NO_TEXT.format(", ".join(names)))

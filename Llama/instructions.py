@@ -20,7 +20,8 @@ from common import UserError, one_line, progress
 from common.corpus import TABLES, local_files
 from common.launch import process_rank
 from Llama.config import JobConfig
-from Llama.data import Batch, split_of
+from Llama.data import Batch
+from Llama.sources import split_of
 from Llama.templates import ROLES, TEMPLATES, Messages, Template
 from Llama.tokenizer import Example, Tokenizer, encode
 

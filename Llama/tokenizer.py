@@ -73,13 +73,13 @@ class Tokenizer(HuggingFaceTokenizer):
 
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
         """Return the tokens of a text, between begin and end of text where these are asked for and exist."""
-        tokens = self.tokenizer.encode(text, add_special_tokens=False).ids
-        begin = [self.bos_id] if add_bos and self.bos_id is not None else []
-        return begin + tokens + ([self.eos_id] if add_eos and self.eos_id is not None else [])
+        return self.encode_batch([text], add_bos, add_eos)[0]
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Return the tokens of several texts, encoded on all cores."""
-        return [found.ids for found in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+    def encode_batch(self, texts: list[str], add_bos: bool = False, add_eos: bool = False) -> list[list[int]]:
+        """Return the tokens of several texts, as `encode` does, on all cores."""
+        begin = [self.bos_id] if add_bos and self.bos_id is not None else []
+        end = [self.eos_id] if add_eos and self.eos_id is not None else []
+        return [begin + found.ids + end for found in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     @property
     def begins_with_space(self) -> bool:

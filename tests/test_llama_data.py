@@ -11,18 +11,10 @@ from pyarrow import parquet
 
 from common import UserError
 from Llama.config import parse_config
-from Llama.data import (
-    Lane,
-    Loader,
-    LocalDocuments,
-    StreamedDocuments,
-    build_tokenizer,
-    open_source,
-    read,
-    validation_windows,
-)
+from Llama.data import Lane, Loader, build_tokenizer, validation_windows
 from Llama.model import FLAVORS
 from Llama.prepare import Prepare, prepare
+from Llama.sources import LocalDocuments, StreamedDocuments, open_source, read
 
 LENGTH, LANES = 7, 4
 TEXTS = [chr(97 + i % 26) * (i % 11 + 1) for i in range(40)]
@@ -31,8 +23,8 @@ TEXTS = [chr(97 + i % 26) * (i % 11 + 1) for i in range(40)]
 class Bytes:
     """A tokenizer whose tokens can be read: a byte each, 256 to begin and 257 to end."""
 
-    def encode(self, text: str, add_bos: bool, add_eos: bool) -> list[int]:
-        return [256] * add_bos + list(text.encode()) + [257] * add_eos
+    def encode_batch(self, texts: list[str], add_bos: bool, add_eos: bool) -> list[list[int]]:
+        return [[256] * add_bos + list(text.encode()) + [257] * add_eos for text in texts]
 
     def get_vocab_size(self) -> int:
         return 258
@@ -46,9 +38,9 @@ def streamed() -> datasets.IterableDataset:
     return local().to_iterable_dataset(num_shards=3)
 
 
-def loader(source, rank: int, ranks: int) -> Loader:
+def loader(source, rank: int, ranks: int, together: int = 1) -> Loader:
     def lane(number: int) -> Lane:
-        return Lane(read(source, number, LANES, seed=5), Bytes(), LENGTH)
+        return Lane(read(source, number, LANES, seed=5), Bytes(), LENGTH, together)
 
     return Loader([lane(i) if i % ranks == rank else None for i in range(LANES)], rank, ranks, batch_size=1)
 
@@ -80,10 +72,30 @@ def test_resume_on_another_number_of_ranks_matches_an_uninterrupted_run(source, 
     assert windows(four, 24) == whole[taken:]
 
 
+@pytest.mark.parametrize("source", [local, streamed])
+@pytest.mark.parametrize("together", [1, 3])
+def test_resumes_after_each_of_a_few_windows_match_an_uninterrupted_run(source, together):
+    """A lane that gives windows of tokens it was loaded with has drawn no document since: its position still counts."""
+    whole = windows([loader(source(), 0, 1)], 60)
+    found, state = [], loader(source(), 0, 1, together).state_dict()
+    for taken in (13, 0, 1, 2, 3, 5, 4, 0, 7, 20):
+        resumed = loader(source(), 0, 1, together)
+        resumed.load_state_dict(state)
+        found += windows([resumed], taken)
+        state = resumed.state_dict()
+    assert found == whole[: len(found)]
+
+
+def test_stream_with_fewer_documents_than_lanes_refuses():
+    few = datasets.Dataset.from_dict({"text": ["a", "b"]}).to_iterable_dataset()
+    with pytest.raises(UserError, match=r"a document for each lane, holds fewer: lower training.lanes"):
+        windows([loader(few, 0, 1)], 4)
+
+
 def test_lane_matches_its_documents_put_end_to_end():
     documents = LocalDocuments(local(), 1, LANES, seed=5)
     lane = Lane(LocalDocuments(local(), 1, LANES, seed=5), Bytes(), LENGTH)
-    expected = list(itertools.chain(*(Bytes().encode(next(documents), True, True) for _ in range(9))))
+    expected = list(itertools.chain(*(Bytes().encode_batch([next(documents) for _ in range(9)], True, True))))
     for i in range(6):
         np.testing.assert_array_equal(lane.window(), expected[i * LENGTH : (i + 1) * LENGTH + 1])
 
