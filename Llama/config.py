@@ -19,15 +19,12 @@ from common.optimizer_config import OptimizerConfig
 from Llama.checks import (
     check_batches,
     check_data,
-    check_device,
     check_flavor,
-    check_numbers,
-    check_steps,
-    check_unread,
     data_ranks,
     is_fine_tuning,
     shape_of,
 )
+from Llama.sections import check_sections
 from Llama.weights import check_weights, find_weights
 from optimizers import build_optimizer
 from optimizers.rule import rule_named
@@ -152,14 +149,11 @@ def parse_config(argv: list[str] | None = None) -> JobConfig:
     Raises ConfigError, one line, for what is unknown, unread, of a wrong type, or impossible with this many ranks.
     """
     settings = parse(JobConfig, argv)
-    check_numbers(settings)
-    check_unread(settings, JobConfig())
+    check_sections(settings, JobConfig())
     fake = settings.comm.mode == "fake_backend"  # torchtitan's dry run: one process, as if there were NGPU
     world_size = int(os.environ.get("NGPU" if fake else "WORLD_SIZE", 1))
     check_flavor(settings)
     check_data(settings)
-    check_steps(settings)
-    check_device(settings)
     ranks = data_ranks(settings, world_size)
     check_batches(settings, ranks)
     settings = filled_in(settings, ranks)

@@ -11,8 +11,9 @@ import Llama.cpu
 from common import UserError
 from common.config import ConfigError
 from common.optimizer_config import OptimizerConfig
-from Llama.checks import NOT_READ, environment
+from Llama.checks import environment
 from Llama.config import JobConfig, parse_config
+from Llama.sections import NOT_READ, flat
 from optimizers import build_optimizer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "Llama/train_configs"
@@ -66,7 +67,6 @@ def test_misspelt_key_of_a_file_refuses_with_the_nearest_key(tmp_path):
         (["--validation.dataset", "mathinstruct"], "validation.dataset must be one of c4, .*; got 'mathinstruct'"),
         (["--validation.pretrain_dataset", "text"], "pretrain_dataset is for fine-tuning"),
         (["--lr_scheduler.total_steps", "9"], "total_steps must be training.steps 400 or more"),
-        (["--checkpoint.keep_latest_k", "1"], "keep_latest_k must be 0"),
         (["--checkpoint.load_step", "3"], "load_step needs job.resume, .* got 3 alone"),
         (["--comm.mode", "local_tensor"], "does not train"),
         (["--checkpoint.interval", "0"], "interval must be 1 or more"),
@@ -91,7 +91,7 @@ def test_misspelt_key_of_a_file_refuses_with_the_nearest_key(tmp_path):
         (["--training.seq_len", "33"], "seq_len must be even"),
         (["--training.enable_cpu_offload"], "enable_cpu_offload must be false"),
         (["--checkpoint.async_mode", "async_with_pinned_mem"], "async_mode must be disabled or async"),
-        (["--checkpoint.keep_latest_k", "-1"], "keep_latest_k must be 0, .* got -1"),
+        (["--checkpoint.keep_latest_k", "-1"], "keep_latest_k must be 0 or more; got -1"),
         (["--profiling.enable_memory_snapshot"], "enable_memory_snapshot needs a GPU"),
         (["--profiling.profile_freq", "0"], "profile_freq must be 1 or more"),
         (["--lr_scheduler.warmup_steps", "-1"], "warmup_steps must be between 0 and 400 steps; got -1"),
@@ -102,9 +102,35 @@ def test_misspelt_key_of_a_file_refuses_with_the_nearest_key(tmp_path):
         (["--optimizer.lr", "inf"], "optimizer.lr must be finite"),
         (["--optimizer.weight_decay", "inf"], "optimizer.weight_decay must be finite"),
         (["--optimizer.adamw_lr", "nan"], "optimizer.adamw_lr must be finite"),
-        (["--debug.seed", str(2**70)], r"debug.seed must be between 0 and 2\*\*63 - 1"),
-        (["--debug.seed", "-1"], "debug.seed must be between 0"),
+        (["--debug.seed", str(2**70)], "debug.seed must be at most 9223372036854775807"),
+        (["--debug.seed", "-1"], "debug.seed must be 0 or more"),
         (["--debug.seed", "2**70"], "2\\*\\*70"),
+        (["--training.steps", str(2**31)], "training.steps must be at most 2147483647"),
+        (["--training.seq_len", "9" * 500], r"seq_len must be at most 2147483647; got 9{40}$"),
+        (["--training.lanes", str(10**6)], "training.lanes must be at most 65536"),
+        (["--validation.seq_len", "33"], r"validation.seq_len must be even"),
+        (["--validation.seq_len", "-2"], "validation.seq_len must be 0 or more"),
+        (["--validation.local_batch_size", "-1"], "local_batch_size must be 0 or more"),
+        (["--validation.pretrain_path", "x"], r"pretrain_path needs validation.pretrain_dataset"),
+        (["--parallelism.data_parallel_shard_degree", "0"], "shard_degree must be 1 or more, or -1"),
+        (["--parallelism.data_parallel_shard_degree", "-2"], "shard_degree must be 1 or more, or -1"),
+        (["--parallelism.data_parallel_replicate_degree", "0"], "replicate_degree must be 1 or more"),
+        (["--parallelism.enable_async_tensor_parallel"], r"enable_async_tensor_parallel needs compile.enable"),
+        (["--comm.init_timeout_seconds", "0"], "init_timeout_seconds must be 1 or more"),
+        (["--comm.train_timeout_seconds", "-1"], "train_timeout_seconds must be 1 or more"),
+        (["--checkpoint.load_step", "-2", "--job.resume"], "load_step must be -1 or more"),
+        (["--checkpoint.exclude_from_loading", "rng"], "must be of model, optimizer, .*; got 'rng'"),
+        (["--activation_checkpoint.selective_ac_option", "0"], "must be op, or a number of layers; got '0'"),
+        (["--activation_checkpoint.selective_ac_option", "x"], "must be op, or a number of layers; got 'x'"),
+        (["--activation_checkpoint.memory_budget", "2"], "memory_budget must be between 0 and 1; got 2"),
+        (["--activation_checkpoint.mode", "memory_budget"], r"memory_budget needs compile.enable"),
+        (["--activation_checkpoint.determinism_check", "x"], "must be default or none"),
+        (["--compile.components", "modle"], "components must be of model, loss; got 'modle'"),
+        (["--compile.enable", "--compile.backend", "gcc"], "backend must be one of .*inductor.*; got 'gcc'"),
+        (["--fine_tuning.held_out", "-1"], "held_out must be 0 or more"),
+        (["--job.group", "../../.."], "job.group must name a folder below the runs'; got '../../..'"),
+        (["--job.group", ""], "job.group must name a folder"),
+        (["--job.group", "/tmp/x"], "job.group must name a folder"),
         (["--nosuch.flag", "1"], "unknown flag '--nosuch.flag'; see --help"),
     ],
 )
@@ -114,8 +140,14 @@ def test_impossible_setting_refuses_in_one_line(flags, message):
     assert "\n" not in str(error.value)
 
 
+def test_nul_in_a_path_refuses_in_one_line(tmp_path):
+    (tmp_path / "c.toml").write_text('[job]\ngroup = "a\\u0000b"\n')
+    with pytest.raises(ConfigError, match=r"job.group must be plain text; got 'a\\x00b'"):
+        parse_config([STDLIB, str(tmp_path / "c.toml")])
+
+
 def test_profile_shorter_than_its_parts_refuses(monkeypatch):
-    monkeypatch.setattr("Llama.checks.on_cpu", lambda: False)
+    monkeypatch.setattr("Llama.sections.on_cpu", lambda: False)
     with pytest.raises(
         ConfigError, match=r"profile_freq must be profiler_warmup \+ profiler_active, 4 steps, or more; got 3"
     ):
@@ -148,13 +180,24 @@ def test_large_model_without_gpus_refuses_with_its_memory_and_the_small_command(
         parse_config([PAPER])
 
 
+LITERALS = {
+    "expert_parallel_comm_backend": '"deepep"',
+    "context_parallel_rotate_method": '"alltoall"',
+    "module_fqns_per_model_part": '[["x"]]',
+}
+
+
 @pytest.mark.parametrize("name", NOT_READ)
 def test_key_that_torchtitan_reads_and_this_repository_does_not_refuses(name, tmp_path):
-    section, key = name.split(".")
-    value = {"dataloader": "{num_workers = 2}", "steps": "3"}.get(key, '"x"')
-    default = getattr(getattr(JobConfig(), section), key)
-    if isinstance(default, int):
-        value = "true" if isinstance(default, bool) else "3"
+    full, default = next(
+        item for item in flat(JobConfig()).items() if item[0] == name or item[0].startswith(f"{name}.")
+    )
+    section, _, key = full.rpartition(".")
+    value = '["x"]' if isinstance(default, list) else '"x"'
+    if key in LITERALS or isinstance(default, bool):
+        value = LITERALS.get(key) or str(not default).lower()
+    elif isinstance(default, int) or key == "pipeline_parallel_layers_per_stage":
+        value = "3"
     (tmp_path / "c.toml").write_text(f"[{section}]\n{key} = {value}\n")
     with pytest.raises(ConfigError, match=f"{re.escape(name)} must be left out, since nothing here reads it"):
         parse_config([STDLIB, str(tmp_path / "c.toml")])
