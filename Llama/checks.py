@@ -111,10 +111,10 @@ def data_ranks(settings: "JobConfig", world_size: int) -> int:
     heads = shape.n_kv_heads or shape.n_heads
     if heads % model_ranks:
         raise ConfigError(f"tensor_parallel_degree must divide the {heads} key and value heads; got {model_ranks}")
+    if settings.training.seq_len % 2:
+        raise ConfigError(f"training.seq_len must be even, as torchtitan cuts it; got {settings.training.seq_len}")
     for section in ("training", "validation"):
         length = getattr(settings, section).seq_len
-        if length % 2:
-            raise ConfigError(f"{section}.seq_len must be even, as torchtitan cuts it; got {length}")
         if model_ranks > 1 and length % (2 * model_ranks):
             raise ConfigError(
                 f"tensor_parallel_degree must divide half of {section}.seq_len {length}; got {model_ranks}"
