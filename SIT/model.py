@@ -204,7 +204,7 @@ class SiT(nn.Module):
         if x.shape[1:] != config.input_shape:
             wanted = f"(B, {config.channels}, {config.input_size}, {config.input_size})"
             raise ValueError(f"x must be {wanted}, got {tuple(x.shape)}: set input_size and channels to the data's")
-        # Weights may be in bf16 (FSDP) where x and t are not; under autocast, all of them are fp32 here.
+        # The weights are in float64 in runs of that dtype, x and t are not.
         patches = patchify(x, config.patch_size).to(self.x_embedder.weight.dtype)  # (B, N, P P channels)
         waves = timestep_waves(t).to(self.t_embedder[0].weight.dtype)  # (B, 2 FREQUENCIES)
         condition = self.t_embedder(waves) + self.y_embedder(y)  # (B, C)

@@ -73,12 +73,12 @@ def losses_of(
     path, x, y = Path(settings.objective.path), batch["x"], batch["y"]
     dtype = precision(settings.dtype, ranks)
     y = torch.where(draws.dropped, settings.model.n_class, y)  # n_class: none
-    with autocast(network, dtype, ranks):
+    with autocast(dtype, ranks):
         prediction, projected = network(interpolate(x, draws.noise, draws.t, path), draws.t, y)
     denoising = denoising_loss(prediction, x, draws.noise, draws.t, path, settings.objective.prediction)
     if encoder is None:
         return denoising, torch.zeros_like(denoising)
-    with autocast(encoder, dtype, ranks):  # beside a network in shards too, which does without
+    with autocast(dtype, ranks):
         features = encoder(batch["images"])  # (B, N, Z)
     return denoising, projection_loss(projected, features)
 

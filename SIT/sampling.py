@@ -14,6 +14,7 @@ from common import UserError, checkpoint, launch, progress
 from common.config import from_dict
 from common.json_files import check as check_shape
 from common.json_files import read_object
+from common.parallel import precision
 from common.whole import write_whole
 from SIT import transport
 from SIT.data import to_images
@@ -46,11 +47,18 @@ def seeded(*place: int) -> torch.Generator:
 
 @torch.no_grad()
 def draw(
-    model: nn.Module, numbers: list[int], sampler: Sampler, objective: dict[str, Any], seed: int, device: torch.device
+    model: nn.Module,
+    numbers: list[int],
+    sampler: Sampler,
+    objective: dict[str, Any],
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Draw the images of these numbers, as the model sees images: (len(numbers), C, H, W).
+    """Draw the images of these numbers, as the model sees images: (len(numbers), C, H, W) float32.
 
-    objective: the section of the run's config: what the model predicts, on which path.
+    objective: the section of the run's config: the model's prediction, and its path. dtype: of the model's products;
+    in half precision autocast keeps the rest in float32, and the state between steps is in float64 always.
     """
     config: ModelConfig = model.config
     path, prediction = transport.Path(objective["path"]), objective["prediction"]
@@ -60,7 +68,9 @@ def draw(
     noise = transport.normal_like(torch.zeros(shape, device=device), generators)
 
     def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return transport.to_velocity(model(x, t, y)[0], x, t, path, prediction)
+        with torch.autocast(device.type, dtype, enabled=dtype.itemsize < 4):
+            value = model(x, t, y)[0]
+        return transport.to_velocity(value.to(x.dtype), x, t, path, prediction)
 
     guided = transport.guided(
         velocity, y, config.n_class, sampler.guidance, sampler.interval, sampler.guided_channels or None
@@ -174,7 +184,8 @@ def draw_all(
             mine = list(range(first, min(first + options.batch_size, options.count)))  # the last round may leave none
             drawn = None
             if mine:
-                drawn = draw(model, mine, options, objective, options.seed, ranks.device)
+                dtype = getattr(torch, options.dtype)
+                drawn = draw(model, mine, options, objective, options.seed, ranks.device, dtype)
                 if not drawn.isfinite().all():
                     raise UserError(
                         f"{options.run} draws images that are not finite: lower --guidance, or name a run "
@@ -205,7 +216,8 @@ def preview(average: nn.Module, decode: Decode, settings: Any, ranks: launch.Lau
     """Draw a few images into samples/ in the middle of training; all ranks draw the same, and under FSDP all must."""
     objective = {"path": settings.objective.path, "prediction": settings.objective.prediction}
     count, sampler = settings.eval.preview, Sampler(steps=settings.eval.preview_steps)
-    drawn = draw(average, list(range(count)), sampler, objective, 0, ranks.device)
+    dtype = precision(settings.dtype, ranks)  # training's: in shards the weights come in it
+    drawn = draw(average, list(range(count)), sampler, objective, 0, ranks.device, dtype)
     if ranks.is_main:
         out = folder / "samples" / f"{step:08d}.png"
         out.parent.mkdir(exist_ok=True)

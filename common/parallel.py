@@ -1,7 +1,7 @@
 """How a model lies on the ranks: whole on each (DDP), in shards (FSDP), or in shards within groups of ranks (HSDP).
 
     network = distribute(model, settings, ranks, torch.bfloat16)
-    with synchronizing(network, last_micro_batch), autocast(network, torch.bfloat16, ranks): ...
+    with synchronizing(network, last_micro_batch), autocast(torch.bfloat16, ranks): ...
 
 Optimizer and checkpoints need not be told: parameters in shards are DTensors, which know their layout.
 """
@@ -90,15 +90,18 @@ def _mesh(settings: ParallelConfig, ranks: launch.Launch) -> DeviceMesh:
 
 
 def _shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, compile: bool, trained: bool) -> nn.Module:
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
+    # The weights alone are cast, as autocast casts them under DDP; activations are autocast's in both, so that the
+    # residual stream, norms and losses are fp32 in every layout. Of a block only its norms' weights differ: bf16 here.
+    full = torch.promote_types(dtype, torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=full, cast_forward_inputs=False)
     # A warning about outputs, which nothing here writes into in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     for block in model.blocks:
         if compile:
             block.compile()  # inside the gathering, which torch.compile cannot trace
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    # The rest is one group, so that the embedding and the head stay one tensor; times (SiT's) go in unrounded.
-    policy = replace(policy, cast_forward_inputs=False)
+    # The rest is one group, so that the embedding and the head stay one tensor; unrounded, as the stream begins there.
+    policy = replace(policy, param_dtype=full)
     # It stays gathered until its backward pass, by default: where none comes, what is written into the shards
     # meanwhile would be lost on the next forward pass.
     return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=None if trained else True)
@@ -125,10 +128,9 @@ def synchronizing(network: nn.Module, synchronize: bool) -> AbstractContextManag
     return contextlib.nullcontext()
 
 
-def autocast(network: nn.Module, dtype: torch.dtype, ranks: launch.Launch) -> AbstractContextManager:
-    """Return the autocast to `dtype`; a sharded network computes in its policy's precision without."""
-    enabled = dtype.itemsize < 4 and not isinstance(network, FSDPModule)
-    return torch.autocast(ranks.device.type, dtype, enabled=enabled)
+def autocast(dtype: torch.dtype, ranks: launch.Launch) -> AbstractContextManager:
+    """Return the autocast to `dtype`, in every layout; of float32 and float64 it is none."""
+    return torch.autocast(ranks.device.type, dtype, enabled=dtype.itemsize < 4)
 
 
 def clip_gradient(model: nn.Module, limit: float) -> float:

@@ -213,7 +213,7 @@ def accumulate_gradient(
             device=ranks.device,
         )
         with synchronizing(network, number == len(mine)):  # the ranks' gradients meet once per step
-            with autocast(network, precision(settings.dtype, ranks), ranks):
+            with autocast(precision(settings.dtype, ranks), ranks):
                 _, loss = network(inputs, targets)
             loss = loss * (count * shares / batch_size)  # the gradients' mean over the ranks is taken
             scaler.scale(loss).backward()
@@ -233,7 +233,7 @@ def evaluate(network: nn.Module, tokens: data.TokenFile, settings: Config, ranks
         mine = offsets[start : start + together][ranks.rank :: ranks.world_size]
         taken = mine if len(mine) else offsets[:1]  # FSDP needs every rank in every pass
         inputs, targets = data.windows(tokens, taken, context, ranks.device)
-        with autocast(network, precision(settings.dtype, ranks), ranks):
+        with autocast(precision(settings.dtype, ranks), ranks):
             _, loss = network(inputs, targets)
         total += loss.item() * len(mine)
     loss = launch.all_reduce_sum([total], ranks)[0] / len(offsets)

@@ -99,6 +99,15 @@ def test_images_of_two_ranks_match_those_of_one_process(run, tmp_path):
     assert len({image.tobytes() for image in two["arr_0"]}) == 11
 
 
+def test_images_in_bfloat16_match_those_in_float32(model):
+    whole, half = (
+        draw(model, [0, 1], SAMPLERS[1], OBJECTIVE, 0, CPU, dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert half.dtype == torch.float32 and not torch.equal(half, whole)
+    # A velocity is rounded to 8 bits, and six evaluations of it add up to images of about 1.
+    torch.testing.assert_close(half, whole, rtol=0, atol=0.1)
+
+
 def test_npz_matches_the_images_in_the_layout_of_the_adm_evaluator(run, model, tmp_path):
     out = tmp_path / "made" / "digits.png"
     assert sample(Options(run=run, count=12, steps=3, npz=True, out=out, device="cpu"), ONE) == out
