@@ -16,6 +16,7 @@ from torch import nn
 from common.config import ConfigError, at_least
 from common.config import parse_config as parse
 from common.optimizer_config import OptimizerConfig
+from common.probe_config import ProbeConfig
 from Llama.checks import (
     check_batches,
     check_data,
@@ -141,6 +142,7 @@ class JobConfig(titan.JobConfig):
     metrics: Metrics = field(default_factory=Metrics)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     debug: Debug = field(default_factory=Debug)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
 
 
 def parse_config(argv: list[str] | None = None) -> JobConfig:

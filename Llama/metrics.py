@@ -47,6 +47,7 @@ class MetricsProcessor(titan.MetricsProcessor):
     def __init__(self, job_config: JobConfig, parallel_dims, model_args=None):
         super().__init__(job_config, parallel_dims)
         self.timer = Timer(torch.device(device_type))
+        self.probed: dict[str, Any] = {}  # measured before this step's update
 
     def open(self, step: int) -> None:
         """Start the run log, or continue it after `step`."""
@@ -65,7 +66,7 @@ class MetricsProcessor(titan.MetricsProcessor):
         self.logger = _Logger(self, self.logger, runlog)
 
     def should_log(self, step: int) -> bool:
-        return super().should_log(step) or step == self.job_config.training.steps
+        return super().should_log(step) or step == self.job_config.training.steps or bool(self.probed)
 
 
 class _Logger(titan.BaseLogger):
@@ -128,6 +129,7 @@ class _Logger(titan.BaseLogger):
             "data_ms": metrics["time_metrics/data_loading(s)"] * 1000,  # of one micro-batch
             "peak_memory_mb": metrics["memory/max_active(GiB)"] * 1024,
         }
+        shared |= self._processor.probed
         if device_type != "cpu":  # whose peak torchtitan takes for an A100's
             shared["mfu"] = metrics["mfu(%)"] / 100
         return shared

@@ -31,6 +31,7 @@ from Llama.checks import environment
 from Llama.config import JobConfig, parse_config
 from Llama.cpu import on_cpu
 from Llama.metrics import name_of, record_of
+from optimizers import Probe
 
 titan.CheckpointManager = Checkpointer  # the one part of its trainer that a TrainSpec cannot replace
 
@@ -46,7 +47,8 @@ class Trainer(titan.Trainer):
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.ranks = launch.Launch(rank, int(os.environ["LOCAL_RANK"]), world_size, self.device)
         self.timer = self.metrics_processor.timer
-        self.optimizers.register_step_pre_hook(lambda *_: self.timer.optimizer())
+        self.watch = Probe(self.optimizers.optimizers[0], model=self.model_parts[0], **job_config.probe.options())
+        self.optimizers.register_step_pre_hook(self.before_update)
         self.optimizers.register_step_post_hook(lambda *_: self.timer.stop())
 
     def batch_generator(self, data_iterable):
@@ -67,6 +69,11 @@ class Trainer(titan.Trainer):
     def train_step(self, data_iterator) -> None:
         self.timer.start()
         super().train_step(data_iterator)
+
+    def before_update(self, *_) -> None:
+        """Measure what is due, then begin the optimizer's time."""
+        self.metrics_processor.probed = self.watch(self.step)
+        self.timer.optimizer()
 
     def should_continue_training(self) -> bool:
         if not super().should_continue_training():

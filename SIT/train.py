@@ -29,7 +29,7 @@ from common.optimizer_config import OptimizerConfig
 from common.parallel import clip_gradient, cut_batch, distribute, place, precision, synchronizing
 from common.run import Run, RunConfig
 from common.schedule import ScheduleConfig
-from optimizers import RuleOptimizer, build_optimizer
+from optimizers import Probe, RuleOptimizer, build_optimizer
 from optimizers.layout import local_of
 from optimizers.rule import rule_named
 from SIT import data
@@ -145,6 +145,8 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
     launch.seed_all(settings.seed)  # after all else that may draw: the weights depend on nothing but the seed
     model, average, network = build_model(settings, items["train"], encoder, ranks)
     optimizer = build(settings.optimizer, model, network)
+    roles = tensor_roles(model, settings.optimizer.modulation)
+    watch = Probe(optimizer, model=model, roles=roles, **settings.probe.options())
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision(settings.dtype, ranks) == torch.float16)
     run = Run(
         settings,
@@ -172,6 +174,7 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
             scaler.unscale_(optimizer)
             norm = clip_gradient(model, settings.clip or math.inf)
 
+            metrics = watch(step + 1)  # of the weights before this step; not in its time
             run.timer.optimizer()
             if run.accepts(losses["train/loss"], norm):
                 scaler.step(optimizer)
@@ -180,9 +183,8 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
             optimizer.zero_grad()
             run.count_step()
 
-            metrics = {}
             if run.is_due(settings.log_every):
-                metrics = losses | run.measurements()
+                metrics |= losses | run.measurements()
             if run.is_due(settings.eval.every):
                 metrics |= evaluate(average, items["val"], encoder, settings, ranks)
             run.log(metrics)

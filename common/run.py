@@ -29,6 +29,7 @@ from common.checkpoint_folder import CheckpointConfig
 from common.config import at_least
 from common.json_files import check
 from common.parallel import ParallelConfig
+from common.probe_config import ProbeConfig
 from common.runlog import RunLog, move_aside, run_name, write_end
 from common.schedule import ScheduleConfig, multiplier
 from common.timer import Timer
@@ -44,6 +45,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     steps: int = 20_000
     """Optimizer steps."""
     clip: float = 1.0

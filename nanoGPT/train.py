@@ -24,7 +24,7 @@ from common.parallel import autocast, clip_gradient, cut_batch, distribute, prec
 from common.run import Run, RunConfig
 from nanoGPT import data
 from nanoGPT.model import GPT, GPTConfig
-from optimizers import RuleOptimizer, build_optimizer, count_bytes
+from optimizers import Probe, RuleOptimizer, build_optimizer, count_bytes
 from optimizers.rule import rule_named
 
 # Dense bf16 peaks of NVIDIA's data sheets, for MFU.
@@ -102,6 +102,7 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
     launch.seed_all(settings.seed)
     model, network = build_model(settings, ranks)
     optimizer = build(settings.optimizer, network)
+    watch = Probe(optimizer, model=model, **settings.probe.options())
     launch.seed_all(settings.seed + ranks.rank)  # the weights are drawn; dropout differs from rank to rank
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision(settings.dtype, ranks) == torch.float16)
     run = Run(
@@ -125,6 +126,7 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
             scaler.unscale_(optimizer)
             norm = clip_gradient(model, settings.clip or math.inf)
 
+            metrics = watch(step + 1)  # of the weights before this step; not in its time
             run.timer.optimizer()
             with count_bytes() as traffic:
                 if run.accepts(loss, norm):
@@ -133,9 +135,8 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
             optimizer.zero_grad()
             run.count_step()
 
-            metrics = {}
             if run.is_due(settings.log_every):
-                metrics = {"train/loss": loss, **run.measurements()}
+                metrics |= {"train/loss": loss, **run.measurements()}
                 metrics |= utilization(metrics["tokens_per_second"], model, ranks)
                 if ranks.world_size > 1:
                     metrics["optimizer_mb_received"] = traffic.total_received / 1e6

@@ -61,7 +61,7 @@ TITLES = {  # of pictures, by experiment and group; any other group gives its ow
     ("sit", "digits"): "A small SiT on handwritten digits",
 }
 EXPERIMENTS = {"nanogpt": "GPT", "llama": "Llama", "sit": "SiT"}
-BOOKKEEPING = {"seed", "resume", "wandb", "checkpoint", "device", "out"}
+BOOKKEEPING = {"seed", "resume", "wandb", "checkpoint", "device", "out", "probe"}
 
 
 @dataclass(frozen=True)
