@@ -164,6 +164,19 @@ def test_losses_of_four_ranks_match_those_of_one(folder, optimizer, layout):
     assert alone["val/loss", STEPS] < alone["val/loss", 0] - 0.1  # it learns
 
 
+@pytest.mark.parametrize(("optimizer", "layout"), CASES)
+def test_probes_of_four_ranks_match_those_of_one(folder, optimizer, layout):
+    alone, several = (probes(run_of(folder, group, optimizer)) for group in ("alone", layout))
+    assert alone and alone.keys() == several.keys()
+    for key, value in alone.items():  # of the first step: weights alike, gradients to the rounding of float32
+        assert several[key] == pytest.approx(value, rel=1e-5 if "/weight_" in key else 0.05), key
+
+
+def probes(folder: Path) -> dict[str, float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {key: line[key] for line in lines for key in line if key.startswith("probe/") and key != "probe/ms"}
+
+
 def test_resume_on_one_rank_of_a_run_of_four_matches_an_uninterrupted_run(folder):
     run = folder / "runs/resumed" / run_of(folder, "fsdp", "adamw").name
     shutil.copytree(run_of(folder, "fsdp", "adamw"), run)
