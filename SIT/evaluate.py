@@ -29,6 +29,8 @@ class Options:
     """Digits that are drawn."""
     steps: int = 50
     """Steps of Heun's method."""
+    skip_latents: bool = False
+    """Leave out runs that are not of digits, and do nothing where there are no others."""
     out: Path | None = None
     """Picture of each method's first digits; beside it, as JSON, the measures of every run. Default: samples.png in the
     first folder."""

@@ -78,18 +78,29 @@ def measure(images: Tensor, labels: Tensor, judge: DigitsCNN, reference: Pixels)
     return {"recognised": recognised, "frechet": frechet(judge.features(images), judge.features(reference.images))}
 
 
-def find_runs(folders: tuple[Path, ...]) -> list[Path]:
-    """Find the runs that have a checkpoint, but for what diverged or was moved aside by a later run."""
+def find_runs(folders: tuple[Path, ...], skip_latents: bool = False) -> list[Path]:
+    """Find the runs that have a checkpoint, but for what diverged or was moved aside by a later run.
+
+    skip_latents: leave out runs that are not of digits; without it they are found, and none at all is a UserError.
+    """
     found = []
     for run in sorted({path.parent for folder in folders for path in folder.rglob("config.json")}):
         end = run / "finished.json"
+        if skip_latents and not is_of_digits(run):
+            continue
         if end.is_file() and read_object(end, {"diverged": bool}, "remove it, or leave the run out")["diverged"]:
             warn(f"{run} diverged, and is left out")
         elif any(run.glob("checkpoints/step-*")) and not run.parent.name.endswith(".old"):
             found.append(run)
-    if not found:
+    if not found and not skip_latents:
         raise UserError(f"need the folders of runs with checkpoints; {', '.join(map(str, folders))} has none")
     return found
+
+
+def is_of_digits(run: Path) -> bool:
+    """Return whether a run's config.json is of training on digits."""
+    record = read_object(run / "config.json", {"config": {"data": {"kind": str}}}, "leave the run out")
+    return record["config"]["data"]["kind"] == "digits"
 
 
 def last_losses(run: Path) -> dict[str, float]:
@@ -121,7 +132,10 @@ def evaluate_digits(options: "Options") -> str:
     at_least(1, options, "steps")
     check_memory(options.count * digits()["val"].images[0].numel(), "--count")
     out = options.out or options.samples[0] / "samples.png"
-    folders, splits, judge = find_runs(options.samples), digits(), load_digits_cnn(FOLDER / JUDGE_FILE)
+    folders = find_runs(options.samples, options.skip_latents)
+    if not folders:
+        return f"no run of digits to measure in {', '.join(map(str, options.samples))}"
+    splits, judge = digits(), load_digits_cnn(FOLDER / JUDGE_FILE)
     methods: dict[str, list[Run]] = defaultdict(list)
     for folder in progress(folders, desc="evaluating", unit="run"):
         images, labels, optimizer = draw_digits(folder, options)

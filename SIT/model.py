@@ -4,8 +4,6 @@ With a projector for representation alignment (REPA, Yu et al., arXiv 2410.06940
 B images, H = W side, N patches (tokens), P side of a patch, C width, D width of a head, Z encoder features.
 """
 
-import dataclasses
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,84 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from SIT.config import SIZES as SIZES
+from SIT.config import ModelConfig as ModelConfig
 from SIT.tokens import FREQUENCIES, patchify, sincos_positions, timestep_waves, unpatchify
-
-# DiT's table 1, which SiT keeps: letter -> depth, width, heads.
-LETTERS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-SIZES = {
-    f"SiT-{letter}/{patch}": {"patch_size": patch, "depth": depth, "width": width, "n_head": n_head}
-    for letter, (depth, width, n_head) in LETTERS.items()
-    for patch in (2, 4, 8)
-}
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a SiT; the defaults are SiT-B/2 on 256 x 256 ImageNet latents, aligned with DINOv2-B."""
-
-    size: str = "SiT-B/2"
-    """SiT-S, B, L or XL, with patches of 2, 4 or 8, as "SiT-XL/4"; "" leaves the four fields below to be set."""
-    patch_size: int = 0
-    """Side of a patch, in pixels of the input; 0 is the size's own, here and in the next three."""
-    depth: int = 0
-    """Blocks."""
-    width: int = 0
-    """Width C, a multiple of n_head and of 4."""
-    n_head: int = 0
-    """Attention heads of a block."""
-    input_size: int = 32
-    """Side of the square input: of the latent, an eighth of the image's, or of the image itself."""
-    channels: int = 4
-    """Channels of the input: 4 of a Stable Diffusion latent."""
-    mlp_ratio: float = 4.0
-    """Width of a block's hidden layer, in widths C."""
-    n_class: int = 1000
-    """Classes; the label n_class itself means none, for classifier-free guidance."""
-    encoder_depth: int = 4
-    """Blocks before the projector: the paper aligns after 4, REPA after 8."""
-    projector_width: int = 2048
-    """Width of the projector's two hidden layers (REPA)."""
-    z_dim: int = 768
-    """Features of the encoder to align with, for each token; 0 builds no projector."""
-
-    def __post_init__(self):
-        shape = self._shape()
-        at_least_one = shape | {name: getattr(self, name) for name in ("input_size", "channels", "n_class")}
-        if self.z_dim:
-            at_least_one |= {name: getattr(self, name) for name in ("encoder_depth", "projector_width", "z_dim")}
-        for name, value in at_least_one.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}: set it; a size sets {', '.join(shape)}")
-        if shape["width"] % shape["n_head"] or shape["width"] % 4:  # 4: sine and cosine of row and column
-            raise ValueError(f"width must be a multiple of n_head ({shape['n_head']}) and 4, got {shape['width']}")
-        if self.input_size % shape["patch_size"]:
-            raise ValueError(
-                f"input_size must be a multiple of patch_size, got {self.input_size} and {shape['patch_size']}"
-            )
-        if self.z_dim and self.encoder_depth > shape["depth"]:
-            raise ValueError(f"encoder_depth must be at most depth {shape['depth']}, got {self.encoder_depth}")
-        if not self.mlp_ratio * shape["width"] >= 1:
-            raise ValueError(f"mlp_ratio must make a hidden layer, got {self.mlp_ratio}: DiT's is 4")
-
-    def _shape(self) -> dict[str, int]:
-        if self.size and self.size not in SIZES:
-            raise ValueError(f"size must be one of {', '.join(SIZES)}, or empty; got {self.size!r}")
-        names = ("patch_size", "depth", "width", "n_head")
-        return {name: getattr(self, name) or SIZES.get(self.size, {}).get(name, 0) for name in names}
-
-    def resolved(self) -> "ModelConfig":
-        """Return this config with what `size` stands for filled in."""
-        return dataclasses.replace(self, **self._shape())
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """Of one input: (channels, height, width)."""
-        return self.channels, self.input_size, self.input_size
-
-    @property
-    def grid(self) -> int:
-        """Tokens a side."""
-        return self.input_size // self._shape()["patch_size"]
 
 
 class Attention(nn.Module):

@@ -1,48 +1,19 @@
-"""The objective of a SiT: its settings, its random draws, its losses, and their validation."""
+"""The objective of a SiT: its random draws, its losses, and their validation."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from common import launch
-from common.config import ConfigError, at_least
 from common.parallel import autocast, precision
 from SIT import data
+from SIT.config import Config, ObjectiveConfig
 from SIT.encoders import Encoder
 from SIT.sampling import seeded
-from SIT.transport import Path, Prediction, denoising_loss, interpolate, projection_loss, times
-
-if TYPE_CHECKING:
-    from SIT.train import Config
+from SIT.transport import Path, denoising_loss, interpolate, projection_loss, times
 
 TRAINING, VALIDATION = 1, 2  # what noise and times are drawn for: never the same ones for both
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """The path from data to noise, the prediction of the network on it, and the alignment of its tokens."""
-
-    path: Literal["linear", "cosine"] = "linear"
-    """The path from data to noise."""
-    prediction: Prediction = "velocity"
-    """What the network predicts."""
-    times: Literal["uniform", "lognormal"] = "uniform"
-    """How times are drawn."""
-    encoder: str = "dinov2-b"
-    """Whose features the tokens are aligned with: dinov2-s, -b, -l, -g, digits; empty trains without REPA."""
-    encoder_folder: str = ""
-    """Where its weights are, if not in the Hugging Face cache."""
-    projection_weight: float = 0.5
-    """Of the projection loss, beside the denoising loss (REPA)."""
-    label_dropout: float = 0.1
-    """Part of the labels replaced by none, for classifier-free guidance."""
-
-    def __post_init__(self):
-        at_least(0, self, "projection_weight", "label_dropout")
-        if self.label_dropout >= 1:
-            raise ConfigError(f"label_dropout must be below 1, got {self.label_dropout}; 0.1 is SiT's")
 
 
 class Draws(NamedTuple):
@@ -66,7 +37,7 @@ def losses_of(
     batch: dict[str, Tensor],
     draws: Draws,
     encoder: Encoder | None,
-    settings: "Config",
+    settings: Config,
     ranks: launch.Launch,
 ) -> tuple[Tensor, Tensor]:
     """Return the denoising and the projection loss of each image, (B,) each; 0 without an encoder."""
@@ -85,7 +56,7 @@ def losses_of(
 
 @torch.no_grad()
 def evaluate(
-    average: nn.Module, items: data.Items, encoder: Encoder | None, settings: "Config", ranks: launch.Launch
+    average: nn.Module, items: data.Items, encoder: Encoder | None, settings: Config, ranks: launch.Launch
 ) -> dict[str, float]:
     """Return the losses of the averaged model on the validation images, with noise and times that stay the same."""
     count = min(settings.eval.images, len(items))

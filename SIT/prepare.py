@@ -4,20 +4,24 @@
     python -m SIT.prepare encode data/imagenet256
     torchrun --standalone --nproc-per-node 8 -m SIT.prepare encode data/imagenet256   # on eight GPUs
     python -m SIT.prepare digits                                                      # seconds, no download
+    python -m SIT.prepare SIT/configs/digits.toml       # what that config trains on, if it is the digits
 
 SIT/latents.py has the layout of the folder. Both ways through ImageNet go on where they were interrupted: a file is
 there whole or not at all, and dataset.json comes last.
 """
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from common.config import parse_config
 from common.guard import main_guard
 from common.options import parse_options
+from SIT.config import Config
 
 CORE_COUNT = os.cpu_count() or 1
 
@@ -64,7 +68,22 @@ class Digits:
     """The folder to make."""
 
 
+def prepare_for(settings: Config) -> list[Path]:
+    """Make what a training config needs, if it takes seconds and no download: the digits' networks; returns folders."""
+    from SIT import digits
+
+    folders = set()
+    if settings.data.kind == "digits":
+        folders.add(digits.FOLDER)  # the judge of samples
+    if settings.objective.encoder == "digits":
+        folders.add(Path(settings.objective.encoder_folder or digits.FOLDER))
+    return [digits.prepare(folder) for folder in sorted(folders)]
+
+
 def main() -> None:
+    if sys.argv[1:] and sys.argv[1].endswith(".toml"):
+        prepare_for(parse_config(Config))
+        return
     options = parse_options(Convert | Encode | Digits, "python -m SIT.prepare", __doc__)
     from common import launch  # here: --help goes without torch, which takes seconds to import
     from SIT import convert, digits, encode

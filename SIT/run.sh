@@ -24,12 +24,10 @@ flags+=(--group "$GROUP")
 [[ -z "$SEED" ]] || flags+=(--seed "$SEED")
 [[ -z "$PARALLEL" ]] || flags+=(--parallel.mode "$PARALLEL")
 
-if is_first_node && grep -q '^kind = "digits"' "$CONFIG"; then "$PYTHON" -m SIT.prepare digits; fi
+if is_first_node; then "$PYTHON" -m SIT.prepare "$CONFIG" "${flags[@]}"; fi
 train_each SIT.train --resume "$CONFIG" "${flags[@]}"
 if is_first_node; then
   "$PYTHON" -m scripts.figures "runs/sit/$GROUP" --metric val/denoising_loss val/projection_loss --out "$(picture)"
-  if grep -q '"kind": "digits"' "runs/sit/$GROUP"/*/config.json; then
-    "$PYTHON" -m SIT.evaluate "runs/sit/$GROUP" --out "$(picture samples)"
-  fi
+  "$PYTHON" -m SIT.evaluate "runs/sit/$GROUP" --skip-latents --out "$(picture samples)"
 fi
 tell_end

@@ -9,120 +9,42 @@ The run's folder, runs/sit/GROUP/NAME, holds metrics.jsonl, config.json, samples
 resumed run repeats, bit for bit, what it would have done uninterrupted.
 """
 
+from common.config import parse_config
+from common.guard import main_guard
+from SIT.config import Config, SiTOptimizerConfig
+
+if __name__ == "__main__":  # --help and mistakes now: the imports below take seconds
+    main_guard(lambda: parse_config(Config))
+
 import copy
 import itertools
 import math
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from common import UserError, config, launch
-from common.config import at_least
-from common.optimizer_config import OptimizerConfig
 from common.parallel import clip_gradient, cut_batch, distribute, place, precision, synchronizing
-from common.run import Run, RunConfig
-from common.schedule import ScheduleConfig
+from common.run import Run
 from optimizers import Probe, RuleOptimizer, build_optimizer
 from optimizers.layout import local_of
 from optimizers.rule import rule_named
 from SIT import data
 from SIT.encoders import Encoder, load_encoder
 from SIT.latents import Latents
-from SIT.model import ModelConfig, SiT, tensor_roles
-from SIT.objective import TRAINING, Draws, ObjectiveConfig, draw, evaluate, losses_of
+from SIT.model import SiT, tensor_roles
+from SIT.objective import TRAINING, Draws, draw, evaluate, losses_of
 from SIT.sampling import open_decoder, preview
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The images, and how they are cut into batches."""
-
-    kind: Literal["digits", "latents"] = "latents"
-    """digits: scikit-learn's, 8 x 8 pixels; latents: a folder that `python -m SIT.prepare` made."""
-    folder: str = "data/imagenet256"
-    """The folder of latents."""
-    batch_size: int = 256
-    """Images per step, over all ranks and micro-batches."""
-    micro_batch: int = 64
-    """Most images that one rank takes through the model at once; lower it if memory runs out, the result stays."""
-    flips: bool = False
-    """Mirror every second image, at random; needs `prepare encode --flip`."""
-    vae: str = ""
-    """Name on the Hugging Face Hub, or folder, of the VAE, for previews; empty: the one that made the latents."""
-    on_corrupt: Literal["fail", "skip"] = "fail"
-    """What to do with a file that cannot be read: end, or skip it with a warning."""
-
-    def __post_init__(self):
-        at_least(1, self, "batch_size", "micro_batch")
-        if self.flips and self.kind == "digits":
-            raise config.ConfigError("flips are for latents; mirrored digits are none: leave data.flips out")
-
-
-@dataclass(frozen=True)
-class Optimizer(OptimizerConfig):
-    """The optimizer, and what it is told about a SiT."""
-
-    modulation: Literal["matrix", "adamw"] = "matrix"
-    """Who trains the adaLN modulation weights: the matrices' rule, or AdamW (SIT.model.tensor_roles)."""
-    split_qkv: bool = False
-    """Orthogonalize the query, key and value blocks of the fused weight apart; lion and adamw have nothing to split."""
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Validation of the averaged model, on a fixed set with fixed noise and times."""
-
-    every: int = 1000
-    """Steps between validations; there is one at step 0 and one at the end."""
-    images: int = 1024
-    """Validation images, at most; of a latents folder they are drawn once for all, and kept from training."""
-    preview: int = 16
-    """Images sampled at each validation, by the averaged model, into samples/; 0 draws none."""
-    preview_steps: int = 50
-    """Steps of the ODE sampler for them."""
-
-    def __post_init__(self):
-        at_least(1, self, "every", "images", "preview_steps")
-        at_least(0, self, "preview")
-
-
-@dataclass(frozen=True)
-class Config(RunConfig):
-    """Every knob of a run; the defaults are the paper's SiT-B/2 on ImageNet latents."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    schedule: ScheduleConfig = field(default_factory=partial(ScheduleConfig, warmup=0, decay="constant"))  # as REPA
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    steps: int = 400_000
-    """Optimizer steps."""
-    ema: float = 0.9999
-    """Part that the average of the weights keeps per step."""
-    recompute: bool = False
-    """Keep only the blocks' inputs, and compute them again in the backward pass: less memory, a third more time."""
-    log_every: int = 50
-    """Steps between lines of metrics."""
-    out: str = "runs/sit"
-    """Folder of all runs."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.ema < 1:
-            raise config.ConfigError(f"ema must be in [0, 1), got {self.ema}; 0.9999 is SiT's")
 
 
 def main() -> None:
     """Read the configuration and train."""
-    settings = config.parse_config(Config)
+    settings = parse_config(Config)
     ranks = launch.start(settings.device)
     finished = train(settings, ranks)
     launch.stop()  # not after a failure: it waits for ranks that may be waiting for this one
@@ -132,7 +54,8 @@ def main() -> None:
 
 def train(settings: Config, ranks: launch.Launch) -> bool:
     """Train until `settings.steps`, or until asked to stop; returns whether the end was reached."""
-    rule_named(settings.optimizer.name)  # an unknown one fails now, before any data is touched
+    for name in (settings.optimizer.name, *settings.optimizer.tuned_lr):
+        rule_named(name)  # an unknown one fails now, before any data is touched
     settings.optimizer.peak_lr()
     items = open_items(settings, ranks)
     counts = {name: len(part) for name, part in items.items()}
@@ -252,7 +175,7 @@ def build_model(
     return model, place(average, settings.parallel, ranks, dtype), network
 
 
-def build(settings: Optimizer, model: SiT, network: nn.Module) -> RuleOptimizer:
+def build(settings: SiTOptimizerConfig, model: SiT, network: nn.Module) -> RuleOptimizer:
     """Build the optimizer; every option that is set reaches the rule, which refuses what it does not have."""
     blocks = {"*.attn.qkv.weight": 3} if settings.split_qkv else None
     roles = tensor_roles(model, settings.modulation)
@@ -310,4 +233,4 @@ def accumulate_gradient(
 
 
 if __name__ == "__main__":
-    launch.main_guard(main)
+    main_guard(main)

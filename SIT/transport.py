@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Prediction = Literal["velocity", "noise", "data", "score"]
+from SIT.config import Prediction
+
 PREDICTIONS = get_args(Prediction)
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x (B, ...), t (B,)) -> (B, ...)
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import math
 import sys
 import tomllib
 import types
@@ -90,10 +91,12 @@ def _plain(value: Any) -> Any:
 
 
 def at_least(least: float, section: Any, *names: str) -> None:
-    """Raise ConfigError for a field of a config that is below `least`, or NaN; for a section's __post_init__."""
+    """Raise ConfigError for a field of a config that is below `least`, infinite or NaN; for a __post_init__."""
     for name in names:
-        if not getattr(section, name) >= least:
-            raise ConfigError(f"{name} must be {least} or more; got {getattr(section, name)}")
+        value = getattr(section, name)
+        if not least <= value < math.inf:
+            wanted = "finite" if value == math.inf else f"{least} or more"
+            raise ConfigError(f"{name} must be {wanted}; got {value}")
 
 
 # --- TOML files
@@ -150,7 +153,7 @@ def _checked(config_class: type, mapping: dict, source: str, prefix: str = "", r
 
 
 def _convert(value: Any, wanted: Any) -> Any:
-    """Return `value` as the type `wanted`, or raise TypeError; nothing but int to float and list to tuple is bent."""
+    """Return `value` as the type `wanted`, or raise TypeError; only int to float and list to tuple are converted."""
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (typing.Union, types.UnionType):
         for option in arguments:
@@ -209,7 +212,7 @@ def _nearest(name: str, known: list[str]) -> str:
     """Return the hint that ends an unknown-key error: the same leaf in another section, else the closest spelling."""
     leaf = name.rpartition(".")[2]
     found = [key for key in known if key.rpartition(".")[2] == leaf]
-    found = found or difflib.get_close_matches(name, known, n=1)
+    found = found or difflib.get_close_matches(name, known, n=1, cutoff=0.75)  # below, it is another word
     if not found:
         leaves = {key.rpartition(".")[2]: key for key in known}
         found = [leaves[near] for near in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]

@@ -6,8 +6,6 @@ optimizer = build_optimizer(model, settings.optimizer.name, **settings.optimizer
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-
 from common.config import ConfigError
 
 RULE_OPTIONS = ("betas", "momentum", "ns_steps", "ns_coefficients", "ns_dtype", "state_dtype", "wire_dtype")
@@ -53,6 +51,8 @@ class OptimizerConfig:
 
     def options(self) -> dict[str, Any]:
         """Return what `build_optimizer` takes beside model and name: the rates, and every option that is set."""
+        import torch  # here: --help goes without
+
         options = {name: getattr(self, name) for name in RULE_OPTIONS if getattr(self, name) is not None}
         options |= {name: getattr(torch, value) for name, value in options.items() if name.endswith("_dtype")}
         return {"lr": self.peak_lr(), "adamw_lr": self.adamw_lr, "weight_decay": self.weight_decay, **options}

@@ -10,8 +10,7 @@ import contextlib
 import itertools
 import warnings
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -21,22 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from common import UserError, launch
-from common.config import ConfigError, at_least
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """The layout over the ranks; the result does not depend on it, nor does a checkpoint."""
-
-    mode: Literal["ddp", "fsdp", "hsdp"] = "ddp"
-    """ddp: each rank holds all, fastest where it fits; fsdp: each holds its part; hsdp: fsdp in groups, ddp between."""
-    shard: int = 0
-    """Ranks of a group of hsdp, neighbours, which share one copy; 0 is one machine's, as its own links are fastest."""
-
-    def __post_init__(self):
-        at_least(0, self, "shard")
-        if self.shard and self.mode != "hsdp":
-            raise ConfigError(f"parallel.shard is of mode hsdp; got {self.shard} with {self.mode}: leave it 0")
+from common.run_config import ParallelConfig
 
 
 def precision(dtype: str, ranks: launch.Launch) -> torch.dtype:

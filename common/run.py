@@ -15,9 +15,8 @@ A Run never calls the model, the loss or `optimizer.step()`: a train.py still re
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,57 +24,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from common import Diverged, checkpoint, config, launch, progress, warn
-from common.checkpoint_folder import CheckpointConfig
-from common.config import at_least
 from common.json_files import check
-from common.parallel import ParallelConfig
-from common.probe_config import ProbeConfig
 from common.runlog import RunLog, move_aside, run_name, write_end
-from common.schedule import ScheduleConfig, multiplier
+from common.schedule import multiplier
 from common.timer import Timer
 
 MAX_SKIPPED = 10  # non-finite steps in a row after which a run is lost; fp16's loss scale recovers within these
 EXTRA = {"config": dict, "scaler": dict, "skipped": int, "in_a_row": int}  # a checkpoint's, beside its tensors
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Settings that every experiment has; an experiment adds [optimizer], [eval] and its own."""
-
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    probe: ProbeConfig = field(default_factory=ProbeConfig)
-    steps: int = 20_000
-    """Optimizer steps."""
-    clip: float = 1.0
-    """Largest global norm of the gradient; 0 leaves it as it is."""
-    seed: int = 1337
-    """Seeds the weights and, with the step, batches and all that is drawn for them."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the forward and backward pass, the weights staying float32; auto is bfloat16 on GPUs and float32
-    elsewhere. float64, of weights and all, is for comparing layouts: differences are then not rounding."""
-    compile: bool = False
-    """Run the model through torch.compile: a minute of compiling, then faster steps on a GPU."""
-    log_every: int = 10
-    """Steps between lines of metrics."""
-    group: str = "default"
-    """Folder of the run below `out`, and its group in Weights & Biases."""
-    out: str = "runs"
-    """Folder of all runs."""
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Weights & Biases: auto is online with a login, else offline (`wandb sync` uploads it later)."""
-    resume: bool = False
-    """Continue from the newest checkpoint of this run; without it, an earlier run's folder is moved aside."""
-
-    def __post_init__(self):
-        at_least(1, self, "steps", "log_every")
-        at_least(0, self, "clip", "seed")
-        group = Path(self.group)
-        if group.is_absolute() or not group.parts or ".." in group.parts:
-            raise config.ConfigError(f"group must name a folder below `out`; got {self.group!r}")
 
 
 class Run:

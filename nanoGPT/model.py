@@ -4,7 +4,6 @@ Letters in the shape comments: B sequences, T tokens, C width, H heads, D = C / 
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,37 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import UserError, one_line
+from nanoGPT.config import GPTConfig as GPTConfig
 
 LEAST_TEMPERATURE = 1e-30  # only ties of the likeliest token share here already; near 1e-38 float32 has 0 / 0
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """The shape of a GPT; the defaults are GPT-2 small."""
-
-    n_layer: int = 12
-    """Blocks."""
-    n_head: int = 12
-    """Attention heads of a block."""
-    n_embd: int = 768
-    """Width C, a multiple of n_head."""
-    context: int = 1024
-    """Longest sequence, in tokens."""
-    vocab_size: int = 50304
-    """Tokens: GPT-2's 50,257 up to a multiple of 64, a fast shape; 0 stands for the corpus', padded likewise."""
-    bias: bool = False
-    """Biases in layers and norms: OpenAI's own weights have them, the paper's do not."""
-    dropout: float = 0.0
-    """Part of the activations dropped in training."""
-
-    def __post_init__(self):
-        for name in ("n_layer", "n_head", "n_embd", "context"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
 
 class LayerNorm(nn.LayerNorm):

@@ -28,7 +28,7 @@ from common.text_rows import require_key, text_of
 from nanoGPT.data import Encoded, load, read_meta, tokenizer, write_corpus
 
 if TYPE_CHECKING:
-    from nanoGPT.train import Config
+    from nanoGPT.config import Config
 
 NAMED = ("stdlib", "openwebtext")
 OPENWEBTEXT = "Skylion007/openwebtext"  # on the Hugging Face Hub
@@ -194,7 +194,7 @@ def prepare_for(settings: "Config") -> Path:
 def main() -> None:
     if sys.argv[1:] and sys.argv[1].endswith(".toml"):
         from common.config import parse_config
-        from nanoGPT.train import Config  # takes seconds: it imports torch
+        from nanoGPT.config import Config
 
         prepare_for(parse_config(Config))
         return

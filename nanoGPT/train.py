@@ -9,21 +9,26 @@ The run's folder, runs/nanogpt/GROUP/NAME, holds metrics.jsonl, config.json, che
 run repeats, bit for bit, what it would have done uninterrupted.
 """
 
+from common.config import parse_config
+from common.guard import main_guard
+from nanoGPT.config import Config, GPTOptimizerConfig
+
+if __name__ == "__main__":  # --help and mistakes now: the imports below take seconds
+    main_guard(lambda: parse_config(Config))
+
 import math
 import signal
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from common import UserError, config, launch
-from common.config import at_least
-from common.optimizer_config import OptimizerConfig
 from common.parallel import autocast, clip_gradient, cut_batch, distribute, precision, synchronizing
-from common.run import Run, RunConfig
+from common.run import Run
 from nanoGPT import data
-from nanoGPT.model import GPT, GPTConfig
+from nanoGPT.model import GPT
 from optimizers import Probe, RuleOptimizer, build_optimizer, count_bytes
 from optimizers.rule import rule_named
 
@@ -31,59 +36,9 @@ from optimizers.rule import rule_named
 PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """The corpus and how it is cut."""
-
-    folder: str = "data/openwebtext"
-    """Folder that `python -m nanoGPT.prepare` wrote."""
-    batch_size: int = 480
-    """Sequences per step, over all ranks and micro-batches: 480 x 1,024 tokens in the paper."""
-    micro_batch: int = 40
-    """Most sequences that one rank takes through the model at once; lower it if memory runs out, the result stays."""
-
-    def __post_init__(self):
-        at_least(1, self, "batch_size", "micro_batch")
-
-
-@dataclass(frozen=True)
-class Optimizer(OptimizerConfig):
-    """The optimizer, and what it is told about a GPT-2."""
-
-    split_qkv: bool = False
-    """Orthogonalize the query, key and value blocks of the fused weight apart; lion and adamw have nothing to split."""
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Validation, always on the same windows."""
-
-    every: int = 500
-    """Steps between validations; there is one at step 0 and one at the end."""
-    windows: int = 1000
-    """Windows of one context each, evenly spaced over val.bin."""
-
-    def __post_init__(self):
-        at_least(1, self, "every", "windows")
-
-
-@dataclass(frozen=True)
-class Config(RunConfig):
-    """Every knob of a run; the defaults are the paper's GPT-2 small on OpenWebText."""
-
-    model: GPTConfig = field(default_factory=GPTConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    init_from: str = ""
-    """A Hugging Face GPT-2 to start from ("gpt2", "gpt2-medium", a folder); empty is a random start."""
-    out: str = "runs/nanogpt"
-    """Folder of all runs."""
-
-
 def main() -> None:
     """Read the configuration and train."""
-    settings = fit_vocabulary(config.parse_config(Config))
+    settings = fit_vocabulary(parse_config(Config))
     ranks = launch.start(settings.device)
     finished = train(settings, ranks)
     launch.stop()  # not after a failure: it waits for ranks that may be waiting for this one
@@ -93,7 +48,8 @@ def main() -> None:
 
 def train(settings: Config, ranks: launch.Launch) -> bool:
     """Train until `settings.steps`, or until asked to stop; returns whether the end was reached."""
-    rule_named(settings.optimizer.name)  # an unknown one fails now, before any data is touched
+    for name in (settings.optimizer.name, *settings.optimizer.tuned_lr):
+        rule_named(name)  # an unknown one fails now, before any data is touched
     settings.optimizer.peak_lr()
     corpus = open_corpus(settings, ranks)
     launch.refuse_differences(
@@ -184,7 +140,7 @@ def build_model(settings: Config, ranks: launch.Launch) -> tuple[GPT, nn.Module]
     return model, distribute(model, settings.parallel, ranks, dtype, settings.compile)
 
 
-def build(settings: Optimizer, network: nn.Module) -> RuleOptimizer:
+def build(settings: GPTOptimizerConfig, network: nn.Module) -> RuleOptimizer:
     """Build the optimizer; every option that is set reaches the rule, which refuses what it does not have."""
     blocks = {"*.c_attn.weight": 3} if settings.split_qkv else None
     return build_optimizer(network, settings.name, qkv_split=blocks, **settings.options())
@@ -249,4 +205,4 @@ def utilization(tokens_per_second: float, model: GPT, ranks: launch.Launch) -> d
 
 
 if __name__ == "__main__":
-    launch.main_guard(main)
+    main_guard(main)

@@ -1,5 +1,7 @@
 """Command lines without a TOML file: what is read, one line for a mistake, and help and Ctrl-C before heavy imports."""
 
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,10 +12,20 @@ from typing import Literal
 import pytest
 
 from common import UserError
+from common.config import parse_config
 from common.options import parse_options
+from nanoGPT.config import Config
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = ("nanoGPT.sample", "nanoGPT.prepare", "SIT.sample", "SIT.evaluate", "SIT.prepare")
+PROGRAMS = (
+    "nanoGPT.sample",
+    "nanoGPT.prepare",
+    "SIT.sample",
+    "SIT.evaluate",
+    "SIT.prepare",
+    "nanoGPT.train",
+    "SIT.train",
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,21 @@ assert not heavy, heavy
 """
     ran = subprocess.run([sys.executable, "-c", code, *PROGRAMS], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert all(f"usage: python -m {program}" in ran.stdout for program in PROGRAMS)
+    for program in PROGRAMS:  # a config's program is named after __main__, which runs no module here
+        assert re.search(rf"^usage: (python -m )?{re.escape(program)} ", ran.stdout, re.MULTILINE), program
+
+
+def test_help_of_training_is_as_wide_as_the_terminal_and_named_as_it_is_called():
+    environment = os.environ | {"COLUMNS": "80"}
+    command = [sys.executable, "-m", "nanoGPT.train", "--help"]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.stdout.startswith("usage: python -m nanoGPT.train [CONFIG.toml ...] ")
+    assert max(map(len, ran.stdout.splitlines())) <= 80
+
+
+def test_a_config_matches_its_command_line_with_hyphens_or_underscores():
+    first, second = (parse_config(Config, [f"--log{c}every", "3", f"--data.batch{c}size=7"]) for c in "-_")
+    assert first == second and (first.log_every, first.data.batch_size) == (3, 7)
 
 
 @pytest.mark.parametrize("package", ["nanoGPT", "SIT"])

@@ -194,3 +194,10 @@ def test_fid_refuses_without_torch_fidelity_or_a_reference(tmp_path, monkeypatch
     (tmp_path / "a.txt").write_text("no images")
     with pytest.raises(UserError, match=r"--reference must be a folder of images or a \.npz, .*a\.txt is neither"):
         fid(tmp_path / "a.npz", tmp_path / "a.txt")
+
+
+def test_evaluation_skips_runs_of_latents_where_that_is_asked_and_measures_nothing_without_others(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text('{"config": {"data": {"kind": "latents"}}}')
+    said = evaluate_digits(evaluate.Options((tmp_path,), skip_latents=True))
+    assert said == f"no run of digits to measure in {tmp_path}"

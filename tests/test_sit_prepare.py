@@ -16,10 +16,12 @@ from PIL import Image
 from torch.nn import functional as F
 
 from common import UserError
+from common.config import parse_config
 from SIT import convert, digits, files
+from SIT.config import Config
 from SIT.encode import encode as encode_images
 from SIT.latents import Corrupt, Latents, read_image
-from SIT.prepare import Convert, Encode
+from SIT.prepare import Convert, Encode, prepare_for
 from tests.ranks import Ranks
 from tests.tiny_sit import tiny_vae
 
@@ -469,3 +471,16 @@ def test_command_line_converts_and_encodes_with_a_vae_from_a_folder(source, tmp_
     refused = run("encode", tmp_path / "data", "--vae", source, "--device", "cpu")
     assert refused.returncode == 1
     assert refused.stderr.splitlines()[-1].startswith(f"error: {source} ")
+
+
+def test_prepare_makes_what_a_config_needs_that_extends_the_one_of_the_digits(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(digits, "prepare", lambda folder: made.append(folder) or folder)
+    child = tmp_path / "child.toml"
+    child.write_text(f'extends = "{ROOT}/SIT/configs/digits.toml"\nsteps = 3\n')
+    assert prepare_for(parse_config(Config, [str(child)])) == [digits.FOLDER] == made
+    made.clear()
+    prepare_for(parse_config(Config, [str(child), "--objective.encoder_folder", str(tmp_path)]))
+    assert set(made) == {digits.FOLDER, tmp_path}
+    made.clear()
+    assert prepare_for(parse_config(Config, [str(ROOT / "SIT/configs/sit_b2_imagenet.toml")])) == made == []

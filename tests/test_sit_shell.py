@@ -63,11 +63,13 @@ def test_run_script_of_the_imagenet_config_trains_on_all_ranks_and_measures_no_d
         checkout, config, "--steps", "9", PYTHON=str(python), NGPU="8", PARALLEL="fsdp", OPTIMIZERS="muon"
     )
     assert done.returncode == 0, done.stderr
-    *_, train, draw = (checkout / "asked").read_text().splitlines()
+    *_, prepare, train, draw, measure = (checkout / "asked").read_text().splitlines()
+    assert prepare == f"-m SIT.prepare {config} --steps 9 --group sit_b2_imagenet --parallel.mode fsdp"
     assert "-m common.torchrun --nproc-per-node 8 --nnodes 1 " in train
     flags = "--optimizer.name muon --steps 9 --group sit_b2_imagenet --parallel.mode fsdp"
     assert train.endswith(f"-m SIT.train {config} {flags}")
     assert draw.startswith("-m scripts.figures runs/sit/sit_b2_imagenet ")
+    assert measure.startswith("-m SIT.evaluate runs/sit/sit_b2_imagenet --skip-latents ")
 
 
 def test_run_script_refuses_what_it_does_not_know_in_one_line(checkout):

@@ -231,6 +231,8 @@ def test_finished_file_holds_the_last_validation(tiny):
         (["--data.micro_batch", "-1"], "micro_batch must be 1 or more; got -1"),
         (["--eval.every", "0"], "every must be 1 or more; got 0"),
         (["--clip", "nan"], "clip must be 0 or more; got nan"),
+        (["--clip", "inf"], "clip must be finite; got inf"),
+        (["--nosuch.flag", "1"], "unknown flag '--nosuch.flag'; see --help"),
         (["--schedule.floor", "2"], "floor must be a fraction"),
         (["--optimizer.lr", "-1"], "lr must be a number, 0 or more; got -1.0"),
     ],

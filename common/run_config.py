@@ -1,0 +1,65 @@
+"""Settings that the training loops share; an experiment's config adds its own. No import of torch: --help is quick."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from common.checkpoint_folder import CheckpointConfig
+from common.config import ConfigError, at_least
+from common.probe_config import ProbeConfig
+from common.schedule import ScheduleConfig
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The layout over the ranks; the result does not depend on it, nor does a checkpoint."""
+
+    mode: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """ddp: each rank holds all, fastest where it fits; fsdp: each holds its part; hsdp: fsdp in groups, ddp between."""
+    shard: int = 0
+    """Ranks of a group of hsdp, neighbours, which share one copy; 0 is one machine's, as its own links are fastest."""
+
+    def __post_init__(self):
+        at_least(0, self, "shard")
+        if self.shard and self.mode != "hsdp":
+            raise ConfigError(f"parallel.shard is of mode hsdp; got {self.shard} with {self.mode}: leave it 0")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings that every experiment has; an experiment adds [optimizer], [eval] and its own."""
+
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    steps: int = 20_000
+    """Optimizer steps."""
+    clip: float = 1.0
+    """Largest global norm of the gradient; 0 leaves it as it is."""
+    seed: int = 1337
+    """Seeds the weights and, with the step, batches and all that is drawn for them."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the forward and backward pass, the weights staying float32; auto is bfloat16 on GPUs and float32
+    elsewhere. float64, of weights and all, is for comparing layouts: differences are then not rounding."""
+    compile: bool = False
+    """Run the model through torch.compile: a minute of compiling, then faster steps on a GPU."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    group: str = "default"
+    """Folder of the run below `out`, and its group in Weights & Biases."""
+    out: str = "runs"
+    """Folder of all runs."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Weights & Biases: auto is online with a login, else offline (`wandb sync` uploads it later)."""
+    resume: bool = False
+    """Continue from the newest checkpoint of this run; without it, an earlier run's folder is moved aside."""
+
+    def __post_init__(self):
+        at_least(1, self, "steps", "log_every")
+        at_least(0, self, "clip", "seed")
+        group = Path(self.group)
+        if group.is_absolute() or not group.parts or ".." in group.parts:
+            raise ConfigError(f"group must name a folder below `out`; got {self.group!r}")
