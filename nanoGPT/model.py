@@ -116,6 +116,14 @@ class GPT(nn.Module):
         precise = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))  # (B T, V)
         return logits, F.cross_entropy(precise, targets.flatten(), ignore_index=-1)
 
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the table of the vocabulary, as Hugging Face's models name it: that of positions is no vocabulary."""
+        return self.wte
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """Return the head."""
+        return self.lm_head
+
     def num_parameters(self) -> int:
         """Count the parameters, the tied head once."""
         return sum(parameter.numel() for parameter in self.parameters())

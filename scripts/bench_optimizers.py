@@ -38,10 +38,10 @@ Build = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 class Options:
     """Times one step of each optimizer on the same matrices, in one process and in interleaved rounds."""
 
-    shapes: tuple[Literal["gpt2_small", "embedded"], ...] = ("embedded", "gpt2_small")
-    """Whose matrices: of the embedded nanoGPT config, or of GPT-2 small."""
+    shapes: tuple[Literal["gpt2_small", "embedded", "llama_7b"], ...] = ("embedded", "gpt2_small")
+    """Whose matrices: of the embedded nanoGPT config, of GPT-2 small, or of Llama-2-7B."""
     layers: int | None = None
-    """Blocks of the model. Default: the embedded config's own, 2 of GPT-2 small's 12."""
+    """Blocks of the model. Default: the embedded config's own, 2 of GPT-2 small's 12, 1 of Llama-2-7B's 32."""
     repeats: int = 7
     """Timed rounds."""
     dtype: Literal["float32", "bfloat16", "both"] = "both"
@@ -52,7 +52,12 @@ class Options:
 
 
 def matrix_shapes(name: str, layers: int | None) -> list[tuple[int, int]]:
-    """Return the hidden matrices of a GPT: fused QKV, attention output, MLP in and out, `layers` times."""
+    """Return a model's hidden matrices, (rows, columns) each, of `layers` blocks.
+
+    Of a GPT: fused QKV, attention output, MLP in and out. Of Llama: q, k, v, o; gate, up and down.
+    """
+    if name == "llama_7b":
+        return ([(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]) * (layers or 1)
     if name == "gpt2_small":
         width, layers = 768, layers or 2
     else:

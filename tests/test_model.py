@@ -1,5 +1,7 @@
 """nanoGPT.model against transformers' GPT2LMHeadModel, torch's FLOP counter, and its own definition."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -9,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import UserError
 from nanoGPT.model import GPT, GPTConfig
+from optimizers import roles_of
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, context=16, vocab_size=61)
 
@@ -198,3 +201,10 @@ def test_forward_refuses_more_tokens_than_the_context():
 def test_gpt_refuses_an_impossible_shape(changed, named):
     with pytest.raises(ValueError, match=named):
         GPT(GPTConfig(**{"n_layer": 1, "n_head": 2, "n_embd": 8, "context": 4, "vocab_size": 8, **changed}))
+
+
+def test_one_block_as_wide_as_its_context_has_the_roles_of_a_deeper_one():
+    """The table of positions, of as many rows as attention has outputs, is no vocabulary."""
+    found = roles_of(GPT(replace(TINY, n_layer=1, context=32, vocab_size=1000)))
+    assert found["blocks.0.attn.c_proj.weight"] == found["blocks.0.mlp.c_fc.weight"] == "matrix"
+    assert found["wte.weight"] == found["wpe.weight"] == "embedding"
