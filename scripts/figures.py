@@ -27,6 +27,7 @@ from common import UserError, one_line, warn
 from common.figure import FAINT, label_ends, markdown, mean_and_spread, new_figure, rate, save, style_of
 from common.launch import main_guard
 from common.runlog import METRICS_FILE, read_metrics
+from scripts.probe_figures import QUANTILE, What, distribution, draw_levels, metrics_of, words_of
 
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))  # several lines of one optimizer
 NAMES = {
@@ -76,6 +77,8 @@ class Options:
     """Recorded quantities to draw against --x, one panel each."""
     x: str = "step"
     """step, tokens, or any other recorded quantity."""
+    what: What = "curves"
+    """Instead of --metric: norms, isotropy, hadamard or spectrum, what the runs' [probe] recorded."""
     title: str | None = None
     """Default: the experiment and its data."""
     ylim: tuple[float, float] | None = None
@@ -238,6 +241,9 @@ def read_run(folder: Path, metrics: tuple[str, ...], x: str) -> Run | None:
     """One run, or None when it has no point to draw; what it lacks is said on stderr."""
     lines, points = read_lines(folder), {}
     for metric in metrics:
+        if quantiles := distribution(lines, metric):
+            points[metric] = quantiles
+            continue
         pairs = zip(values_of(lines, x), values_of(lines, metric), strict=True)
         if drawn := [pair for pair in pairs if None not in pair]:
             points[metric] = dict(zip("xy", map(list, zip(*drawn, strict=True)), strict=True))
@@ -285,7 +291,8 @@ def seeds_of(lines: list[Line]) -> str:
 def name_of(metric: str, lines: list[Line]) -> str:
     """What a panel calls a metric."""
     of_text = {run.experiment for line in lines for run in line.runs} <= TEXT
-    return NAMES.get(metric, metric) + (", nats per token" if of_text and metric in TOKEN_LOSSES else "")
+    unit = ", nats per token" if of_text and metric in TOKEN_LOSSES else ""
+    return (NAMES.get(metric) or words_of(metric) or metric) + unit
 
 
 def draw(lines: list[Line], record: dict, out: Path, ylim: tuple[float, float] | None) -> None:
@@ -332,6 +339,8 @@ def draw_panel(panel, lines: list[Line], metric: str, longest: float, ylim: tupl
         late = at >= (0.4 * longest if metric.endswith(LOSSES) else 0)  # a loss's steep start is not the news
         low.append(values.min())  # early ones too: a pretraining loss rises from where it was
         high += [values[:, late].max(initial=-math.inf), values[:, -1].max()]
+    levels = draw_levels(panel, metric)
+    low, high = low + levels, high + levels
     margin = (max(high) - min(low)) * 0.1 or 0.05
     panel.set_ylim(*(ylim or (min(low) - margin, max(high) + margin)))
     label_ends(panel, ends)
@@ -385,6 +394,10 @@ def tell_lengths(lines: list[Line], x: str) -> None:
 def collect(options: Options) -> dict:
     """The record of a figure, which lies beside it: every run with the points to draw."""
     folders = find_runs(options.runs)
+    if options.what != "curves":
+        recorded = {key for folder in folders for line in read_lines(folder) for key in line}
+        x = QUANTILE if options.what == "spectrum" else options.x
+        options = replace(options, metric=metrics_of(options.what, recorded), x=x)
     runs = [run for folder in folders if (run := read_run(folder, options.metric, options.x))]
     absent = [metric for metric in options.metric if not any(metric in run.points for run in runs)]
     if absent or not runs:
