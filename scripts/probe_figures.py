@@ -15,14 +15,14 @@ from math import pi, sqrt
 from typing import Any, Literal
 
 from common import UserError
-from common.figure import FAINT
+from common.figure import FAINT, INK
 
 What = Literal["curves", "norms", "isotropy", "hadamard", "spectrum"]
 QUANTITIES = {
     "norms": ("weight_spectral", "weight_max_abs"),
     "isotropy": ("isotropy",),
     "hadamard": ("flatness", "sign_spectral"),
-    "spectrum": ("weight_entries", "weight_singular_values", "momentum_singular_values"),
+    "spectrum": ("weight_entries", "weight_singular_values"),
 }
 QUANTILE = "quantile"  # the x of distributions
 WORDS = {
@@ -90,5 +90,5 @@ def draw_levels(panel: Any, metric: str) -> list[float]:
     """Draw what a quantity is compared with; returns the levels, for the panel's limits."""
     for name, level in levels_of(metric).items():
         panel.axhline(level, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)))
-        panel.annotate(name, (0.01, level), xycoords=("axes fraction", "data"), va="bottom", fontsize=9, color=FAINT)
+        panel.annotate(name, (0.2, level), xycoords=("axes fraction", "data"), va="bottom", fontsize=9, color=INK)
     return list(levels_of(metric).values())

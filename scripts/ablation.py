@@ -1,0 +1,46 @@
+"""Trains the small GPT with OLion's parts left out or exchanged, to tell where its result comes from.
+
+    python -m scripts.ablation nanoGPT/configs/stdlib.toml --optimizer.name olion_unsigned --optimizer.lr 8e-3
+    python -m scripts.figures 'runs/nanogpt/ablation/*'
+
+All take OLion's momentum and step at its size, RMS 0.2 of an entry:
+
+    olion                 sign(orthogonalize(M))
+    olion_unsigned        orthogonalize(M): Muon with this momentum
+    olion_signs_alone     sign(M): Lion with this momentum
+    olion_sign_first      orthogonalize(sign(M))
+    olion_sign_twice      sign(orthogonalize(sign(M)))
+"""
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from common.launch import main_guard
+from optimizers.polar import orthogonalize_group
+from optimizers.rule import RULES, register, sign
+
+
+def _sign(stack: Tensor) -> Tensor:
+    return sign([stack])[0]
+
+
+VARIANTS = {
+    "olion_unsigned": (orthogonalize_group, False),
+    "olion_signs_alone": (lambda stack, group: _sign(stack), True),
+    "olion_sign_first": (lambda stack, group: orthogonalize_group(_sign(stack), group), False),
+    "olion_sign_twice": (lambda stack, group: _sign(orthogonalize_group(_sign(stack), group)), True),
+}
+
+for name, (direct, signs) in VARIANTS.items():
+    register(replace(RULES["olion"], name=name, direct=direct, signs=signs))
+
+
+def main() -> None:
+    from nanoGPT.train import main as train
+
+    train()
+
+
+if __name__ == "__main__":
+    main_guard(main)
