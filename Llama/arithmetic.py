@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-import tyro
-
 from common.corpus import locked, written_aside
 from common.launch import main_guard
+from common.options import parse_options
 
 FOLDER = Path("data/llama_arithmetic")
+MOST = 1_000_000  # problems
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo")
 THINGS = ("books", "cards", "coins", "files", "keys", "lines", "maps", "pages")
 
@@ -89,7 +89,12 @@ def problems(count: int, seed: int) -> list[dict[str, str]]:
 
 
 def make(options: Options) -> Path:
-    """Write the two files, unless the folder is there, and return it."""
+    """Write the two files, unless the folder is there, and return it; ValueError for counts out of range."""
+    for name in ("train", "val"):
+        if not 1 <= (count := getattr(options, name)) <= MOST:
+            raise ValueError(f"--{name} must be 1 to {MOST} problems, got {count}")
+    if options.seed < 0:
+        raise ValueError(f"--seed must be 0 or more, got {options.seed}")
     with locked(options.out):
         if options.out.exists():
             print(f"{options.out} is there")
@@ -103,7 +108,7 @@ def make(options: Options) -> Path:
 
 
 def main() -> None:
-    make(tyro.cli(Options, prog="python -m Llama.arithmetic", description=__doc__))
+    make(parse_options(Options, "python -m Llama.arithmetic", __doc__))
 
 
 if __name__ == "__main__":

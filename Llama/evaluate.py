@@ -20,7 +20,9 @@ import tyro
 
 from common import UserError, one_line
 from common.launch import main_guard
+from common.options import parse_options
 from Llama import weights
+from Llama.hf import read_json
 
 TASKS = Path(__file__).with_name("tasks")
 # Which metric is a task's accuracy, where it has several. gsm8k: the last number is the answer; its other metric looks
@@ -59,7 +61,7 @@ def hf_folder(model: Path) -> Path:
         return model
     folder, record = model / f"exported-{found.name}", model / "config.json"
     if not folder.is_dir():
-        training = json.loads(record.read_text())["config"]["training"] if record.is_file() else {}
+        training = weights.recorded(record)["training"] if record.is_file() else {}
         # What it was trained in: in bfloat16, the small Llama, trained in float32, lost 4 of 133 right answers.
         weights.export(weights.Options(model, folder, dtype=training.get("mixed_precision_param", "bfloat16")))
     return folder
@@ -68,7 +70,7 @@ def hf_folder(model: Path) -> Path:
 def has_template(folder: Path) -> bool:
     """Whether a tokenizer knows how a conversation is written."""
     config = folder / "tokenizer_config.json"
-    return (folder / "chat_template.jinja").is_file() or "chat_template" in json.loads(config.read_text())
+    return (folder / "chat_template.jinja").is_file() or "chat_template" in read_json(config)
 
 
 def ask(model: Path, folder: Path, shots: int, tasks: list[str], options: Options) -> dict[str, float]:
@@ -79,7 +81,9 @@ def ask(model: Path, folder: Path, shots: int, tasks: list[str], options: Option
     from lm_eval.__main__ import cli_evaluate
 
     chat, results = has_template(folder), model / "eval" / f"{shots}-shot.json"
-    room = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    room = read_json(folder / "config.json").get("max_position_embeddings")
+    if not isinstance(room, int) or room < 2:
+        raise UserError(f"{folder / 'config.json'} must have max_position_embeddings, a number; has {room!r:.40}")
     # An absolute path is never looked up on the Hub. Training begins every text with the begin-of-text token.
     arguments = {"pretrained": str(folder.resolve()), "add_bos_token": True}
     metadata = {"plain": not chat, "data": options.data and str(options.data)}
@@ -122,7 +126,9 @@ def table(scores: dict[Path, dict[str, float]], tasks: tuple[str, ...]) -> str:
 
 
 def main() -> None:
-    options = tyro.cli(Options, prog="python -m Llama.evaluate", description=__doc__)
+    options = parse_options(Options, "python -m Llama.evaluate", __doc__)
+    if options.tokens < 1:
+        raise UserError(f"--tokens must be 1 or more, got {options.tokens}")
     by_shots = plan(options.tasks)
     folders = {model: hf_folder(model) for model in options.models}  # one that is missing is refused at once
     scores: dict[Path, dict[str, float]] = defaultdict(dict)

@@ -33,11 +33,14 @@ from common.corpus import (
     written_aside,
 )
 from common.launch import main_guard
+from common.options import parse_options
 from Llama import arithmetic
+from Llama.hf import read_json
 
 BEGIN, END = "<s>", "</s>"  # Llama-2's names for them
 META = "meta.json"
 STDLIB = Path("data/llama_stdlib")
+MOST = 10_000_000  # of tokens, and of a document's characters
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,10 @@ def prepare(config: Prepare) -> Path:
     folder = config.out or Path("data", f"llama_{Path(config.source).resolve().stem}")
     if not 0 < config.val_fraction < 1:
         raise ValueError(f"--val-fraction must be between 0 and 1, got {config.val_fraction}")
-    if config.vocab_size < 258:
-        raise ValueError(f"--vocab-size must be 258 or more, the bytes and two special tokens; got {config.vocab_size}")
-    if config.document_length < 1:
-        raise ValueError(f"--document-length must be at least 1, got {config.document_length}")
+    if not 258 <= config.vocab_size <= MOST:
+        raise ValueError(f"--vocab-size must be 258 (bytes and two special tokens) to {MOST}, got {config.vocab_size}")
+    if not 1 <= config.document_length <= MOST:
+        raise ValueError(f"--document-length must be 1 to {MOST}, got {config.document_length}")
     root, files = library_files() if config.source == "stdlib" else local_files(Path(config.source).resolve())
     request = {**asdict(config), "out": None, "content": fingerprint(root, files)}
     with locked(folder):
@@ -77,6 +80,11 @@ def prepare(config: Prepare) -> Path:
             counts = {
                 name: write_texts(partial / f"{name}.jsonl", parts[name], config.document_length) for name in parts
             }
+            if not all(counts.values()):
+                raise ValueError(
+                    f"{config.source} must hold text for training and for validation, has {counts['train']} documents "
+                    f"and {counts['val']}: add text, or change --val-fraction"
+                )
             size = write_tokenizer(partial, texts(parts["train"]), config.vocab_size)
             (partial / META).write_text(json.dumps({**request, "documents": counts, "tokens": size}, indent=2) + "\n")
     print(f"{folder}: {counts['train']:,} documents for training, {counts['val']:,} for validation, {size:,} tokens")
@@ -89,7 +97,7 @@ def is_up_to_date(folder: Path, request: dict) -> bool:
         return False
     if not (folder / META).is_file():
         raise ValueError(f"{folder} must be free, or made by Llama.prepare; it has no {META}: choose another --out")
-    meta = json.loads((folder / META).read_text())
+    meta = read_json(folder / META)
     for key in ("source", "vocab_size", "val_fraction", "document_length"):
         if meta.get(key) != request[key]:
             raise ValueError(
@@ -154,7 +162,7 @@ def main() -> None:
         if settings.training.dataset_path == str(arithmetic.FOLDER):
             arithmetic.make(arithmetic.Options())
         return
-    prepare(tyro.cli(Prepare, prog="python -m Llama.prepare", description=__doc__))
+    prepare(parse_options(Prepare, "python -m Llama.prepare", __doc__))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ checkpoint/ and wandb/. Every section and flag of torchtitan 0.2.2 is there, but
 replaces; --help lists them.
 """
 
-import json
 import logging
 import math
 import os
@@ -31,6 +30,7 @@ from Llama.checks import environment
 from Llama.config import JobConfig, parse_config
 from Llama.cpu import on_cpu
 from Llama.metrics import name_of, record_of
+from Llama.weights import recorded
 from optimizers import Probe
 
 titan.CheckpointManager = Checkpointer  # the one part of its trainer that a TrainSpec cannot replace
@@ -143,7 +143,7 @@ def same_experiment(folder: Path, settings: JobConfig) -> None:
     """Refuse to resume with another model, corpus or optimizer than the run's; length and logs may change."""
     if not (folder / "config.json").exists():
         return
-    was, now = json.loads((folder / "config.json").read_text())["config"], record_of(settings)
+    was, now = recorded(folder / "config.json"), record_of(settings)
     if was.get("tokenizer") != now["tokenizer"]:
         raise UserError(
             f"--job.resume needs the tokenizer that the run began with; {settings.model.hf_assets_path} holds another: "

@@ -8,12 +8,11 @@ the three kinds of folder (Hugging Face weights, a run, one of its checkpoints) 
 --checkpoint.initial_load_path.
 """
 
-import json
 import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -25,9 +24,10 @@ from common import UserError
 from common.corpus import written_aside
 from common.launch import main_guard
 from common.manifest import Damaged
+from common.options import parse_options
 from common.tensor_reader import TensorReader
 from Llama.checkpoints import FOLDER, newest_checkpoint, verify
-from Llama.hf import DTYPES, Adapter, check_config, hf_config, stored_tensors
+from Llama.hf import DTYPES, Adapter, check_config, hf_config, read_json, stored_tensors
 from Llama.model import FLAVORS, Shape, weights_on_meta
 from Llama.templates import FINE_TUNING, TEMPLATES, Template
 from Llama.tokenizer import Tokenizer, export_tokenizer
@@ -123,10 +123,12 @@ def export(options: Options) -> Path:
         raise UserError(f"what is exported is the folder of a run, with its config.json; {options.run} has none")
     if options.out.exists():
         raise UserError(f"--out must be a new folder; {options.out} is there: remove it, or name another")
-    settings = json.loads(record.read_text())["config"]
+    settings = recorded(record)
     step = options.run / FOLDER / f"step-{options.step}" if options.step is not None else options.run
     checkpoint, _ = find_weights(step)
     model = settings["model"]
+    if model["flavor"] not in FLAVORS.get(model["name"], ()):
+        raise UserError(f"{record} must name a model of this version, names {model['name']} {model['flavor']}")
     shape, assets = FLAVORS[model["name"]][model["flavor"]], Path(model["hf_assets_path"])
     dtype = getattr(torch, options.dtype)
     weights = {name: torch.empty_like(w, dtype=dtype, device="cpu") for name, w in weights_on_meta(shape).items()}
@@ -136,10 +138,26 @@ def export(options: Options) -> Path:
         dcp.load(weights, storage_reader=TensorReader(checkpoint), no_dist=True)
     with written_aside(options.out) as partial:
         tuned = settings["training"]["dataset"] in FINE_TUNING
-        template = TEMPLATES[settings["fine_tuning"]["template"]] if tuned else None
+        template = TEMPLATES[text_at(record, settings, "fine_tuning", "template")] if tuned else None
         write_hf(partial, weights, shape, assets, template)
     print(f"{options.out}: {checkpoint}, in {options.dtype}")
     return options.out
+
+
+def recorded(path: Path) -> dict[str, Any]:
+    """Return the config that a run's config.json holds; UserError where it is damaged, or of another program."""
+    config = read_json(path).get("config")
+    for section, key in (("model", "name"), ("model", "flavor"), ("model", "hf_assets_path"), ("training", "dataset")):
+        text_at(path, config, section, key)
+    return config
+
+
+def text_at(path: Path, config: Any, section: str, key: str) -> str:
+    """Return the text of a config's setting; UserError, with the file's path, where there is none."""
+    found = config.get(section) if isinstance(config, dict) else None
+    if not isinstance(found, dict) or not isinstance(found.get(key), str):
+        raise UserError(f"{path} must be a run's of Llama.train, with {section}.{key} in its config: restore it")
+    return found[key]
 
 
 def write_hf(
@@ -160,7 +178,7 @@ def write_hf(
 
 
 def main() -> None:
-    export(tyro.cli(Options, prog="python -m Llama.weights", description=__doc__))
+    export(parse_options(Options, "python -m Llama.weights", __doc__))
 
 
 if __name__ == "__main__":

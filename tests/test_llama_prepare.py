@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from common import UserError
 from common.corpus import library_files, split_files
+from Llama import arithmetic, evaluate, weights
+from Llama import prepare as prepare_program
 from Llama.config import parse_config
 from Llama.data import build_tokenizer
 from Llama.prepare import Prepare, prepare
@@ -70,8 +73,9 @@ def test_prepare_again_leaves_a_matching_folder_alone_and_refuses_another(source
 def test_prepare_refuses_what_it_cannot_use_in_one_line(source, tmp_path):
     for options, message in [
         ({"val_fraction": 1.0}, "between 0 and 1"),
-        ({"vocab_size": 100}, "258 or more"),
-        ({"document_length": 0}, "at least 1"),
+        ({"vocab_size": 100}, "--vocab-size must be 258 "),
+        ({"vocab_size": 10**30}, "--vocab-size must be 258 "),
+        ({"document_length": 0}, "--document-length must be 1 to"),
     ]:
         with pytest.raises(ValueError, match=message):
             prepare(Prepare(str(source), tmp_path / "out", **options))
@@ -79,7 +83,34 @@ def test_prepare_refuses_what_it_cannot_use_in_one_line(source, tmp_path):
         prepare(Prepare(str(source), source))
     with pytest.raises(FileNotFoundError, match="the source must be a file"):
         prepare(Prepare(str(tmp_path / "nowhere"), tmp_path / "out"))
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match=r"empty.txt must hold text for training and for validation, has 0 documents"):
+        prepare(Prepare(str(tmp_path / "empty.txt"), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "5", "{", '"x"'])
+def test_damaged_meta_of_a_prepared_folder_refuses_with_its_path(source, tmp_path, content):
+    folder = prepare(Prepare(str(source), tmp_path / "out", vocab_size=300))
+    (folder / "meta.json").write_text(content)
+    with pytest.raises(UserError, match=r"meta.json must .*: restore it"):
+        prepare(Prepare(str(source), folder, vocab_size=300))
+
+
+@pytest.mark.parametrize("options", [{"train": 0}, {"val": -1}, {"train": 10**12}, {"seed": -1}])
+def test_word_problems_out_of_range_refuse_in_one_line(tmp_path, options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"--{name} must be"):
+        arithmetic.make(arithmetic.Options(tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("program", [prepare_program, arithmetic, evaluate, weights])
+def test_unknown_options_of_programs_are_one_line(program, monkeypatch):
+    monkeypatch.setattr("sys.argv", [program.__name__, "x", "--nosuch-flag", "1"])
+    with pytest.raises(UserError, match="command line: ") as error:
+        program.main()
+    assert "\n" not in str(error.value)
 
 
 def test_standard_library_has_the_validation_files_of_nanogpt():

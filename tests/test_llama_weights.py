@@ -107,6 +107,22 @@ def test_export_of_a_run_matches_its_newest_checkpoint_tokenizer_and_template(as
         weights.export(weights.Options(tmp_path / "run", tmp_path / "half"))
 
 
+UNKNOWN = {"model": {"name": "x", "flavor": "y", "hf_assets_path": ""}, "training": {"dataset": ""}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "null", "{}", '{"config": 5}', '{"config": {"model": []}}', '{"config": {"model": {"name": "llama2"}}}']
+    + [json.dumps({"config": UNKNOWN | {"training": {}}}), json.dumps({"config": UNKNOWN})],
+)
+def test_damaged_record_of_a_run_refuses_with_its_path(tmp_path, content):
+    dcp.save({}, checkpoint_id=tmp_path / "checkpoint/step-3")
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=str(tmp_path / "config.json")) as error:
+        weights.export(weights.Options(tmp_path, tmp_path / "out"))
+    assert "\n" not in str(error.value)
+
+
 def test_weights_of_another_model_are_refused_with_what_differs(assets, tmp_path):
     shape = SHAPES["llama2"]
     run_with(tmp_path / "run", shape, assets)
