@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common import UserError, launch, progress
 from common.config import at_least
-from SIT.data import read_ahead
+from common.read_ahead import read_ahead
 from SIT.files import check_space, claim, is_whole, write_json, write_whole
 from SIT.latents import CONVERT_IT, FLIPPED, IMAGES, LABELS, LATENTS, read_image, read_labels
 from SIT.vae import VAE, load_vae
@@ -46,8 +46,8 @@ def encode(config: "Encode", vae: VAE | None = None) -> Path:
     todo = launch.on_main(lambda: plan(folder, request, batches, latent_shape))  # before any rank writes
     mine = [batches[number] for number in todo[ranks.rank :: ranks.world_size]]
     with progress(total=len(mine), is_main=ranks.is_main, desc="rank 0's batches") as bar:
-        for batch, pixels in read_images(config, mine, shape):
-            pixels = pixels.to(ranks.device)  # (B, 3, side, side)
+        for batch, pixels in read_images(config, mine, shape, ranks.device):
+            pixels = pixels.to(ranks.device, non_blocking=True)  # (B, 3, side, side)
             latents = vae.encode(pixels.flip(-1) if config.flip else pixels).cpu().numpy()  # (B, 2C, H, W)
             for file, latent in zip(batch, latents, strict=True):
                 write_whole(folder / npy_of(file), partial(np.save, arr=latent))
@@ -72,7 +72,7 @@ def plan(folder: Path, request: dict, batches: list[list[str]], shape: tuple[int
 
 
 def read_images(
-    config: "Encode", batches: list[list[str]], shape: tuple[int, ...]
+    config: "Encode", batches: list[list[str]], shape: tuple[int, ...], device: torch.device
 ) -> Iterator[tuple[list[str], Tensor]]:
     """Give each batch of files with its images (B, 3, side, side) uint8; a thread reads the next batch meanwhile."""
 
@@ -83,7 +83,9 @@ def read_images(
         return image
 
     with ThreadPoolExecutor(config.workers) as pool:
-        loaded = read_ahead(lambda batch: torch.from_numpy(np.stack(list(pool.map(read, batch)))), batches)
+        loaded = read_ahead(
+            lambda batch: torch.from_numpy(np.stack(list(pool.map(read, batch)))), batches, device=device
+        )
         yield from zip(batches, loaded, strict=True)
 
 

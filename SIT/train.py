@@ -23,6 +23,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from common import UserError, config, launch
 from common.parallel import clip_gradient, cut_batch, distribute, place, precision, synchronizing
+from common.read_ahead import read_ahead
 from common.run import Run
 from optimizers import Probe, RuleOptimizer, build_optimizer
 from optimizers.layout import local_of
@@ -82,8 +84,8 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
         units_per_step=settings.data.batch_size,
         # eval.images decides which are left to train on; the rate is in the run's name; folders may have been moved.
         fixed=("clip", "dtype", "ema", "eval.images", "model", "data", "objective", "optimizer", "schedule"),
-        free=("data.folder", "data.micro_batch", "data.on_corrupt", "data.vae", "objective.encoder_folder")
-        + ("optimizer.lr", "optimizer.tuned_lr"),
+        free=("data.folder", "data.micro_batch", "data.workers", "data.read_ahead", "data.on_corrupt", "data.vae")
+        + ("objective.encoder_folder", "optimizer.lr", "optimizer.tuned_lr"),
     )
     with run:
         if run.step == 0:
@@ -93,7 +95,7 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
                 preview(average, decode, settings, ranks, run.folder, run.step)
         batches = read_batches(items["train"], range(run.step, settings.steps), settings, ranks)
         for step in run.steps():
-            losses = accumulate_gradient(network, scaler, batches, encoder, step, settings, ranks)
+            losses = accumulate_gradient(network, scaler, batches, encoder, settings, ranks)
             scaler.unscale_(optimizer)
             norm = clip_gradient(model, settings.clip or math.inf)
 
@@ -133,6 +135,7 @@ def open_items(settings: Config, ranks: launch.Launch) -> dict[str, data.Items]:
             on_corrupt=settings.data.on_corrupt,
             flips=settings.data.flips,
             with_images=bool(settings.objective.encoder),
+            workers=settings.data.workers,
         )
         parts = data.hold_out(len(latents), settings.eval.images)
         items = {name: latents.part(indices) for name, indices in parts.items()}
@@ -192,15 +195,20 @@ def update_average(average: nn.Module, model: nn.Module, keep: float) -> None:
 def read_batches(
     items: data.Items, steps: range, settings: Config, ranks: launch.Launch
 ) -> Iterator[dict[str, Tensor]]:
-    """Give the batch of each piece of each step, the next one being read meanwhile."""
+    """Give the batch of each piece of each step, with its noise, times and dropped labels; a thread reads ahead."""
+    batch_size = settings.data.batch_size
+
+    @lru_cache(maxsize=1)  # one step's pieces share it
+    def drawn(step: int) -> Draws:
+        return draw((TRAINING, settings.seed, step), batch_size, settings.model.input_shape, settings.objective)
 
     def read(place: tuple[int, tuple[slice, int]]) -> dict[str, Tensor]:
         step, (rows, _) = place
-        return data.batch(items, seed=settings.seed, step=step, rows=rows, global_batch=settings.data.batch_size)
+        batch = data.batch(items, seed=settings.seed, step=step, rows=rows, global_batch=batch_size)
+        return batch | {name: each[rows] for name, each in drawn(step)._asdict().items()}
 
-    return data.read_ahead(
-        read, itertools.product(steps, cut_batch(settings.data.batch_size, settings.data.micro_batch, ranks))
-    )
+    places = itertools.product(steps, cut_batch(batch_size, settings.data.micro_batch, ranks))
+    return read_ahead(read, places, settings.data.read_ahead, ranks.device)
 
 
 def accumulate_gradient(
@@ -208,7 +216,6 @@ def accumulate_gradient(
     scaler: torch.amp.GradScaler,
     batches: Iterator[dict[str, Tensor]],
     encoder: Encoder | None,
-    step: int,
     settings: Config,
     ranks: launch.Launch,
 ) -> dict[str, float]:
@@ -216,11 +223,10 @@ def accumulate_gradient(
     network.train()
     batch_size, shares = settings.data.batch_size, ranks.world_size
     mine = cut_batch(batch_size, settings.data.micro_batch, ranks)
-    drawn = draw((TRAINING, settings.seed, step), batch_size, settings.model.input_shape, settings.objective)
     totals = 0  # then (2,): of the denoising and the projection loss
-    for number, (rows, count) in enumerate(mine, start=1):
+    for number, (_, count) in enumerate(mine, start=1):
         batch = data.move(next(batches), ranks.device)
-        draws = Draws(*(each[rows].to(ranks.device) for each in drawn))
+        draws = Draws(*(batch[name] for name in Draws._fields))
         with synchronizing(network, number == len(mine)):  # the ranks' gradients meet once per step
             losses = losses_of(network, batch, draws, encoder, settings, ranks)
             parts = torch.stack([each.mean() for each in losses]) * (count * shares / batch_size)

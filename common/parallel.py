@@ -48,7 +48,7 @@ def place(
     if settings.mode != "ddp" and ranks.world_size > 1:
         return _shard(model, _mesh(settings, ranks), dtype, compile, trained)
     model = model.to(ranks.device)
-    return torch.compile(model) if compile else model
+    return torch.compile(model, dynamic=False) if compile else model
 
 
 def distribute(
@@ -82,7 +82,7 @@ def _shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, compile: bool
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     for block in model.blocks:
         if compile:
-            block.compile()  # inside the gathering, which torch.compile cannot trace
+            block.compile(dynamic=False)  # inside the gathering, which torch.compile cannot trace
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # The rest is one group, so that the embedding and the head stay one tensor; unrounded, as the stream begins there.
     policy = replace(policy, param_dtype=full)

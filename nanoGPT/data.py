@@ -8,8 +8,9 @@ other, each followed by an end-of-text token), and meta.json:
 """
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -152,9 +153,38 @@ def batch(
     (seed, step) fixes the windows of the whole global batch, so that it is the same however many ranks and
     accumulation steps share it, and a resumed run continues with the batches it would have had.
     """
-    check_length(tokens, context)
-    offsets = np.random.default_rng([seed, step]).integers(len(tokens) - context, size=global_batch)
+    offsets = batch_offsets(tokens, seed, step, global_batch, context)
     return windows(tokens, offsets[sequences], context, device)
+
+
+def batch_offsets(tokens: TokenFile, seed: int, step: int, global_batch: int, context: int) -> np.ndarray:
+    """Draw where the windows of a step's global batch begin: (global_batch,)."""
+    check_length(tokens, context)
+    return np.random.default_rng([seed, step]).integers(len(tokens) - context, size=global_batch)
+
+
+def read_batches(
+    tokens: TokenFile,
+    steps: Iterable[int],
+    pieces: Sequence[slice],
+    *,
+    seed: int,
+    global_batch: int,
+    context: int,
+    device: "torch.device | str" = "cpu",
+) -> "Iterator[tuple[Tensor, Tensor]]":
+    """Give `batch` of each of these pieces of the sequences of each step, while a thread reads the next one."""
+    import torch
+
+    from common.read_ahead import read_ahead  # imports torch, as above
+
+    def read(place: tuple[int, slice]) -> "Tensor":
+        step, sequences = place
+        offsets = batch_offsets(tokens, seed, step, global_batch, context)[sequences]
+        return torch.from_numpy(window_rows(tokens, offsets, context))
+
+    for rows in read_ahead(read, itertools.product(steps, pieces), device=device):
+        yield inputs_and_targets(rows, device)
 
 
 def validation_windows(tokens: TokenFile, *, count: int, context: int) -> np.ndarray:
@@ -171,10 +201,18 @@ def windows(
     """Cut, at each offset, inputs (b, T) and the targets one token later (b, T), int64."""
     import torch  # takes seconds, and preparing a corpus goes without
 
+    rows = torch.from_numpy(window_rows(tokens, offsets, context))
+    return inputs_and_targets(rows.pin_memory() if torch.device(device).type == "cuda" else rows, device)
+
+
+def window_rows(tokens: TokenFile, offsets: Sequence[int] | np.ndarray, context: int) -> np.ndarray:
+    """Cut T + 1 tokens at each offset: (b, T + 1) int64."""
     rows = np.stack([tokens.tokens[offset : offset + context + 1] for offset in offsets])
-    rows = torch.from_numpy(rows.astype(np.int64))  # (b, T + 1)
-    if torch.device(device).type == "cuda":
-        rows = rows.pin_memory()  # a pinned copy need not wait for the GPU
+    return rows.astype(np.int64)
+
+
+def inputs_and_targets(rows: "Tensor", device: "torch.device | str") -> "tuple[Tensor, Tensor]":
+    """Move windows (b, T + 1) to a device, and part them; of pinned rows the copy is under way when this returns."""
     rows = rows.to(device, non_blocking=True)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 

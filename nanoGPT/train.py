@@ -19,10 +19,11 @@ if __name__ == "__main__":  # --help and mistakes now: the imports below take se
 import math
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common import UserError, config, launch
 from common.parallel import autocast, clip_gradient, cut_batch, distribute, precision, synchronizing
@@ -77,8 +78,9 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
         if run.step == 0:
             state = {"optimizer_state_mb": optimizer.state_size() / 1e6}
             run.log(state | evaluate(network, corpus["val"], settings, ranks))
+        batches = read_batches(corpus["train"], range(run.step, settings.steps), settings, ranks)
         for step in run.steps():
-            loss = accumulate_gradient(network, scaler, corpus["train"], step, settings, ranks)
+            loss = accumulate_gradient(network, scaler, batches, settings, ranks)
             scaler.unscale_(optimizer)
             norm = clip_gradient(model, settings.clip or math.inf)
 
@@ -146,11 +148,26 @@ def build(settings: GPTOptimizerConfig, network: nn.Module) -> RuleOptimizer:
     return build_optimizer(network, settings.name, qkv_split=blocks, **settings.options())
 
 
+def read_batches(
+    tokens: data.TokenFile, steps: range, settings: Config, ranks: launch.Launch
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Give inputs and targets (b, T) of each piece of each step; a thread reads ahead."""
+    batch_size = settings.data.batch_size
+    return data.read_batches(
+        tokens,
+        steps,
+        [sequences for sequences, _ in cut_batch(batch_size, settings.data.micro_batch, ranks)],
+        seed=settings.seed,
+        global_batch=batch_size,
+        context=settings.model.context,
+        device=ranks.device,
+    )
+
+
 def accumulate_gradient(
     network: nn.Module,
     scaler: torch.amp.GradScaler,
-    tokens: data.TokenFile,
-    step: int,
+    batches: Iterator[tuple[Tensor, Tensor]],
     settings: Config,
     ranks: launch.Launch,
 ) -> float:
@@ -159,16 +176,8 @@ def accumulate_gradient(
     batch_size, shares = settings.data.batch_size, ranks.world_size
     mine = cut_batch(batch_size, settings.data.micro_batch, ranks)
     total = 0.0  # becomes a tensor of the loss's own dtype: a float32 zero would round the losses of a float64 run
-    for number, (sequences, count) in enumerate(mine, start=1):
-        inputs, targets = data.batch(  # (b, T) each
-            tokens,
-            seed=settings.seed,
-            step=step,
-            sequences=sequences,
-            global_batch=batch_size,
-            context=settings.model.context,
-            device=ranks.device,
-        )
+    for number, (_, count) in enumerate(mine, start=1):
+        inputs, targets = next(batches)  # (b, T) each
         with synchronizing(network, number == len(mine)):  # the ranks' gradients meet once per step
             with autocast(precision(settings.dtype, ranks), ranks):
                 _, loss = network(inputs, targets)

@@ -113,6 +113,16 @@ def test_batch_matches_the_global_batch_however_it_is_shared(ranks):
     assert torch.equal(torch.cat(parts), whole)
 
 
+def test_batches_read_ahead_match_those_of_batch():
+    tokens, pieces = counting(3000), [slice(0, 2), slice(2, 5)]
+    shared = {"seed": 7, "global_batch": 6, "context": 8}
+    read = list(data.read_batches(tokens, range(3, 6), pieces, **shared))
+    expected = [data.batch(tokens, step=step, sequences=piece, **shared) for step in range(3, 6) for piece in pieces]
+    assert len(read) == 6
+    for (inputs, targets), (wanted, following) in zip(read, expected, strict=True):
+        assert torch.equal(inputs, wanted) and torch.equal(targets, following)
+
+
 def test_batch_differs_between_steps_and_between_seeds():
     def draw(seed, step):
         return data.batch(counting(3000), seed=seed, step=step, sequences=slice(0, 4), global_batch=4, context=8)[0]

@@ -169,42 +169,26 @@ def test_a_part_has_its_items_alone_and_replaces_a_corrupt_one_from_among_them(t
     assert drawn == [numbers[0]] * 4 and len(part.skipped) == 3 and not items.skipped
 
 
-def test_read_ahead_gives_results_in_order_and_has_the_next_begun():
-    begun = [threading.Event() for _ in range(4)]
-
-    def note(number):
-        begun[number].set()
-        return number * 10
-
-    results = data.read_ahead(note, range(4))
-    assert next(results) == 0
-    assert begun[1].wait(10) and not begun[3].is_set()
-    assert list(results) == [10, 20, 30]
-    assert list(data.read_ahead(note, [])) == []
-
-
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux lists them")
-def test_digits_are_read_ahead_without_a_second_set_of_torchs_threads():
+def test_digits_and_noise_are_read_ahead_without_a_second_set_of_torchs_threads():
     program = """
 import os, torch
+from common.read_ahead import read_ahead
 from SIT import data
+from SIT.objective import ObjectiveConfig, draw
 items = data.digits()["train"]
 torch.ones(2000, 2000).sin()  # starts the first set
-fetch = lambda step: data.batch(items, seed=0, step=step, rows=slice(0, 128), global_batch=128)
-batches = data.read_ahead(fetch, range(3))
+settings = ObjectiveConfig(times="lognormal")
+def fetch(step):
+    batch = data.batch(items, seed=0, step=step, rows=slice(0, 128), global_batch=128)
+    return batch | draw((1, 0, step), 256, (4, 32, 32), settings)._asdict()
+batches = read_ahead(fetch, range(3))
 before = len(os.listdir("/proc/self/task"))
 next(batches), next(batches)
 assert torch.get_num_threads() == 2 and len(os.listdir("/proc/self/task")) == before + 1
 """
     environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
-
-
-def test_read_ahead_passes_a_failure_on():
-    results = data.read_ahead(lambda number: 1 // number, [1, 0])
-    assert next(results) == 1
-    with pytest.raises(ZeroDivisionError):
-        next(results)
 
 
 def test_move_keeps_what_a_batch_holds():

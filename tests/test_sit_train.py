@@ -156,10 +156,10 @@ class Killed(BaseException):
 
 
 def train_until_killed(monkeypatch, step: int, config: Path, *arguments: str, out: Path) -> None:
-    honest = training.accumulate_gradient
+    honest, count = training.accumulate_gradient, itertools.count()
 
     def dies(*given):
-        if given[4] == step:
+        if next(count) == step:
             raise Killed
         return honest(*given)
 
@@ -183,10 +183,10 @@ def test_resume_after_a_kill_matches_the_uninterrupted_run_bit_for_bit(tiny, tmp
 
 
 def test_sigterm_saves_a_checkpoint_that_resume_continues(tiny, tmp_path, monkeypatch, capsys):
-    honest = training.accumulate_gradient
+    honest, count = training.accumulate_gradient, itertools.count()
 
     def asked_at_1(*arguments):
-        if arguments[4] == 1:
+        if next(count) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return honest(*arguments)
 
