@@ -1,16 +1,13 @@
-"""The look of this project's figures and tables: one colour and marker an optimizer, labels at the ends of lines."""
+"""The look of this project's figures and tables: one colour and marker per optimizer, labels at the ends of lines."""
 
 import statistics
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")  # before pyplot: no display on a training machine
-import matplotlib.pyplot as plt
 import numpy as np
 
+from common.evidence import digits_of
 from common.runlog import shortest
 
 
@@ -22,7 +19,7 @@ class Style(NamedTuple):
     weight: str = "normal"
 
 
-# One look an optimizer in every figure of the project. OLion has Okabe and Ito's vermilion; the others were searched
+# One look per optimizer in every figure of the project. OLion has Okabe and Ito's vermilion; the others were searched
 # around that set's hues for colours that stay apart (27 or more in CIELAB) under Machado, Oliveira and Fernandes'
 # simulations (2009) of the three kinds of colour blindness, and read on white. Markers serve grey print.
 STYLES = {
@@ -47,7 +44,7 @@ def rate(lr: float | None) -> str:
     return "–" if lr is None else shortest(lr)
 
 
-def spread(positions: list[float], gap: float) -> np.ndarray:
+def push_apart(positions: list[float], gap: float) -> np.ndarray:
     """Moves labels apart along one axis until neighbours are `gap` away, keeping their order."""
     order = np.argsort(positions, kind="stable")
     placed = np.array(positions, dtype=float)[order]
@@ -58,8 +55,19 @@ def spread(positions: list[float], gap: float) -> np.ndarray:
     return placed[np.argsort(order)]
 
 
+def pyplot():
+    """matplotlib.pyplot without a display; imported when something is drawn, since it takes a second."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # before pyplot: no display on a training machine
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
 def new_figure(title: str, subtitle: str, rows: int = 1, sharey: bool = False):
     """A figure in the project's look: (figure, [panel, ...]); legible at 800 pixels, half of what is saved."""
+    plt = pyplot()
     plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 12, "axes.edgecolor": FAINT})
     height = 1.0 + 3.8 * rows  # inches
     figure, axes = plt.subplots(rows, 1, figsize=(8, height), sharey=sharey, squeeze=False)
@@ -81,7 +89,7 @@ def label_ends(panel, ends: list[tuple[float, float, str, str]]) -> None:
     panel.figure.subplots_adjust(right=min(room, panel.figure.subplotpars.right))  # another panel's may be longer
     bottom, top = panel.get_ylim()
     heights = [min(max(y, bottom), top) for _, y, _, _ in ends]
-    places = spread(heights, gap=(top - bottom) * 0.072)  # a line of text
+    places = push_apart(heights, gap=(top - bottom) * 0.072)  # a line of text
     # relpos: to the text's left edge; towards its middle the line would cross other texts
     tie = {"arrowstyle": "-", "linewidth": 0.7, "alpha": 0.6, "shrinkA": 1, "relpos": (0, 0.5)}
     for (x, _, text, optimizer), height, place in zip(ends, heights, places, strict=True):
@@ -102,13 +110,17 @@ def label_ends(panel, ends: list[tuple[float, float, str, str]]) -> None:
 def save(figure, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=200)
-    plt.close(figure)
+    pyplot().close(figure)
 
 
 def mean_and_spread(values: list[float]) -> str:
-    """'1.678 ± 0.004 (3 seeds)': the mean and the sample standard deviation."""
-    mean = f"{statistics.fmean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f} ({len(values)} seeds)" if len(values) > 1 else mean
+    """'1.678 ± 0.004 (3 seeds)': the mean and the sample standard deviation, in the decimals that its spread leaves."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return f"{mean:.3f}"
+    deviation = statistics.stdev(values)
+    digits = digits_of(deviation)
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f} ({len(values)} seeds)"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -61,14 +61,6 @@ def metrics_of(what: str, recorded: Iterable[str]) -> tuple[str, ...]:
     return tuple(metric for metric in wanted if metric in keys)
 
 
-def distribution(lines: list[dict], metric: str) -> dict[str, list[float]] | None:
-    """The last recorded distribution of this name, its quantiles against their share; None where it is none."""
-    values = next((line[metric] for line in reversed(lines) if isinstance(line.get(metric), list)), None)
-    if not values:
-        return None
-    return {"x": [i / (len(values) - 1) for i in range(len(values))], "y": values}
-
-
 def words_of(metric: str) -> str | None:
     """What a panel calls a probe's quantity."""
     _, label, quantity = metric.split("/", 2) if metric.count("/") == 2 else ("", "", "")

@@ -25,14 +25,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from matplotlib.ticker import NullLocator
 
 from common import UserError, one_line, progress, warn
-from common.figure import STYLES, label_ends, markdown, mean_and_spread, new_figure, rate, save, style_of
-from common.launch import StopRequest, main_guard
+from common.evidence import Paired, digits_of, paired_difference
+from common.figure import FAINT, STYLES, label_ends, markdown, mean_and_spread, new_figure, rate, save, style_of
+from common.guard import main_guard
+from common.options import parse_options
+from common.recorded import is_number, method, read_config, read_object, require, seeds_in_words
 from common.runlog import END, run_name
 from common.whole import write_text
-from scripts.figures import is_number, method, read_config, read_object, require, title_of
+from scripts.figures import title_of
 
 KEY = ("config", "optimizer", "lr", "adamw_lr", "seed")  # what makes a recorded run another run
 SWEPT = {"optimizer.name", "optimizer.lr", "optimizer.adamw_lr", "seed"}
@@ -279,6 +281,8 @@ def train(options: Options) -> list[str]:
     for trial in set(trials) - set(waiting):
         add(options.record, outcome(options, trial))
     running: dict[subprocess.Popen, Trial] = {}
+    from common.launch import StopRequest  # here, since it imports torch: --help goes without it
+
     bar = progress(total=len(trials), initial=len(trials) - len(waiting), unit="run")
     with bar, StopRequest() as stop:
         while (waiting or running) and not stop.requested:
@@ -364,6 +368,63 @@ def table(curves: Curves) -> str:
     return markdown(["optimizer", "AdamW part's rate", "best rate", "validation loss", "bracketed"], rows)
 
 
+def paired(curves: Curves) -> dict[tuple[float | None, str], Paired]:
+    """Each optimizer's best losses minus those of the best optimizer, seed by seed, for each rate of the AdamW part."""
+    found = {}
+    for part in dict.fromkeys(adamw_lr for adamw_lr, _ in curves):
+        bests = {name: curve[best_rate(curve)] for (adamw_lr, name), curve in curves.items() if adamw_lr == part}
+        first = min(bests, key=lambda name: mean(bests[name]))
+        for name, losses in bests.items():
+            if name != first and (difference := paired_difference(losses, bests[first])):
+                found[part, name] = difference
+    return found
+
+
+def paired_table(curves: Curves) -> str:
+    """The paired differences with their 95 % intervals; empty where no two optimizers share two seeds."""
+    rows = []
+    for (part, name), each in paired(curves).items():
+        digits = digits_of(each.half_width)
+        told = f"{each.mean:+.{digits}f} ± {each.half_width:.{digits}f} ({each.seeds} seeds)"
+        verdict = "yes" if each.is_beyond_noise else "no"
+        rows.append([style_of(name).label, "the same" if part is None else rate(part), told, verdict])
+    heads = [
+        "optimizer",
+        "AdamW part's rate",
+        "loss minus the best one's, paired by seed, 95 % interval",
+        "beyond noise",
+    ]
+    return markdown(heads, rows) if rows else ""
+
+
+def draw_paired(curves: Curves, out: Path, title: str) -> None:
+    """The paired differences as points with intervals, a panel for each rate of the AdamW part."""
+    differences = paired(curves)
+    parts = list(dict.fromkeys(part for part, _ in differences))
+    seeds = seeds_in_words(seed for curve in curves.values() for seed in curve[best_rate(curve)])
+    figure, panels = new_figure(title, f"loss minus the best optimizer's, each at its best rate; {seeds}", len(parts))
+    for panel, part in zip(panels, parts, strict=True):
+        its = {name: each for (of, name), each in differences.items() if of == part}
+        order = sorted(its, key=lambda name: -its[name].mean)  # the lowest on top
+        for height, name in enumerate(order):
+            style, each = style_of(name), its[name]
+            panel.errorbar(
+                each.mean, height, xerr=each.half_width, color=style.color, marker=style.marker, capsize=4, markersize=8
+            )
+        panel.axvline(0, color=FAINT, linewidth=1)
+        panel.set_yticks(range(len(order)), labels=[style_of(name).label for name in order])
+        panel.set_ylim(-0.6, len(order) - 0.4)
+        panel.grid(axis="y", visible=False)
+        panel.grid(axis="x", color="#E4E4E4", linewidth=0.8)
+        first = next(style_of(name).label for of, name in curves if of == part and name not in its)
+        panel.set_xlabel(
+            f"above {first}, paired by seed, with its 95 % interval"
+            + ("" if part is None else f"; AdamW part {rate(part)}")
+        )
+    figure.subplots_adjust(left=0.13)
+    save(figure, out)
+
+
 def draw(curves: Curves, out: Path, title: str) -> None:
     """Final loss against learning rate, a panel for each rate of the AdamW part; the valleys fill the picture."""
     valleys = []  # each best, and what was tried right beside it
@@ -376,7 +437,8 @@ def draw(curves: Curves, out: Path, title: str) -> None:
         )
     margin = (max(valleys) - min(valleys)) * 0.1 or 0.05
     parts = list(dict.fromkeys(adamw_lr for adamw_lr, _ in curves))
-    legend = "final validation loss, mean over seeds; ring: best (square: at the grid's edge), hollow: fewer seeds"
+    seeds = seeds_in_words(seed for curve in curves.values() for losses in curve.values() for seed in losses)
+    legend = f"final validation loss, mean of {seeds}; ring: best (square: grid's edge), hollow: fewer seeds"
     figure, panels = new_figure(title, legend, rows=len(parts), sharey=True)
     for panel, part in zip(panels, parts, strict=True):
         panel.set_ylim(min(valleys) - margin, max(valleys) + margin)
@@ -389,6 +451,8 @@ def draw(curves: Curves, out: Path, title: str) -> None:
 
 def draw_panel(panel, curves: dict[str, Curve]) -> None:
     """Curves over the rates, bars from the lowest to the highest seed, an × above for runs that diverged or failed."""
+    from matplotlib.ticker import NullLocator  # here: --help goes without it
+
     bottom, top = panel.get_ylim()
     tried = sorted({lr for curve in curves.values() for lr in curve})
     panel.set_xscale("log")
@@ -427,7 +491,7 @@ def draw_panel(panel, curves: dict[str, Curve]) -> None:
 
 
 def main() -> None:
-    options = tyro.cli(Options)
+    options = parse_options(Options, "python -m scripts.sweep", __doc__)
     check(options)
     failures = [] if options.draw_only else train(options)
     recorded = read_record(options.record)["runs"]
@@ -436,8 +500,12 @@ def main() -> None:
         names = ", ".join(sorted({run["config"] for run in recorded})) or "nothing"
         raise UserError(f"there is no run of {options.name} in {options.record}; it holds {names}")
     print(table(curves))
-    draw(curves, options.record.with_suffix(".png"), options.title or options.plain_title)
-    print(f"\n{options.record.with_suffix('.png')}, from {options.record}")
+    title, picture = options.title or options.plain_title, options.record.with_suffix(".png")
+    draw(curves, picture, title)
+    print(f"\n{picture}, from {options.record}")
+    if differences := paired_table(curves):
+        draw_paired(curves, picture.with_stem(f"{picture.stem}_paired"), title)
+        print(f"\n{differences}\n\n{picture.with_stem(f'{picture.stem}_paired')}")
     if failures:
         named = ", ".join(failures[:3]) + ", ..." * (len(failures) > 3)
         raise UserError(f"{len(failures)} runs failed ({named}): their output is in {options.logs}")

@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from common import figure
-from common.launch import main_guard
+from common import figure, recorded
+from common.guard import main_guard
 from scripts import figures
 
 
@@ -35,7 +35,7 @@ def fine_tuned(root, optimizer="olion", share=(0.0, 0.5, 1.0), forgotten=(1.5, 1
 
 
 def lines_of(*folders, metrics=("val/loss",), x="step"):
-    return figures.group_lines([figures.read_run(folder, metrics, x) for folder in folders])
+    return recorded.group_lines([recorded.read_run(folder, metrics, x) for folder in folders])
 
 
 def cells_of(table):
@@ -116,10 +116,8 @@ def test_subtitle_matches_the_one_metric_or_the_seeds_of_several(tmp_path, monke
         return drawn(monkeypatch, *arguments, "--out", tmp_path / "a.png").texts[1].get_text()
 
     assert subtitle(runs[0]) == "validation loss, nats per token; seed 1"
-    assert (
-        subtitle(*runs) == "validation loss, nats per token; mean of 2 seeds, band from lowest to highest; seeds 1, 2"
-    )
-    assert subtitle(*runs, *several) == "mean of 2 seeds, band from lowest to highest; seeds 1, 2"
+    assert subtitle(*runs) == "validation loss, nats per token; mean and range of seeds 1, 2"
+    assert subtitle(*runs, *several) == "mean and range of seeds 1, 2"
     assert subtitle(runs[0], *several) == "seed 1"
     lone = drawn(monkeypatch, runs[0], "--out", tmp_path / "a.png")
     assert [panel.get_title(loc="left") for panel in lone.axes] == [""]
@@ -207,7 +205,7 @@ def test_table_matches_last_values_and_medians(tmp_path):
     rows = cells_of(figures.table(lines_of(*folders)))
     assert rows[2] == ["AdamW", "2e-3", "1.050", "2.100", "11.0", "2.00", "1.50"]
     # By hand: losses 1.1 and 1.3, so a sample deviation of 0.1 sqrt(2); step times 10, 11, 18.
-    assert rows[3] == ["OLion", "1e-3", "1.200 ± 0.141 (2 seeds)", "2.400 ± 0.283 (2 seeds)", "11.0", "2.00", "1.50"]
+    assert rows[3] == ["OLion", "1e-3", "1.20 ± 0.14 (2 seeds)", "2.40 ± 0.28 (2 seeds)", "11.0", "2.00", "1.50"]
 
 
 def test_table_columns_match_what_some_run_recorded(tmp_path):
@@ -218,7 +216,7 @@ def test_table_columns_match_what_some_run_recorded(tmp_path):
     assert before[0][2:] == ["val loss", "bits per byte", *times]
     assert after[0][2:] == ["val loss", "exact match", "pretraining loss", *times]
     # By hand: shares 0.6 and 0.8, so a sample deviation of 0.1 sqrt(2).
-    assert after[2][2:5] == ["1.000 ± 0.000 (2 seeds)", "0.700 ± 0.141 (2 seeds)", "2.000 ± 0.000 (2 seeds)"]
+    assert after[2][2:5] == ["1.000 ± 0.000 (2 seeds)", "0.70 ± 0.14 (2 seeds)", "2.000 ± 0.000 (2 seeds)"]
     mixed = cells_of(figures.table(lines_of(plain, *tuned)))
     assert mixed[0][2:6] == ["val loss", "bits per byte", "exact match", "pretraining loss"]
     assert mixed[2][:6] == ["Muon", "1e-3", "1.000", "2.000", "–", "–"]
@@ -236,7 +234,7 @@ def test_room_for_labels_matches_the_longest_of_all_panels():
         figure_, panels = figure.new_figure("title", "subtitle", rows=len(labels))
         for panel, label in zip(panels, labels, strict=True):
             figure.label_ends(panel, [(1.0, 0.5, label, "olion")])
-        figure.plt.close(figure_)
+        figure.pyplot().close(figure_)
         return figure_.subplotpars.right
 
     short, long = "1.234  OLion", "1.234  OLion lr 1.6e-2"
@@ -260,7 +258,7 @@ def test_rate_matches_how_people_write_it(lr, text):
 
 def test_labels_are_spread_to_the_gap_in_their_order():
     positions = [1.0, 5.0, 1.02, 0.99, 1.01]
-    placed = figure.spread(positions, gap=0.1)
+    placed = figure.push_apart(positions, gap=0.1)
     assert list(np.argsort(placed)) == list(np.argsort(positions))
     assert np.diff(np.sort(placed)).min() > 0.099  # the passes approach the gap from below
     assert placed[1] == 5.0
@@ -280,9 +278,9 @@ def test_folder_without_runs_refuses_and_lists_what_is_there(tmp_path, monkeypat
 def test_path_that_does_not_exist_refuses_beside_good_ones(tmp_path):
     kept = make_run(tmp_path)
     (tmp_path / "logs").mkdir()
-    assert figures.find_runs((str(kept), str(tmp_path / "logs"))) == [kept]
+    assert recorded.find_runs((str(kept), str(tmp_path / "logs"))) == [kept]
     with pytest.raises(FileNotFoundError, match=r"no run in .*absent"):
-        figures.find_runs((str(kept), str(tmp_path / "absent")))
+        recorded.find_runs((str(kept), str(tmp_path / "absent")))
 
 
 def test_metric_that_no_run_has_refuses_and_names_what_was_recorded(tmp_path, monkeypatch, capsys):
@@ -300,8 +298,8 @@ def test_metric_that_no_run_has_refuses_and_names_what_was_recorded(tmp_path, mo
 def test_runs_are_found_under_parents_and_globs_but_not_where_moved_aside(tmp_path):
     kept = [make_run(tmp_path / "group", lr=lr) for lr in (1e-3, 2e-3)]
     make_run(tmp_path / "group.old")
-    assert sorted(figures.find_runs((str(tmp_path),))) == sorted(kept)
-    assert figures.find_runs((str(tmp_path / "*" / "olion-lr0.002*"), str(kept[1]))) == [kept[1]]
+    assert sorted(recorded.find_runs((str(tmp_path),))) == sorted(kept)
+    assert recorded.find_runs((str(tmp_path / "*" / "olion-lr0.002*"), str(kept[1]))) == [kept[1]]
 
 
 def test_runs_of_different_lengths_are_warned_of_and_tabulated_with_their_last_step(tmp_path, monkeypatch, capsys):
@@ -353,7 +351,7 @@ def test_damaged_line_of_metrics_refuses_in_one_line_and_names_the_file(text, tm
 
 
 def test_losses_that_are_no_numbers_refuse_and_nan_is_a_gap(tmp_path, monkeypatch, capsys):
-    assert figures.values_of([{"a": 1}, {"a": float("nan")}, {}], "a") == [1, None, None]
+    assert recorded.values_of([{"a": 1}, {"a": float("nan")}, {}], "a") == [1, None, None]
     run = make_run(tmp_path, values=(3.0, "low", 1.0))
     refused(monkeypatch, capsys, run, "--out", tmp_path / "a.png", said="val/loss")
 
@@ -384,3 +382,34 @@ def test_titles_are_plain_words():
     assert figures.title_of("sit", "digits") == "A small SiT on handwritten digits"
     assert figures.title_of("nanogpt", "gpt2_small") == "GPT: gpt2 small"
     assert figures.title_of("mine", "") == "mine"
+
+
+def test_steps_to_match_the_first_validation_below_the_target_by_more_than_noise(tmp_path, monkeypatch, capsys):
+    for seed in (1, 2, 3):  # AdamW ends at 2; OLion's mean is below at step 10 but not by its noise
+        make_run(tmp_path, "adamw", seed=seed, values=(3.0, 2.5, 2.0), more={})
+        make_run(tmp_path, "olion", seed=seed, values=(3.0, 1.9 + 0.3 * (seed - 2), 1.5 + 0.01 * seed))
+        make_run(tmp_path, "muon", seed=seed, values=(3.0, 1.9 + 0.01 * seed, 1.8))
+        make_run(tmp_path, "lion", seed=seed, values=(3.0, 2.9, 2.5 + 0.1 * seed))
+    run_main(monkeypatch, tmp_path, "--out", tmp_path / "a.png")
+    rows = {row[0]: row for row in cells_of(capsys.readouterr().out.split("\n\n")[0])}
+    assert rows["optimizer"][-2:] == ["steps to val loss 2.000", "seconds to it"]
+    # By hand: t(2) = 2.92; OLion at 10: 0.1 sqrt(3) < 2.92 x 0.3; Muon at 10: 0.08 sqrt(3) > 2.92 x 0.01. The median of
+    # the step times 10, 11 and 18 ms is 11 ms.
+    assert rows["OLion"][-2:] == ["20", "0"]
+    assert rows["Muon"][-2:] == ["10", "0"]
+    assert rows["AdamW"][-2] == "20"
+    assert rows["Lion"][-2:] == ["–", "–"]
+
+
+def test_steps_to_a_loss_of_ones_own_match_the_first_validation_at_it(tmp_path, monkeypatch, capsys):
+    make_run(tmp_path, values=(3.0, 2.0, 1.0))
+    run_main(monkeypatch, tmp_path, "--out", tmp_path / "a.png", "--steps-to", "2.5", "--x", "tokens")
+    rows = cells_of(capsys.readouterr().out.split("\n\n")[0])
+    assert (rows[0][-1], rows[2][-1]) == ("tokens to val loss 2.500", "640")
+    run_main(monkeypatch, tmp_path, "--out", tmp_path / "a.png")  # without AdamW there is no such column
+    assert "steps to" not in capsys.readouterr().out
+
+
+def test_steps_to_an_optimizer_that_is_not_drawn_refuses_in_one_line(tmp_path, monkeypatch, capsys):
+    make_run(tmp_path)
+    refused(monkeypatch, capsys, tmp_path, "--out", tmp_path / "a.png", "--steps-to", "muon", said="(olion); got muon")

@@ -25,6 +25,8 @@ PROGRAMS = (
     "SIT.prepare",
     "nanoGPT.train",
     "SIT.train",
+    "scripts.figures",
+    "scripts.sweep",
 )
 
 

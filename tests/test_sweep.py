@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from common.launch import main_guard
+from common.guard import main_guard
 from scripts import sweep
 
 # Its loss is lowest at lr 4e-3; the optimizer's name chooses how a run ends. It appends each call to calls.jsonl.
@@ -83,7 +83,7 @@ def test_grid_trains_each_cell_and_records_its_loss(monkeypatch, capsys):
     assert recorded()[0] | {"config": "small", "torch": "2", "machine": {"cpu": "x"}, "steps": 100} == recorded()[0]
     assert Path("images/sweep_fake_small.png").stat().st_size > 10_000
     # By hand: 1.001 and 1.002 at the best rate.
-    assert "| OLion     | the same          | 4e-3      | 1.002 ± 0.001 (2 seeds) | yes" in capsys.readouterr().out
+    assert "| OLion     | the same          | 4e-3      | 1.0015 ± 0.0007 (2 seeds) | yes" in capsys.readouterr().out
 
 
 def test_finished_runs_are_skipped_and_new_cells_added(monkeypatch):
@@ -260,3 +260,26 @@ def test_configs_that_extend_each_other_in_a_circle_refuse_in_one_line(monkeypat
     with pytest.raises(SystemExit):
         run_sweep(monkeypatch)
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_paired_differences_match_those_of_the_best_rates_over_shared_seeds():
+    curves = {
+        (None, "olion"): {1e-3: {1: 2.0, 2: 2.2, 3: 2.4}, 2e-3: {1: 9.0, 2: 9.0, 3: 9.0}},
+        (None, "muon"): {1e-3: {1: 2.1, 2: 2.4, 3: 2.7}},
+        (None, "lion"): {1e-3: {1: 3.0, 2: 2.0, 3: 2.5}},
+        (None, "adamw"): {1e-3: {1: 3.0}},
+    }
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in sweep.paired_table(curves).splitlines()[2:]]
+    # By hand: Muon's differences are 0.1, 0.2, 0.3, so that s is 0.1 and t(2) s / sqrt(3) 0.248; Lion's are 1.0, -0.2,
+    # 0.1: mean 0.3, s 0.624, half width 1.55.
+    assert [row[0] for row in rows] == ["Muon", "Lion"]
+    assert rows[0][2:] == ["+0.20 ± 0.25 (3 seeds)", "no"]
+    assert rows[1][2:] == ["+0.3 ± 1.6 (3 seeds)", "no"]
+
+
+def test_sweep_of_several_seeds_draws_paired_differences_and_names_the_seeds(monkeypatch, capsys):
+    run_sweep(monkeypatch, "--optimizers", "olion", "muon", "--lrs", "2e-3", "4e-3", "--seeds", 1, 2, 3)
+    assert "paired by seed" in capsys.readouterr().out
+    assert Path("images/sweep_fake_small_paired.png").stat().st_size > 10_000
+    run_sweep(monkeypatch, "--optimizers", "olion", "--lrs", "2e-3", "--out", "alone.json")
+    assert not Path("alone_paired.png").exists()

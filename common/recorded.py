@@ -1,0 +1,272 @@
+"""Runs as they were recorded, read for tables and pictures: each file's shape is checked, each fault is one line."""
+
+import glob
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from itertools import cycle, groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common import UserError, one_line
+from common.figure import rate, style_of
+from common.runlog import METRICS_FILE, read_metrics
+
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))  # several lines of one optimizer
+COLUMNS = {  # of the table -> heading, digits after the point
+    "val/loss": ("val loss", 3),
+    "val/bits_per_byte": ("bits per byte", 3),
+    "val/exact_match": ("exact match", 3),
+    "val/pretrain_loss": ("pretraining loss", 3),
+    "val/denoising_loss": ("denoising loss", 3),
+    "val/projection_loss": ("projection loss", 3),
+    "step_ms": ("ms per step", 1),
+    "optimizer_ms": ("ms in the optimizer", 2),
+    "optimizer_state_mb": ("optimizer state MB", 2),
+}
+# Settings that make no other method: runs that differ in these alone are repetitions of one.
+BOOKKEEPING = {"seed", "resume", "wandb", "checkpoint", "device", "out", "probe"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run recorded: points to draw, figures for the table, and where they come from."""
+
+    name: str
+    experiment: str
+    group: str
+    torch: str
+    machine: Any
+    config: dict
+    summary: dict  # column of the table -> number
+    points: dict[str, dict[str, list[float]]]  # metric -> {"x": [...], "y": [...]}, of the metrics that it has
+
+    @property
+    def optimizer(self) -> str:
+        return str(self.config.get("optimizer", {}).get("name", self.name.split("-")[0]))
+
+    @property
+    def length(self) -> float:
+        """The last x at which anything was drawn."""
+        return max(max(points["x"]) for points in self.points.values())
+
+
+@dataclass(frozen=True)
+class Line:
+    """Runs that differ in their seed alone, drawn as one line."""
+
+    optimizer: str
+    label: str
+    dash: Any
+    runs: list[Run]
+
+    @property
+    def length(self) -> float:
+        """The largest x of any run."""
+        return max(run.length for run in self.runs)
+
+    def having(self, metric: str) -> "Line":
+        return replace(self, runs=[run for run in self.runs if metric in run.points])
+
+    def points(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        """x (points,) at which every run has a value, and y (runs, points)."""
+        drawn = [run.points[metric] for run in self.runs]
+        curves = [dict(zip(points["x"], points["y"], strict=True)) for points in drawn]
+        shared = sorted(set.intersection(*map(set, curves)))
+        if not shared:
+            names = ", ".join(run.name for run in self.runs)
+            raise UserError(f"a mean needs points that all seeds share; {names} share no {metric}: draw them apart")
+        return np.array(shared), np.array([[curve[x] for x in shared] for curve in curves])
+
+
+def read_object(path: Path) -> dict:
+    """The object in a JSON file; UserError where the file holds anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} must hold JSON, got {one_line(error)}; restore the file or remove it") from None
+    require(isinstance(found, dict), path, "a JSON object", found)
+    return found
+
+
+def require(holds: bool, where: Path | str, wanted: str, got: Any) -> None:
+    if not holds:
+        raise UserError(f"{where} must hold {wanted}, got {str(got)[:60]!r}; restore the file or remove it")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def method(config: dict, prefix: str = "") -> dict[str, Any]:
+    """The settings that make a method, flat: {"optimizer": {"lr": 1}, "seed": 2} -> {"optimizer.lr": 1}"""
+    flat = {}
+    for key, value in config.items():
+        if prefix or key not in BOOKKEEPING:
+            flat |= method(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def read_config(folder: Path) -> dict:
+    """A run's config.json, the learning rate that was used standing in `optimizer.lr`; {} where there is none."""
+    path = folder / "config.json"
+    record = read_object(path) if path.exists() else {}
+    config = record.get("config", {})
+    require(isinstance(config, dict), path, "an object as config", config)
+    if isinstance(optimizer := config.get("optimizer", {}), dict):
+        tuned = optimizer.pop("tuned_lr", {})  # the rates that stand in for one that was not asked for
+        require(isinstance(tuned, dict), path, "an object as optimizer.tuned_lr", tuned)
+        if optimizer.get("lr") is None:
+            optimizer["lr"] = tuned.get(optimizer.get("name"))
+        for key in ("lr", "adamw_lr"):
+            value = optimizer.get(key)
+            require(value is None or is_number(value), path, f"a number as optimizer.{key}", value)
+    else:
+        require(False, path, "an object as config.optimizer", optimizer)
+    return record
+
+
+def read_lines(folder: Path) -> list[dict]:
+    """A run's metrics, one object per logged step; UserError for a damaged file."""
+    path = folder / METRICS_FILE
+    try:
+        lines = read_metrics(folder)
+    except (ValueError, RecursionError) as error:
+        text = one_line(error)
+        raise UserError(text if str(path) in text else f"{path} must hold JSON lines in UTF-8, got {text}") from None
+    for number, line in enumerate(lines, start=1):
+        whole = isinstance(line, dict) and is_number(line.get("step"))
+        require(whole, f"{path}: line {number}", "an object with a step", line)
+    return lines
+
+
+def values_of(lines: Iterable[dict], key: str) -> list[float | None]:
+    """A quantity at each line; None where it was not measured, or is not finite."""
+    values = [line.get(key) for line in lines]
+    for value in values:
+        require(value is None or is_number(value), f"each {key} in {METRICS_FILE}", "a number", value)
+    return [value if value is not None and math.isfinite(value) else None for value in values]
+
+
+def find_runs(patterns: tuple[str, ...]) -> list[Path]:
+    """Run folders named by paths, parents or globs; refuses to go on with none, naming what is there instead."""
+    found: dict[Path, None] = {}  # a dict keeps the order and drops repetitions
+    empty = []
+    for pattern in patterns:
+        paths = [Path(pattern)] if Path(pattern).exists() else sorted(map(Path, glob.glob(pattern)))
+        runs = [metrics.parent for path in paths for metrics in sorted(path.rglob("metrics.jsonl"))]
+        runs = [run for run in runs if not run.parent.name.endswith(".old")]  # what a later run moved aside
+        if not runs:
+            there = sorted(entry.name for path in paths if path.is_dir() for entry in path.iterdir())
+            held = ", ".join(there[:8] + ["..."] * (len(there) > 8)) or "nothing"
+            empty.append(f"a run is a folder with metrics.jsonl; no run in {pattern}, found there: {held}")
+            if not paths:
+                raise FileNotFoundError(empty[-1])
+        found |= dict.fromkeys(runs)
+    if not found:
+        raise FileNotFoundError(empty[0] if empty else "name the runs to draw, such as runs/nanogpt/default")
+    for line in empty:  # a shell's * also names folders of logs
+        print(f"left out: {line}", file=sys.stderr)
+    return list(found)
+
+
+def summarize(lines: list[dict]) -> dict[str, float]:
+    """The table's numbers: the last of what is a result, the median of what is a time."""
+
+    def values(key: str) -> list[float]:
+        return [value for value in values_of(lines, key) if value is not None]
+
+    times = ("step_ms", "optimizer_ms")
+    return {k: statistics.median(values(k)) if k in times else values(k)[-1] for k in COLUMNS if values(k)}
+
+
+def distribution(lines: list[dict], metric: str) -> dict[str, list[float]] | None:
+    """The last recorded distribution of this name, its quantiles against their share; None where it is none."""
+    values = next((line[metric] for line in reversed(lines) if isinstance(line.get(metric), list)), None)
+    if not values:
+        return None
+    return {"x": [i / (len(values) - 1) for i in range(len(values))], "y": values}
+
+
+def read_run(folder: Path, metrics: tuple[str, ...], x: str) -> Run | None:
+    """One run, or None when it has no point to draw; what it lacks is said on stderr."""
+    lines, points = read_lines(folder), {}
+    for metric in metrics:
+        if quantiles := distribution(lines, metric):
+            points[metric] = quantiles
+            continue
+        pairs = zip(values_of(lines, x), values_of(lines, metric), strict=True)
+        if drawn := [pair for pair in pairs if None not in pair]:
+            points[metric] = dict(zip("xy", map(list, zip(*drawn, strict=True)), strict=True))
+    if lacking := [metric for metric in metrics if metric not in points]:
+        print(f"left out: {folder} has no {' or '.join(lacking)} against {x} (yet)", file=sys.stderr)
+    if not points:
+        return None
+    if not (record := read_config(folder)):
+        raise FileNotFoundError(f"a run has config.json beside metrics.jsonl; {folder} does not: leave it out")
+    return Run(
+        **{key: record.get(key) or "" for key in ("name", "experiment", "group", "torch", "machine")},
+        config=record.get("config", {}),
+        summary=summarize(lines),
+        points=points,
+    )
+
+
+def read_record(path: Path) -> dict:
+    """The record of a figure, as `collect` makes it; UserError for another shape."""
+    record = read_object(path)
+    texts = [record.get("title"), record.get("x"), *(metric := record.get("metric") or [None])]
+    require(
+        isinstance(metric, list) and all(isinstance(text, str) for text in texts), path, "title, metric and x", texts
+    )
+    runs = record.get("runs")
+    require(isinstance(runs, list) and bool(runs), path, "a list of runs", runs)
+    for run in runs:
+        known = isinstance(run, dict) and run.keys() == {field.name for field in fields(Run)}
+        require(known, path, "runs as scripts.figures records them", run)
+        require(isinstance(run["config"], dict) and isinstance(run["summary"], dict), path, "a run's config", run)
+        require(isinstance(run["points"], dict) and bool(run["points"]), path, "points of each run", run["points"])
+        for points in run["points"].values():
+            lists = isinstance(points, dict) and [points.get("x"), points.get("y")]
+            whole = lists and all(isinstance(each, list) and each and all(map(is_number, each)) for each in lists)
+            require(bool(whole) and len(lists[0]) == len(lists[1]), path, "equally many numbers x and y", points)
+    return record
+
+
+def group_lines(runs: list[Run]) -> list[Line]:
+    """One line for the runs that differ in their seed alone; its label says what sets it apart from its likes."""
+    lines = []
+    in_order = sorted(runs, key=lambda run: run.optimizer)  # sorted() is stable
+    for optimizer, its_runs in groupby(in_order, key=lambda run: run.optimizer):
+        repetitions: dict[str, list[Run]] = {}
+        for run in its_runs:
+            settings = method(run.config) | {"experiment": run.experiment, "group": run.group}
+            repetitions.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
+        methods = [json.loads(text) for text in repetitions]
+        keys = dict.fromkeys(key for settings in methods for key in settings)
+        apart = [key for key in keys if len({str(settings.get(key)) for settings in methods}) > 1]
+        for settings, dash, members in zip(methods, cycle(DASHES), repetitions.values(), strict=False):
+            label = style_of(optimizer).label
+            for key in apart[:3]:  # more would not fit
+                value = settings.get(key)
+                label += f" {key.split('.')[-1]} {rate(value) if key.endswith('lr') else value}"
+            lines.append(Line(optimizer, label, dash, members))
+    return lines
+
+
+def seeds_of(lines: list[Line]) -> str:
+    """The seeds of the runs in words; see `seeds_in_words`."""
+    return seeds_in_words(run.config.get("seed", "unknown") for line in lines for run in line.runs)
+
+
+def seeds_in_words(seeds: Iterable[Any]) -> str:
+    """'seed 1337', 'seeds 1, 3' or, of consecutive ones, 'seeds 1337 to 1339'."""
+    distinct = sorted(set(seeds), key=lambda seed: (isinstance(seed, str), seed))
+    if len(distinct) > 2 and distinct == list(range(distinct[0], distinct[0] + len(distinct))):
+        return f"seeds {distinct[0]} to {distinct[-1]}"
+    return f"seed{'s' * (len(distinct) > 1)} {', '.join(map(str, distinct[:5]))}{', ...' * (len(distinct) > 5)}"
