@@ -4,7 +4,9 @@
     python -m examples.lora              # seconds: one run of each
     python -m examples.lora --compare    # minutes: rates and seeds, the table of RESULTS.md
 
-A small GPT-2 learns Python source, is frozen, and its adapters learn the English of Python's manual.
+A small GPT-2 learns Python source, is frozen, and its adapters learn the English of Python's manual. Measured (three
+seeds, RESULTS.md): at their best rates OLion, Muon and AdamW are level; AdamW is ahead at low rates and breaks at high
+ones, where the matrix rules hold. Take AdamW unless state counts: OLion and Muon keep one number per entry, AdamW two.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from pathlib import Path
 import tyro
 
 from common import UserError, warn
-from common.evidence import digits_of, is_below
+from common.evidence import is_below
 from common.figure import FAINT, label_ends, markdown, mean_and_spread, new_figure, rate, save, style_of
 from common.guard import main_guard
 from common.options import parse_options
@@ -126,7 +126,7 @@ def draw_panel(panel, lines: list[Line], metric: str, longest: float, ylim: tupl
         panel.plot(at[-1], mean[-1], style.marker, color=style.color, markersize=5 + style.width, clip_on=False)
         if len(line.runs) > 1:
             panel.fill_between(at, values.min(0), values.max(0), color=style.color, alpha=0.18, linewidth=0)
-        last = f"{mean[-1]:.{digits_of(values[:, -1].std(ddof=1))}f}" if len(line.runs) > 1 else f"{mean[-1]:#.4g}"
+        last = mean_and_spread(list(values[:, -1])).split()[0]
         ends.append((at[-1], mean[-1], f"{last}  {line.label}", line.optimizer))
         late = at >= (0.4 * longest if metric.endswith(LOSSES) else 0)  # a loss's steep start is not the news
         low.append(values.min())  # early ones too: a pretraining loss rises from where it was

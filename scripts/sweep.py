@@ -89,9 +89,12 @@ class Options:
         return "sweep-" + re.sub(r"[^\w.]+", "-", self.name)
 
     @property
-    def plain_title(self) -> str:
-        settings = f", {', '.join(sorted(self.settings))}" if self.settings else ""
-        return f"Learning rates: {title_of(self.experiment, self.config.stem)}{settings}"
+    def subject(self) -> str:
+        """The runs in plain words; a setting that is long, such as a path, is left to the record."""
+        settings = [
+            setting.rpartition(".")[2].replace("=", " ") for setting in sorted(self.settings) if len(setting) < 32
+        ]
+        return ", ".join([title_of(self.experiment, self.config.stem), *settings])
 
     @property
     def runs(self) -> Path:
@@ -438,7 +441,7 @@ def draw(curves: Curves, out: Path, title: str) -> None:
     margin = (max(valleys) - min(valleys)) * 0.1 or 0.05
     parts = list(dict.fromkeys(adamw_lr for adamw_lr, _ in curves))
     seeds = seeds_in_words(seed for curve in curves.values() for losses in curve.values() for seed in losses)
-    legend = f"final validation loss, mean of {seeds}; ring: best (square: grid's edge), hollow: fewer seeds"
+    legend = f"final loss, mean of {seeds}; ring: best, square: at the edge, hollow: fewer seeds"
     figure, panels = new_figure(title, legend, rows=len(parts), sharey=True)
     for panel, part in zip(panels, parts, strict=True):
         panel.set_ylim(min(valleys) - margin, max(valleys) + margin)
@@ -481,11 +484,9 @@ def draw_panel(panel, curves: dict[str, Curve]) -> None:
                 height = top + (top - bottom) * (0.025 + 0.03 * diverged[lr])
                 panel.plot(lr, height, "x", color=color, markeredgewidth=2, clip_on=False)
                 diverged[lr] += 1
-        words = (
-            f"{lowest:#.4g}  {style.label} at {rate(best)}{', edge' * bool(edge_best)}"
-            if math.isfinite(lowest)
-            else f"{style.label} has none"
-        )
+        reached = mean_and_spread(list(curve[best].values())).split()[0] if math.isfinite(lowest) else ""
+        at = f"at {rate(best)}{', edge' * bool(edge_best)}"
+        words = f"{reached}  {style.label} {at}" if reached else f"{style.label} has none"
         labels.append((edge, lowest, words, optimizer))
     label_ends(panel, labels)
 
@@ -500,10 +501,11 @@ def main() -> None:
         names = ", ".join(sorted({run["config"] for run in recorded})) or "nothing"
         raise UserError(f"there is no run of {options.name} in {options.record}; it holds {names}")
     print(table(curves))
-    title, picture = options.title or options.plain_title, options.record.with_suffix(".png")
-    draw(curves, picture, title)
+    picture = options.record.with_suffix(".png")
+    draw(curves, picture, options.title or f"Learning rates: {options.subject}")
     print(f"\n{picture}, from {options.record}")
     if differences := paired_table(curves):
+        title = options.title or f"Differences: {options.subject}"
         draw_paired(curves, picture.with_stem(f"{picture.stem}_paired"), title)
         print(f"\n{differences}\n\n{picture.with_stem(f'{picture.stem}_paired')}")
     if failures:
