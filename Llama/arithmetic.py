@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from common.corpus import locked, written_aside
 from common.launch import main_guard
 from common.options import parse_options
+from common.whole import locked, written_aside
 
 FOLDER = Path("data/llama_arithmetic")
 MOST = 1_000_000  # problems

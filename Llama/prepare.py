@@ -27,13 +27,12 @@ from common.corpus import (
     is_readable,
     library_files,
     local_files,
-    locked,
     pieces,
     split_files,
-    written_aside,
 )
 from common.launch import main_guard
 from common.options import parse_options
+from common.whole import locked, written_aside
 from Llama import arithmetic
 from Llama.hf import read_json
 

@@ -157,4 +157,4 @@ def same_experiment(folder: Path, settings: JobConfig) -> None:
 
 
 if __name__ == "__main__":
-    launch.main_guard(main)
+    launch.main_guard(main, resume="--job.resume")

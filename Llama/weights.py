@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from common import UserError
-from common.corpus import written_aside
 from common.launch import main_guard
 from common.manifest import Damaged
 from common.options import parse_options
 from common.tensor_reader import TensorReader
+from common.whole import written_aside
 from Llama.checkpoints import FOLDER, newest_checkpoint, verify
 from Llama.hf import DTYPES, Adapter, check_config, hf_config, read_json, stored_tensors
 from Llama.model import FLAVORS, Shape, weights_on_meta

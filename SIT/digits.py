@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import UserError, one_line
-from common.corpus import locked
+from common.whole import locked
 from SIT.data import Pixels, digits, to_pixels
 from SIT.files import write_whole
 

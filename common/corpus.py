@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from common.text_rows import texts
-from common.whole import locked as locked
-from common.whole import written_aside as written_aside
 
 # Tests are no code that one reads; pydoc_data is generated prose, and longer than all else in validation.
 NOT_LIBRARY = {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dist-packages"}

@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 
 from common import UserError, one_line
 
-OURS = {"SIT", "common", "optimizers", "nanoGPT", "Llama", "scripts"}  # packages; another that is missing is installed
-STOPPED = "stopped; the same command does what is left (training: with --resume; Llama: --job.resume)"
+REPOSITORY = Path(__file__).resolve().parents[1]
+STOPPED = "stopped; the same command does what is left"
 # As torch words an allocation that fails on a CPU, and a tensor whose size is no 64-bit number.
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed", "integer overflow")
 
@@ -41,7 +41,7 @@ def leave(status: int = 0) -> NoReturn:
     os._exit(status)
 
 
-def main_guard(main: Callable[[], None]) -> None:
+def main_guard(main: Callable[[], None], resume: str = "--resume") -> None:
     """Run a program; an error that the user can act on becomes one `error: ...` line and its exit_status, or 1.
 
     Such errors are UserError, OSError (files, network), a ValueError of a `raise` statement of this repository, a
@@ -51,7 +51,7 @@ def main_guard(main: Callable[[], None]) -> None:
     process group ends by `leave`.
     """
     try:
-        _with_plain_errors(main)
+        _with_plain_errors(main, resume)
     except BaseException as error:
         if not _was_in_a_group():
             raise
@@ -76,16 +76,16 @@ def plain_interrupt() -> None:
     sys.excepthook = hook
 
 
-def _with_plain_errors(main: Callable[[], None]) -> None:
+def _with_plain_errors(main: Callable[[], None], resume: str) -> None:
     try:
         main()
     except KeyboardInterrupt:
         if sys.flags.dev_mode:
             raise
-        _end(STOPPED, 130)
+        _end(f"{STOPPED} (training: with {resume})", 130)
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
-        if sys.flags.dev_mode or not package or package in OURS:
+        if sys.flags.dev_mode or not package or (REPOSITORY / package).is_dir():
             raise
         _end(
             f"error: need the package {package}, as requirements.txt has it ({one_line(error)}): "
@@ -97,7 +97,7 @@ def _with_plain_errors(main: Callable[[], None]) -> None:
             raise
         _end(f"error: {one_line(error)}", getattr(error, "exit_status", 1))
     except (RuntimeError, MemoryError) as error:
-        line = _of_memory(error) or _of_lost_rank(error)
+        line = _of_memory(error) or _of_lost_rank(error, resume)
         if sys.flags.dev_mode or not line:
             raise
         _end(line)
@@ -114,7 +114,7 @@ def _of_memory(error: Exception) -> str | None:
     return f"error: need more memory than there is ({one_line(error)[:200]}): lower the batch, the count or the model"
 
 
-def _of_lost_rank(error: Exception) -> str | None:
+def _of_lost_rank(error: Exception, resume: str) -> str | None:
     """Tell a failed collective: NCCL's and the store's errors are DistErrors; gloo's only name its source files."""
     kind = getattr(_distributed(), "DistError", ())
     if not isinstance(error, kind) and "/gloo/" not in str(error):
@@ -122,8 +122,7 @@ def _of_lost_rank(error: Exception) -> str | None:
     rank = _distributed().get_rank() if _is_in_a_group() else 0
     return (
         f"error: rank {rank} lost another rank, which ended or hangs: see that rank's own error, then the same command "
-        "with --resume (Llama: --job.resume) goes on from the last checkpoint, on any number of ranks "
-        f"({one_line(error)})"
+        f"with {resume} goes on from the last checkpoint, on any number of ranks ({one_line(error)})"
     )
 
 
@@ -147,6 +146,6 @@ def _raised_here(error: Exception) -> bool:
     The optimizers raise ValueError, as torch's do: they know no UserError.
     """
     last = traceback.extract_tb(error.__traceback__)[-1]
-    raised_in, repository = Path(last.filename).resolve(), Path(__file__).resolve().parents[1]
-    is_ours = raised_in.is_relative_to(repository) and "site-packages" not in raised_in.parts
+    raised_in = Path(last.filename).resolve()
+    is_ours = raised_in.is_relative_to(REPOSITORY) and "site-packages" not in raised_in.parts
     return is_ours and (last.line or "").startswith("raise ")

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from common import UserError, one_line
+from common.whole import write_json
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # to be raised when this code would misread a newer one
@@ -41,12 +42,7 @@ def write_manifest(folder: str | Path, contents: dict[str, Any] | None = None, c
         for path, each in zip(paths, sums, strict=True)
     }
     manifest = json.loads(json.dumps({"format": FORMAT, "files": files, **(contents or {})}))
-    aside = folder / f".{MANIFEST}.partial"
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump({"sha256": _digest(manifest), "manifest": manifest}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(folder / MANIFEST)
+    write_json(folder / MANIFEST, {"sha256": _digest(manifest), "manifest": manifest}, indent=1)
     return manifest
 
 

@@ -3,6 +3,7 @@
 optimizer = build_optimizer(model, settings.optimizer.name, **settings.optimizer.options())
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -39,6 +40,13 @@ class OptimizerConfig:
     """Precision of the momentum; None is the parameters'."""
     wire_dtype: Literal["float32", "bfloat16"] | None = None
     """How directions travel between ranks; None is one bit an entry for olion, bfloat16 for muon and adamuon."""
+
+    def __post_init__(self):
+        rates = {f"tuned_lr.{name}": rate for name, rate in self.tuned_lr.items()}
+        rates |= {name: getattr(self, name) for name in ("lr", "adamw_lr", "weight_decay")}
+        for name, rate in rates.items():
+            if rate is not None and not math.isfinite(rate):
+                raise ConfigError(f"{name} must be finite; got {rate}")
 
     def peak_lr(self) -> float:
         """Return the peak rate of the matrices: the one asked for, or the optimizer's tuned one."""

@@ -107,7 +107,9 @@ class Run:
 
         Raises Diverged, on all ranks, where the last validation is not finite.
         """
-        total = self.settings.steps
+        total, warmup = self.settings.steps, self.settings.schedule.warmup
+        if warmup > total and self.ranks.is_main:  # fit for a trial of few steps, and for nothing else
+            warn(f"the rate never reaches its peak: schedule.warmup is {warmup} and steps {total}; lower the warm-up")
         bar = progress(total=total, initial=self.step, desc=self.name, is_main=self.ranks.is_main)
         self._bar = self._open.enter_context(bar)
         self._stop = self._open.enter_context(launch.StopRequest())

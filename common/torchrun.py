@@ -1,6 +1,6 @@
 """torchrun that ends as the rank ended that failed first, with its exit status, and that names a taken port at once.
 
-python -m common.torchrun --standalone --nproc-per-node 2 -m Llama.train Llama/train_configs/stdlib.toml
+python -m common.torchrun --standalone --nproc-per-node 2 -m nanoGPT.train nanoGPT/configs/stdlib.toml
 """
 
 import sys

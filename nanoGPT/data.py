@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from common import UserError, progress
-from common.corpus import written_aside
 from common.json_files import read_object
+from common.whole import written_aside
 
 if TYPE_CHECKING:
     import torch

@@ -21,10 +21,11 @@ import numpy as np
 import tyro
 
 from common import one_line
-from common.corpus import Part, fingerprint, is_readable, library_files, local_files, locked, pieces, split_files
+from common.corpus import Part, fingerprint, is_readable, library_files, local_files, pieces, split_files
 from common.guard import main_guard
 from common.options import parse_options
 from common.text_rows import require_key, text_of
+from common.whole import locked
 from nanoGPT.data import Encoded, load, read_meta, tokenizer, write_corpus
 
 if TYPE_CHECKING:

@@ -113,7 +113,7 @@ class FakeWandb:
     """Stands in for the package where the network would be needed; fails in the modes it is told to."""
 
     def __init__(self, failing=()):
-        self.failing, self.modes, self.logged, self.settings = failing, [], [], {}
+        self.failing, self.modes, self.logged, self.settings, self.metrics = failing, [], [], {}, {}
 
     def Settings(self, **settings):
         return settings
@@ -128,8 +128,8 @@ class FakeWandb:
             raise RuntimeError("no\nnetwork")
         return self
 
-    def define_metric(self, *_, **__):
-        pass
+    def define_metric(self, name, **options):
+        self.metrics[name] = options
 
     def log(self, record, step):
         if "log" in self.failing:
@@ -208,3 +208,13 @@ def test_a_resumed_run_goes_on_with_a_warning_where_its_history_is_missing(tmp_p
     log.finish()
     assert "warning" in (said := capsys.readouterr().err) and "metrics.jsonl" in said and said.count("\n") == 1
     assert [line["step"] for line in read_metrics(tmp_path)] == [4]
+
+
+def test_wandb_is_told_the_minimum_of_val_loss_and_the_user_how_to_sync_a_resumed_run(tmp_path, monkeypatch, capsys):
+    fake = use(monkeypatch, FakeWandb())
+    for part in (1, 2):
+        (tmp_path / f"wandb/offline-run-{part}").mkdir(parents=True)
+        start(tmp_path, wandb_mode="offline", resume_step=part).finish()
+    assert fake.metrics["val/loss"] == {"step_metric": "step", "summary": "min"}
+    folders = " ".join(f"{tmp_path}/wandb/offline-run-{part}" for part in (1, 2))
+    assert capsys.readouterr().out == f"wandb has 2 folders of this run; all at once: wandb sync {folders}\n"

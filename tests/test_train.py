@@ -204,6 +204,22 @@ def test_last_validation_that_is_not_finite_ends_as_a_divergence(tiny, monkeypat
     assert checkpoints(tiny) == []
 
 
+def test_weights_of_an_absurd_rate_are_never_a_checkpoint_and_the_end_is_json(tiny):
+    """Fewer steps than are skipped before a run is given up: the last validation says that it diverged."""
+    with pytest.raises(Diverged, match="no checkpoint was saved"):
+        train(tiny, "--steps", "8", "--optimizer.lr", "1e38", "--schedule.warmup", "0")
+    (folder,) = (tiny.parent / "runs").glob("*/olion-lr1e38-*")
+    assert json.loads((folder / "finished.json").read_text())["diverged"] is True
+    assert not list(folder.glob("checkpoints/step-*"))
+
+
+def test_warmup_longer_than_the_run_is_told(tiny, capsys):
+    train(tiny, "--steps", "2", "--schedule.warmup", "3")
+    assert "schedule.warmup is 3 and steps 2" in capsys.readouterr().err
+    train(tiny, "--steps", "2", "--schedule.warmup", "2")
+    assert "schedule.warmup" not in capsys.readouterr().err
+
+
 def test_config_of_a_run_holds_the_rate_that_was_used(tiny):
     base = tiny.with_name("base.toml")
     base.write_text(base.read_text().replace("\nlr = ", "\ntuned_lr.olion = "))
@@ -235,6 +251,9 @@ def test_finished_file_holds_the_last_validation(tiny):
         (["--nosuch.flag", "1"], "unknown flag '--nosuch.flag'; see --help"),
         (["--schedule.floor", "2"], "floor must be a fraction"),
         (["--optimizer.lr", "-1"], "lr must be a number, 0 or more; got -1.0"),
+        (["--optimizer.lr", "inf"], "lr must be finite; got inf"),
+        (["--optimizer.weight_decay", "inf"], "weight_decay must be finite; got inf"),
+        (["--optimizer.tuned_lr.oilon", "1e-3"], "did you mean 'olion'?"),
     ],
 )
 def test_bad_input_refuses_in_one_line(tiny, arguments, said):
