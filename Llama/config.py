@@ -159,7 +159,8 @@ def parse_config(argv: list[str] | None = None) -> JobConfig:
     ranks = data_ranks(settings, world_size)
     check_batches(settings, ranks)
     settings = filled_in(settings, ranks)
-    rule_named(settings.optimizer.name)
+    for name in (settings.optimizer.name, *settings.optimizer.tuned_lr):
+        rule_named(name)
     # Refuses on a stand-in what it would refuse on the model.
     build_optimizer(nn.Linear(2, 2), settings.optimizer.name, **settings.optimizer.options())
     return with_weights(settings)

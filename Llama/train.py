@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 from torchtitan import train as titan
+from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import init_logger
 
 import Llama.spec  # noqa: F401  (registers the TrainSpec)
 from common import UserError, launch
-from common.config import refuse_changes
+from common.config import refuse_changes, to_dict
 from common.runlog import END, move_aside
 from Llama.checkpoints import Checkpointer
 from Llama.checks import environment
@@ -50,6 +51,16 @@ class Trainer(titan.Trainer):
         self.watch = Probe(self.optimizers.optimizers[0], model=self.model_parts[0], **job_config.probe.options())
         self.optimizers.register_step_pre_hook(self.before_update)
         self.optimizers.register_step_post_hook(lambda *_: self.timer.stop())
+
+    def init_distributed(self) -> ParallelDims:
+        """Join the other ranks, and refuse settings, tokenizers and files that are not theirs."""
+        dims, settings = super().init_distributed(), self.job_config
+        if torch.distributed.get_backend() != "fake":  # a dry run, whose only process is the one that is there
+            alone = launch.Launch(launch.process_rank(), 0, torch.distributed.get_world_size(), torch.device("cpu"))
+            tokenizer = record_of(settings)["tokenizer"]
+            facts = {"config": to_dict(settings), "tokenizer": tokenizer, "files": sizes_of(settings)}
+            launch.refuse_differences(facts, alone)
+        return dims
 
     def batch_generator(self, data_iterable):
         """Begin: torchtitan calls this once, when the checkpoint is loaded and before the first step."""
@@ -87,6 +98,13 @@ class Trainer(titan.Trainer):
         after = "the same command with --job.resume goes on" if saved else "checkpoints are off"
         titan.logger.info(f"stopped after step {self.step}; {after}")
         return False
+
+
+def sizes_of(settings: JobConfig) -> dict[str, int]:
+    """Return the bytes of each file that is trained on, where these are local."""
+    source = Path(settings.training.dataset_path or "")
+    paths = sorted(source.rglob("*")) if settings.training.dataset_path and source.is_dir() else [source]
+    return {path.name: path.stat().st_size for path in paths if path.is_file()}
 
 
 def main() -> None:

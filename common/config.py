@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from common import UserError
+from common import UserError, one_line
 from common.options import message_in
 
 Config = TypeVar("Config")
@@ -104,14 +104,16 @@ def at_least(least: float, section: Any, *names: str) -> None:
 
 def _read_toml(config_class: type, path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read and check one file over the files it extends; each is checked alone so that an error names its file."""
-    if path.resolve() in children:
-        raise ConfigError(f"{path}: extends itself through {children[-1].name}; remove one `extends`")
     try:
+        if path.resolve() in children:
+            raise ConfigError(f"{path}: extends itself through {children[-1].name}; remove one `extends`")
         mapping = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ConfigError:
+        raise
     except FileNotFoundError:
         raise ConfigError(f"config file not found: {path}; name an existing TOML file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: not a readable TOML file: {error}") from None
+    except (OSError, ValueError, RuntimeError) as error:  # a loop of links and deep nesting are RuntimeErrors
+        raise ConfigError(f"{path}: not a readable TOML file: {one_line(error)}") from None
     parent = mapping.pop("extends", None)
     values = _checked(config_class, mapping, source=str(path))
     if parent is None:
@@ -144,6 +146,8 @@ def _checked(config_class: type, mapping: dict, source: str, prefix: str = "", r
         if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
             values[key] = _checked(hints[key], value, source, prefix=f"{name}.", root=root)
             continue
+        if isinstance(value, str) and "\0" in value:
+            raise ConfigError(f"{source}: key '{name}' must be text without NUL, got {value!r}")
         try:
             values[key] = _convert(value, hints[key])
         except TypeError:
@@ -255,7 +259,7 @@ def _is_table(config_class: type, path: str) -> bool:
 def _toml_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from common import UserError, one_line
+from common import UserError, json_files
 from common.figure import rate, style_of
 from common.runlog import METRICS_FILE, read_metrics
 
@@ -86,12 +86,7 @@ class Line:
 
 def read_object(path: Path) -> dict:
     """The object in a JSON file; UserError where the file holds anything else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} must hold JSON, got {one_line(error)}; restore the file or remove it") from None
-    require(isinstance(found, dict), path, "a JSON object", found)
-    return found
+    return json_files.read_object(path, {}, "restore the file or remove it")
 
 
 def require(holds: bool, where: Path | str, wanted: str, got: Any) -> None:
@@ -129,20 +124,6 @@ def read_config(folder: Path) -> dict:
     else:
         require(False, path, "an object as config.optimizer", optimizer)
     return record
-
-
-def read_lines(folder: Path) -> list[dict]:
-    """A run's metrics, one object per logged step; UserError for a damaged file."""
-    path = folder / METRICS_FILE
-    try:
-        lines = read_metrics(folder)
-    except (ValueError, RecursionError) as error:
-        text = one_line(error)
-        raise UserError(text if str(path) in text else f"{path} must hold JSON lines in UTF-8, got {text}") from None
-    for number, line in enumerate(lines, start=1):
-        whole = isinstance(line, dict) and is_number(line.get("step"))
-        require(whole, f"{path}: line {number}", "an object with a step", line)
-    return lines
 
 
 def values_of(lines: Iterable[dict], key: str) -> list[float | None]:
@@ -195,7 +176,7 @@ def distribution(lines: list[dict], metric: str) -> dict[str, list[float]] | Non
 
 def read_run(folder: Path, metrics: tuple[str, ...], x: str) -> Run | None:
     """One run, or None when it has no point to draw; what it lacks is said on stderr."""
-    lines, points = read_lines(folder), {}
+    lines, points = read_metrics(folder), {}
     for metric in metrics:
         if quantiles := distribution(lines, metric):
             points[metric] = quantiles

@@ -27,13 +27,13 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import tyro
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from common import UserError
 from common.launch import main_guard
+from common.options import parse_options
 from common.runlog import machine
 from optimizers import AdamW, Muon, OLion, RuleOptimizer, count_bytes
 from optimizers.layout import local_of
@@ -156,7 +156,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
+    options = parse_options(Options, "python -m scripts.bench_communication", __doc__)
     if min(options.ranks) < 2 or min(options.layers, options.repeats, options.threads) < 1:
         got = ", ".join(f"{name} {getattr(options, name)}" for name in ("ranks", "layers", "repeats", "threads"))
         raise UserError(f"ranks must be 2 or more, layers, repeats and threads 1 or more; got {got}")

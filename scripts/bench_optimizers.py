@@ -24,6 +24,7 @@ import tyro
 from torch import Tensor, nn
 
 from common.launch import main_guard
+from common.options import parse_options
 from common.runlog import machine
 from optimizers import AdaMuon, AdamW, Lion, Muon, OLion
 
@@ -181,7 +182,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
+    options = parse_options(Options, "python -m scripts.bench_optimizers", __doc__)
     if options.repeats < 1:
         raise ValueError(f"repeats must be 1 or more; got {options.repeats}")
     here = machine()

@@ -22,6 +22,7 @@ import torch
 import tyro
 
 from common.launch import main_guard
+from common.options import parse_options
 from common.runlog import machine
 from optimizers.codec import SignCodec, negatives, unpack
 
@@ -98,7 +99,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
+    options = parse_options(Options, "python -m scripts.bench_signs", __doc__)
     if options.repeats < 1 or min(options.entries) < 1:
         raise ValueError(f"repeats and entries must be 1 or more; got {options.repeats} and {options.entries}")
     if options.threads is not None:

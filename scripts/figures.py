@@ -28,11 +28,11 @@ from common.recorded import (
     Run,
     find_runs,
     group_lines,
-    read_lines,
     read_record,
     read_run,
     seeds_of,
 )
+from common.runlog import read_metrics
 from scripts.probe_figures import QUANTILE, What, draw_levels, metrics_of, words_of
 
 NAMES = {
@@ -232,13 +232,13 @@ def collect(options: Options) -> dict:
     """The record of a figure, which lies beside it: every run with the points to draw."""
     folders = find_runs(options.runs)
     if options.what != "curves":
-        recorded = {key for folder in folders for line in read_lines(folder) for key in line}
+        recorded = {key for folder in folders for line in read_metrics(folder) for key in line}
         x = QUANTILE if options.what == "spectrum" else options.x
         options = replace(options, metric=metrics_of(options.what, recorded), x=x)
     runs = [run for folder in folders if (run := read_run(folder, options.metric, options.x))]
     absent = [metric for metric in options.metric if not any(metric in run.points for run in runs)]
     if absent or not runs:
-        keys = ", ".join(sorted({key for folder in folders for line in read_lines(folder) for key in line}))
+        keys = ", ".join(sorted({key for folder in folders for line in read_metrics(folder) for key in line}))
         wanted = " or ".join(absent) or "an empty --metric"
         raise UserError(f"no run has {wanted} against {options.x}; recorded are {keys or 'no quantities'}")
     return {

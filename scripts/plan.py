@@ -27,7 +27,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import tyro
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -36,6 +35,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # registers t
 
 from common import UserError
 from common.launch import main_guard
+from common.options import parse_options
 from common.runlog import machine
 from nanoGPT.model import GPT, GPTConfig
 from optimizers import RULES, RuleOptimizer, build_optimizer
@@ -288,7 +288,7 @@ A step takes between the longer of the two, where they overlap, and their sum; a
 
 
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
+    options = parse_options(Options, "python -m scripts.plan", __doc__)
     found = plan(options)
     print(f"{options.model}, {found['parameters']:,} parameters on {options.mesh}\n")
     print(table(found["columns"]))

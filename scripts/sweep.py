@@ -44,6 +44,7 @@ TITAN = {"seed": "debug.seed", "group": "job.group", "steps": "training.steps"} 
 warn_once = cache(warn)  # not after every run
 
 Curve = dict[float, dict[int, float]]  # learning rate -> seed -> loss, infinite where the run diverged or failed
+MODULES = ("nanoGPT.train", "SIT.train", "Llama.train")  # ours, whose optimizers are known
 Curves = dict[tuple[float | None, str], Curve]  # (rate of the AdamW part, optimizer) -> curve
 
 
@@ -156,6 +157,16 @@ def check(options: Options) -> None:
         key, equals, _ = setting.partition("=")
         if not key or not equals or key.replace("-", "_") in SWEPT | {options.key("seed")}:
             raise UserError(f"--set takes key=value for keys that are not swept; got {setting!r}")
+    if not re.fullmatch(r"\w+\.train", options.module):
+        raise UserError(f"--module must be a training module, like nanoGPT.train; got {options.module!r}")
+    if options.module in MODULES:
+        from optimizers.rule import rule_named  # here, since it imports torch: --help goes without it
+
+        for name in options.optimizers:
+            rule_named(name)
+    for lr in (*options.lrs, *options.adamw_lr):
+        if not 0 <= lr < math.inf:
+            raise UserError(f"--lrs and --adamw-lr take finite rates from 0 up; got {lr}")
     if options.jobs < 1:
         raise UserError(f"--jobs takes a number of runs from 1 up; got {options.jobs}")
 

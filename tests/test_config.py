@@ -1,6 +1,7 @@
 """Configuration: what files and flags build, and the one line that each mistake gets."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Literal
 import pytest
 
 from common.config import ConfigError, from_dict, parse_config, to_dict
+from common.optimizer_config import OptimizerConfig as Section
 
 
 @dataclass(frozen=True)
@@ -182,3 +184,31 @@ def test_import_does_not_load_torch_or_tyro():
     """Scripts that only read configs should start at once."""
     code = "import common.config, sys; assert not {'torch', 'tyro'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("steps = " + "9" * 5000, "not a readable TOML file"),
+        ("lrs = " + "[" * 10_000 + "]" * 10_000, "not a readable TOML file"),
+        ('folder = "a\\u0000b"', "key 'folder' must be text without NUL"),
+    ],
+)
+def test_file_that_python_cannot_hold_is_refused_in_one_line(write, content, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        parse_config(Config, [write("a.toml", content)])
+    assert "\n" not in str(caught.value)
+
+
+def test_loop_of_links_is_refused_in_one_line(tmp_path):
+    link = tmp_path / "a.toml"
+    link.symlink_to(link)
+    with pytest.raises(ConfigError, match=r"a\.toml: not a readable TOML file"):
+        parse_config(Config, [str(link)])
+
+
+@pytest.mark.parametrize("name", ["lr", "adamw_lr", "weight_decay"])
+@pytest.mark.parametrize("value", [math.inf, math.nan, -1.0])
+def test_optimizer_section_refuses_rates_that_are_not_finite_and_positive(name, value):
+    with pytest.raises(ConfigError, match=f"{name} must be 0 or more"):
+        Section(**{name: value})
