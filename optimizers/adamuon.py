@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from .engine import ProcessGroup, RuleOptimizer
 from .polar import check_options, orthogonalize
-from .rule import Tensors, UpdateRule, ema, register, sign, signature_defaults
+from .rule import Tensors, UpdateRule, register, sign, signature_defaults, update_ema
 
 
 def AdaMuon(
@@ -57,7 +57,7 @@ def AdaMuon(
 
 def prepare(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
     """Return the sign of the averaged gradient."""
-    return sign(ema(state["momentum"], grads, group["momentum"]))
+    return sign(update_ema(state["momentum"], grads, group["momentum"]))
 
 
 def direct(stack: Tensor, group: dict) -> Tensor:
@@ -69,7 +69,7 @@ def direct(stack: Tensor, group: dict) -> Tensor:
 def refine(directions: Tensors, state: dict[str, Tensors], group: dict, shapes) -> Tensors:
     """Divide by the root of the second moment."""
     squares = torch._foreach_mul(directions, directions)
-    roots = torch._foreach_sqrt(ema(state["second_moment"], squares, group["momentum"]))
+    roots = torch._foreach_sqrt(update_ema(state["second_moment"], squares, group["momentum"]))
     torch._foreach_add_(roots, group["eps"])
     torch._foreach_div_(directions, roots)
     return directions

@@ -3,6 +3,7 @@
 Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101.
 """
 
+import torch
 from torch.optim.adamw import adamw as torch_adamw
 from torch.optim.optimizer import ParamsT
 
@@ -41,7 +42,9 @@ def whole_step(params: Tensors, grads: Tensors, state: dict[str, Tensors], group
         state["exp_avg_sq"],
         max_exp_avg_sqs=[],
         state_steps=state["step"],
-        fused=all(
+        # torch.compile makes a kernel of its own.
+        fused=not torch.compiler.is_compiling()
+        and all(
             # The fused kernel walks memory: a gradient laid out otherwise than its parameter would be misread.
             param.device.type in _FUSED_DEVICES
             and (param.stride() == grad.stride() or (param.is_contiguous() and grad.is_contiguous()))
@@ -51,7 +54,7 @@ def whole_step(params: Tensors, grads: Tensors, state: dict[str, Tensors], group
         maximize=False,
         beta1=beta1,
         beta2=beta2,
-        lr=float(group["lr"]),
+        lr=group["lr"],
         eps=group["eps"],
         weight_decay=group["weight_decay"],
     )

@@ -7,7 +7,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from .engine import ProcessGroup, RuleOptimizer
-from .rule import Tensors, UpdateRule, ema, mix, register, sign, signature_defaults
+from .rule import Tensors, UpdateRule, mix, register, sign, signature_defaults, update_ema
 
 
 def Lion(
@@ -48,7 +48,7 @@ def prepare(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
     mix_weight, decay = group["betas"]
     averages = [average.to(grad.dtype) for average, grad in zip(state["momentum"], grads, strict=True)]
     directions = sign(mix(grads, averages, mix_weight))
-    ema(state["momentum"], grads, decay)
+    update_ema(state["momentum"], grads, decay)
     if group["scale"] != 1:
         torch._foreach_mul_(directions, group["scale"])
     return directions

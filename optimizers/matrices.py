@@ -5,6 +5,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+_ZERO = 1e-30  # no norm of a matrix that is not zero; its inverse is finite
+
 MatrixShape = tuple[int, int, int]  # (batch, m, n) that a tensor is treated as
 
 
@@ -43,7 +45,7 @@ def shape_in(group: dict, param: Tensor) -> MatrixShape:
 
 def norms_of(stack: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the Frobenius norm of each matrix of a stack: (b, ...) -> (b,) in `dtype`."""
-    return torch.linalg.vector_norm(stack.flatten(1), dim=1, dtype=dtype)
+    return torch.linalg.vector_norm(stack, dim=tuple(range(1, stack.ndim)), dtype=dtype)
 
 
 def scaled(stack: Tensor, norms: Tensor, wanted: float, dtype: torch.dtype) -> Tensor:
@@ -53,7 +55,7 @@ def scaled(stack: Tensor, norms: Tensor, wanted: float, dtype: torch.dtype) -> T
     """
     precision = factor_dtype(dtype)
     norms = norms.to(precision)
-    factors = torch.where(norms == 0, norms, wanted / norms).view(-1, *[1] * (stack.ndim - 1))
+    factors = (wanted / norms.clamp(min=_ZERO)).view(-1, *[1] * (stack.ndim - 1))
     return torch.mul(stack, factors, out=torch.empty(stack.shape, dtype=dtype, device=stack.device))
 
 

@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from .engine import ProcessGroup, RuleOptimizer
 from .polar import JORDAN, check_options, orthogonalize_group
-from .rule import Tensors, UpdateRule, ema, mix, register, signature_defaults
+from .rule import Tensors, UpdateRule, ema, mix, register, signature_defaults, update_ema
 
 SCALES = {
     "original": lambda m, n: sqrt(max(1, m / n)),  # Jordan et al.
@@ -62,15 +62,15 @@ def Muon(
 
 def prepare(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
     """Return the averaged gradient, one step ahead with `nesterov`."""
-    averages = ema(state["momentum"], grads, group["momentum"])
-    return mix(grads, averages, group["momentum"]) if group["nesterov"] else averages
+    if group["nesterov"]:
+        return mix(grads, update_ema(state["momentum"], grads, group["momentum"]), group["momentum"])
+    return ema(state["momentum"], grads, group["momentum"])
 
 
 def refine(directions: Tensors, state: dict[str, Tensors], group: dict, shapes) -> Tensors:
     """Scale each matrix by the factor of its whole shape."""
     factor = SCALES[group["adjust_lr_fn"] or "original"]
-    for direction, (_, m, n) in zip(directions, shapes, strict=True):
-        direction.mul_(factor(m, n))
+    torch._foreach_mul_(directions, [factor(m, n) for _, m, n in shapes])
     return directions
 
 

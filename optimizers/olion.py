@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from .engine import ProcessGroup, RuleOptimizer
 from .polar import check_options, orthogonalize_group
-from .rule import Tensors, UpdateRule, ema, mix, register, sign, signature_defaults
+from .rule import Tensors, UpdateRule, mix, register, sign_of, signature_defaults, update_ema
 
 
 def OLion(
@@ -66,12 +66,12 @@ def OLion(
 def prepare(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
     """Return G~: the gradient mixed with its average."""
     mix_weight, decay = group["betas"]
-    return mix(grads, ema(state["momentum"], grads, decay), mix_weight)
+    return mix(grads, update_ema(state["momentum"], grads, decay), mix_weight)
 
 
 def direct(stack: Tensor, group: dict) -> Tensor:
     """Return sign(NewtonSchulz(stack)): entries -1, 0 and 1; a row that is zero in G~ stays zero."""
-    return sign([orthogonalize_group(stack, group)])[0]
+    return sign_of(orthogonalize_group(stack, group))
 
 
 register(

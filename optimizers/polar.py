@@ -96,12 +96,13 @@ def orthogonalize(
     if form == "qdwh":
         return qdwh(matrices.reshape(-1, m, n), eps).reshape(matrices.shape).to(dtype)
     if form == "auto":
-        form = min(("plain", "gram"), key=lambda each: flops(m, n, ns_steps, each, triples, dtype, matrices.device))
+        plain, gram = (flops(m, n, ns_steps, each, triples, dtype, matrices.device) for each in ("plain", "gram"))
+        form = "plain" if plain <= gram else "gram"
 
     wide = matrices.reshape(-1, m, n)  # (batch, m, n)
     wide = wide.mT if m > n else wide
     norm = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True, dtype=_at_least_float32(wide.dtype))
-    x = (wide / norm.clamp(min=eps)).to(dtype)
+    x = torch.div(wide, norm.clamp(min=eps), out=wide.new_empty(wide.shape, dtype=dtype))  # rounded once, to `dtype`
     x = _plain(x, triples) if form == "plain" else _gram(x, triples)
     return (x.mT if m > n else x).reshape(matrices.shape)
 

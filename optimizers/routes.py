@@ -10,6 +10,8 @@ those of a few buckets. It knows layouts, never rules.
 """
 
 from collections import defaultdict
+from collections.abc import Callable
+from itertools import chain
 from math import prod
 from typing import Protocol
 
@@ -25,7 +27,7 @@ from .rule import Tensors
 
 # Entries of a stack: more gain nothing in speed, and its temporaries are about six times as large. A model of many
 # more has larger stacks, so that it has at most about 40.
-_STACK_ENTRIES, _STACKS = 2**25, 40
+_STACK_ENTRIES, _STACKS, _TOGETHER = 2**25, 40, 2
 
 
 class Update(Protocol):
@@ -84,7 +86,7 @@ class Elementwise(Route):
 
     def run(self, update: Update) -> None:
         indices = [i for i, has_grad in enumerate(update.has_grad) if has_grad]
-        for members in _chunks(indices, [weight.numel() for weight in update.weights]):
+        for members in _chunks(indices, [weight.numel() for weight in update.weights], _TOGETHER):
             update.apply(members, update.refine(members, update.prepare(members)))
 
 
@@ -95,17 +97,33 @@ class Local(Route):
         self.matrix_shapes = matrix_shapes
 
     def run(self, update: Update) -> None:
-        for members in self._stacks(update):
-            shapes = [self.matrix_shapes[i] for i in members]
-            stack = join(update.prepare(members), shapes)  # (b, m, n)
-            stack = rescaled(update.direct(stack), None if update.refines else update.rms, stack.dtype)
-            directions = split(stack, shapes, [update.weights[i].shape for i in members])
+        stacks = self._stacks(update)
+        sizes = [sum(update.weights[i].numel() for i in members) for members in stacks]
+        rms_after_direct = None if update.refines else update.rms
+        # Elementwise work takes fewer launches on the members of several stacks.
+        for some in _chunks(list(range(len(stacks))), sizes, _TOGETHER):
+            chosen = [stacks[j] for j in some]
+            members = [*chain(*chosen)]
+            tensors = list(update.prepare(members))
+            tensors = self._each(
+                chosen, tensors, lambda stack: rescaled(update.direct(stack), rms_after_direct, stack.dtype)
+            )
             if update.refines:
-                directions = update.refine(members, directions)
+                tensors = list(update.refine(members, tensors))
                 if update.rms is not None:
-                    stack = rescaled(join(directions, shapes), update.rms, stack.dtype)
-                    directions = split(stack, shapes, [update.weights[i].shape for i in members])
-            update.apply(members, directions)
+                    tensors = self._each(chosen, tensors, lambda stack: rescaled(stack, update.rms, stack.dtype))
+            update.apply(members, tensors)
+
+    def _each(self, stacks: list[list[int]], tensors: Tensors, function: Callable[[Tensor], Tensor]) -> Tensors:
+        """Apply (b, m, n) -> (b, m, n) to each stack of tensors, whose list is emptied to free them."""
+        results = []
+        for members in stacks:
+            shapes, mine = [self.matrix_shapes[i] for i in members], tensors[: len(members)]
+            del tensors[: len(members)]
+            tensor_shapes, stack = [tensor.shape for tensor in mine], join(mine, shapes)
+            del mine
+            results += split(function(stack), shapes, tensor_shapes)
+        return results
 
     def _stacks(self, update: Update) -> list[list[int]]:
         """Indices of parameters to stack: equal matrices, dtype and device."""
@@ -218,9 +236,9 @@ def rescaled(stack: Tensor, rms: float | None, dtype: torch.dtype) -> Tensor:
     return scaled(stack, norms_of(stack, factor_dtype(dtype)), rms * (m * n) ** 0.5, dtype)
 
 
-def _chunks(indices: list[int], sizes: list[int]) -> list[list[int]]:
-    """Divide indices, in order, so that the sizes of a chunk add up to the limit at most, or it has one index."""
-    limit = max(_STACK_ENTRIES, sum(sizes) // _STACKS)
+def _chunks(indices: list[int], sizes: list[int], stacks: int = 1) -> list[list[int]]:
+    """Divide indices, in order, so that the sizes of a chunk add up to `stacks` limits at most, or it has one index."""
+    limit = stacks * max(_STACK_ENTRIES, sum(sizes) // _STACKS)
     chunks, total = [], 0
     for i in indices:
         if not chunks or total + sizes[i] > limit:

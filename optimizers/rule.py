@@ -109,6 +109,14 @@ def ema(averages: Tensors, values: Tensors, decay: float) -> Tensors:
     return fresh
 
 
+def update_ema(averages: Tensors, values: Tensors, decay: float) -> Tensors:
+    """Like `ema`, but return the averages themselves where dtypes agree: not to be written to, nor handed on."""
+    if any(average.dtype != value.dtype for average, value in zip(averages, values, strict=True)):
+        return ema(averages, values, decay)
+    torch._foreach_lerp_(averages, values, 1 - decay)
+    return averages
+
+
 def mix(values: Tensors, averages: Tensors, weight: float) -> Tensors:
     """Return (1 - weight) value + weight average."""
     return torch._foreach_lerp(values, averages, weight)
@@ -119,4 +127,11 @@ def sign(tensors: Tensors) -> Tensors:
 
     torch.sign makes NaN 0, which would hide a divergence.
     """
-    return [tensor.sign().add_(tensor, alpha=0) for tensor in tensors]
+    signs = torch._foreach_sign(tensors)
+    torch._foreach_add_(signs, tensors, alpha=0)
+    return signs
+
+
+def sign_of(tensor: Tensor) -> Tensor:
+    """Return the sign, as above, of one tensor."""
+    return tensor.sign().add_(tensor, alpha=0)

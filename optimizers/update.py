@@ -56,9 +56,12 @@ class ParamsUpdate:
         directions = list(compress(directions, has_grad))
         if not weights:
             return
-        lr = float(self.group["lr"])
+        lr = self.group["lr"]
         if self.group["weight_decay"]:
             torch._foreach_mul_(weights, 1 - lr * self.group["weight_decay"])
+        if isinstance(lr, Tensor):  # stays one, so that a step in a CUDA graph reads the schedule's
+            torch._foreach_mul_(directions, -lr)
+            lr = -1
         torch._foreach_add_(weights, directions, alpha=-lr)
 
     def whole_step(self) -> None:
