@@ -56,6 +56,13 @@ class Checkpointer(titan.CheckpointManager):
         if pending is None:
             self._proof.result()
 
+    def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Save as torchtitan does; raises OSError, with the cause, where that fails."""
+        try:
+            return super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
+        except CheckpointException as error:
+            raise OSError(_not_saved(checkpoint_id, error)) from error
+
     def _prove(self, folder: Path, step: int, pending: Future | None) -> None:
         if pending is not None:
             pending.result()  # asynchronous, and not on the disk before
@@ -63,8 +70,11 @@ class Checkpointer(titan.CheckpointManager):
         remove_others(folder.parent, step, self._keep)
 
     def _async_wait(self) -> None:
-        super()._async_wait()
-        self._proof.result()
+        try:
+            super()._async_wait()
+            self._proof.result()
+        except CheckpointException as error:
+            raise OSError(_not_saved(self.folder, error)) from error
 
     def _refuse_not_finite(self, step: int) -> None:
         tensors = [param for part in self.states[titan.MODEL].model for param in part.parameters()]
@@ -101,20 +111,36 @@ class Checkpointer(titan.CheckpointManager):
         try:
             dcp.load(state_dict, storage_reader=TensorReader(checkpoint_id), planner=PlainPlanner())
         except CheckpointException as error:  # of torch, on all ranks
-            cause = next(iter(error.failures.values()))[0]
             raise UserError(
                 f"checkpoint {checkpoint_id} must be of this model and optimizer, and of plain values; it cannot be "
-                f"loaded: {one_line(cause)[:300]}"
+                f"loaded: {_cause(error)}"
             ) from error
         self.states[titan.MODEL].load_state_dict(state_dict)
 
     def close(self) -> None:
         """Wait until the last checkpoint is on the disk, and end the threads."""
-        if future := getattr(self, "save_future", None):
-            future.result()
-        self._proof.result()
-        self._thread.shutdown()
-        super().close()
+        try:
+            if getattr(self, "save_future", None):
+                self._async_wait()
+            self._proof.result()
+        finally:
+            self._thread.shutdown()
+            super().close()
+
+
+def _not_saved(path: str, error: CheckpointException) -> str:
+    return (
+        f"a checkpoint cannot be written to {path}: {_cause(error)}; earlier ones are as they were: mend that, and the "
+        "same command with --job.resume goes on from them"
+    )
+
+
+def _cause(error: CheckpointException) -> str:
+    """Return the first rank's failure in one line: torch's own message holds the tracebacks of all."""
+    cause: BaseException = next(iter(error.failures.values()))[0]
+    while cause.__context__ is not None and not isinstance(cause, OSError | UserError):
+        cause = cause.__context__  # torch hides a full disk behind an assertion about positions in its file
+    return one_line(cause)[:300]
 
 
 class PlainPlanner(DefaultLoadPlanner):

@@ -67,6 +67,9 @@ class Training(titan.Training):
     """Sequences per step, over all ranks and micro-batches."""
     max_norm: float = 1.0
     """The norm that gradients are clipped to; 0 clips none."""
+    gradient_sync: Literal["replicas", "step"] = "replicas"
+    """Gradients of replicas (HSDP, DDP) meet once per step; those of shards (FSDP) after each micro-batch, or, with
+    step, once per step too: less to send, and whole gradients in the memory of each rank, 4 bytes per parameter."""
 
     def __post_init__(self):
         at_least(1, self, "lanes", "local_batch_size", "global_batch_size", "seq_len", "steps")

@@ -9,6 +9,8 @@ checkpoint/ and wandb/. Every section and flag of torchtitan 0.2.2 is there, but
 replaces; --help lists them.
 """
 
+import hashlib
+import json
 import logging
 import math
 import os
@@ -18,6 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torchtitan import train as titan
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import init_logger
@@ -45,21 +49,21 @@ class Trainer(titan.Trainer):
         self.stop_request = stop_request
         if not job_config.training.max_norm:  # torchtitan would scale gradients to nothing
             self.job_config = replace(job_config, training=replace(job_config.training, max_norm=math.inf))
-        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self.ranks = launch.Launch(rank, int(os.environ["LOCAL_RANK"]), world_size, self.device)
+        self._micro_batch = 0
         self.timer = self.metrics_processor.timer
         self.watch = Probe(self.optimizers.optimizers[0], model=self.model_parts[0], **job_config.probe.options())
         self.optimizers.register_step_pre_hook(self.before_update)
         self.optimizers.register_step_post_hook(lambda *_: self.timer.stop())
 
     def init_distributed(self) -> ParallelDims:
-        """Join the other ranks, and refuse settings, tokenizers and files that are not theirs."""
+        """Join the other ranks, and refuse them where they were started otherwise: they would wait for each other."""
         dims, settings = super().init_distributed(), self.job_config
-        if torch.distributed.get_backend() != "fake":  # a dry run, whose only process is the one that is there
-            alone = launch.Launch(launch.process_rank(), 0, torch.distributed.get_world_size(), torch.device("cpu"))
-            tokenizer = record_of(settings)["tokenizer"]
-            facts = {"config": to_dict(settings), "tokenizer": tokenizer, "files": sizes_of(settings)}
-            launch.refuse_differences(facts, alone)
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.ranks = launch.Launch(rank, int(os.environ["LOCAL_RANK"]), world_size, self.device)
+        if settings.comm.mode == "default":
+            config = to_dict(settings)
+            folder = config["job"].pop("dump_folder")  # named after others, and so compared after them
+            launch.refuse_differences({"config": config, "files": files_of(settings), "folder": folder}, self.ranks)
         return dims
 
     def batch_generator(self, data_iterable):
@@ -73,6 +77,10 @@ class Trainer(titan.Trainer):
 
     def forward_backward_step(self, *, global_valid_tokens: torch.Tensor, **batch) -> torch.Tensor:
         """Make DDP's mean over ranks a sum, as FSDP's is here: torchtitan's losses are shares of the global mean."""
+        self._micro_batch = self._micro_batch % self.gradient_accumulation_steps + 1
+        last = self._micro_batch == self.gradient_accumulation_steps
+        for part in self.model_parts:
+            let_gradients_meet(part, last, self.job_config.training.gradient_sync)
         dims = self.parallel_dims
         ranks = dims.dp_replicate if dims.dp_replicate_enabled and not dims.fsdp_enabled else 1
         return super().forward_backward_step(global_valid_tokens=global_valid_tokens / ranks, **batch) / ranks
@@ -100,11 +108,12 @@ class Trainer(titan.Trainer):
         return False
 
 
-def sizes_of(settings: JobConfig) -> dict[str, int]:
-    """Return the bytes of each file that is trained on, where these are local."""
-    source = Path(settings.training.dataset_path or "")
-    paths = sorted(source.rglob("*")) if settings.training.dataset_path and source.is_dir() else [source]
-    return {path.name: path.stat().st_size for path in paths if path.is_file()}
+def let_gradients_meet(model: nn.Module, is_last: bool, sync: str) -> None:
+    """Have the ranks' gradients meet, or stay where they are, at the end of the next backward pass."""
+    if isinstance(model, FSDPModule) and sync == "replicas":
+        model.set_requires_all_reduce(is_last)
+    elif hasattr(model, "set_requires_gradient_sync"):  # FSDP's and DDP's
+        model.set_requires_gradient_sync(is_last)
 
 
 def main() -> None:
@@ -155,6 +164,25 @@ def train(settings: JobConfig) -> None:
     finally:
         if trainer:
             trainer.close()
+
+
+def files_of(settings: JobConfig) -> dict[str, str | None]:
+    """Hash the names and sizes of the files that a run reads: alike on ranks that see the same ones."""
+    paths = {
+        "training.dataset_path": settings.training.dataset_path,
+        "validation.dataset_path": settings.validation.dataset_path,
+        "validation.pretrain_path": settings.validation.pretrain_path,
+        "model.hf_assets_path": settings.model.hf_assets_path,
+        "checkpoint.initial_load_path": settings.checkpoint.initial_load_path,
+    }
+    return {name: digest_of_files(Path(path)) for name, path in paths.items() if path}
+
+
+def digest_of_files(path: Path) -> str | None:
+    """Hash the names and sizes of a file, or of all below a folder; None without any."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    sizes = [(file.relative_to(path).as_posix(), file.stat().st_size) for file in files]
+    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest() if files else None
 
 
 def same_experiment(folder: Path, settings: JobConfig) -> None:

@@ -12,16 +12,20 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.distributed._composable.replicate import replicate
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from common import UserError
 from common.manifest import Damaged, verify_manifest
 from Llama import arithmetic
-from Llama.checkpoints import find_step, newest_checkpoint
+from Llama.checkpoints import Checkpointer, find_step, newest_checkpoint
 from Llama.config import JobConfig, parse_config
 from Llama.metrics import Diverged, _Logger, name_of
 from Llama.model import FLAVORS
 from Llama.prepare import Prepare, prepare
-from Llama.train import same_experiment, titan, train
+from Llama.train import let_gradients_meet, same_experiment, titan, train
 from tests.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -175,6 +179,74 @@ def test_probes_of_four_ranks_match_those_of_one(folder, optimizer, layout):
 def probes(folder: Path) -> dict[str, float]:
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return {key: line[key] for line in lines for key in line if key.startswith("probe/") and key != "probe/ms"}
+
+
+ACCUMULATED = {  # in two micro-batches per rank
+    "hsdp": LAYOUTS["hsdp"],
+    "ddp": LAYOUTS["ddp"],
+    "fsdp, gradients whole": {},
+}
+
+
+@pytest.mark.parametrize("layout", ACCUMULATED)
+def test_losses_of_two_micro_batches_per_rank_match_those_of_one_rank(folder, layout):
+    options = {f"parallelism__{key}": value for key, value in ACCUMULATED[layout].items()}
+    options["training__gradient_sync"] = "step" if "whole" in layout else "replicas"
+    group = f"{layout}, accumulated"
+    with Ranks(4) as ranks:
+        settings = quick(
+            folder, ranks=4, job__group=group, optimizer__name="adamw", training__local_batch_size=1, **options
+        )
+        ranks(_train, settings)
+    assert losses(run_of(folder, group, "adamw")) == pytest.approx(losses(run_of(folder, "alone", "adamw")), abs=5e-4)
+
+
+def test_gradients_meet_at_the_last_micro_batch_alone():
+    with Ranks(2) as ranks:
+        assert ranks(_meetings) == [[True, True], [True, True]]
+
+
+def _meetings() -> list[bool]:
+    """Whether nothing was there after the first of two backward passes, and their sum after the second; HSDP, DDP."""
+    mesh, found = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard")), []
+    rank = torch.distributed.get_rank()
+    for layout in ("hsdp", "ddp"):
+        model = torch.nn.Linear(3, 1, bias=False)
+        model = fully_shard(model, mesh=mesh) if layout == "hsdp" else replicate(model, device_mesh=mesh["replicate"])
+        grads = []
+        for micro_batch in range(2):
+            let_gradients_meet(model, micro_batch == 1, "replicas")
+            model(torch.full((1, 3), 1.0 + rank + 10 * micro_batch)).sum().backward()
+            grad = model.weight.grad
+            grads.append(getattr(grad, "full_tensor", lambda grad=grad: grad)() if grad is not None else None)
+        # Of one rank 1 + 11, of the other 2 + 12: the mean is 13. Before they meet, each has its own, or none.
+        met = grads[0] is not None and torch.allclose(grads[0], torch.full((1, 3), 1.5))
+        found.append(not met and torch.allclose(grads[1], torch.full((1, 3), 13.0)))
+    return found
+
+
+def test_ranks_that_were_started_otherwise_refuse_before_the_first_step(folder):
+    with Ranks(2) as ranks:
+        for key, value in [("debug__seed", 3), ("validation__freq", 1), ("optimizer__lr", 0.5)]:
+            settings = [quick(folder, ranks=2, **{"job__group": "unlike", **more}) for more in ({}, {key: value})]
+            for said in ranks(_refused_unlike, settings):
+                assert f"all ranks must have the same config.{key.replace('__', '.')}; got " in said
+    assert not (folder / "runs/unlike").exists()
+
+
+def _refused_unlike(settings: list[JobConfig]) -> str:
+    return _refused(settings[torch.distributed.get_rank()])
+
+
+def test_checkpoint_that_cannot_be_written_is_one_line_with_the_cause():
+    class Unbuilt(Checkpointer):
+        __init__ = close = lambda self: None
+
+    failure = CheckpointException("save", {1: _wrap_exception(OSError(28, "No space left on device"))})
+    with mock.patch("torch.distributed.checkpoint.save", side_effect=failure), pytest.raises(OSError) as raised:
+        Unbuilt().dcp_save({}, "runs/x/step-1", "disabled")
+    assert "cannot be written to runs/x/step-1: [Errno 28] No space left on device; earlier ones" in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_resume_on_one_rank_of_a_run_of_four_matches_an_uninterrupted_run(folder):
