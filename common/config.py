@@ -50,7 +50,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(config_class: type[Config], mapping: dict[str, Any]) -> Config:
-    """Build a config from what `to_dict` gave; absent keys keep their defaults.
+    """Build a config from a dict that `to_dict` returned; absent keys keep their defaults.
 
     Raises ConfigError for an unknown key or a value of a wrong type.
     """
@@ -151,7 +151,7 @@ def _checked(config_class: type, mapping: dict, source: str, prefix: str = "", r
         try:
             values[key] = _convert(value, hints[key])
         except TypeError:
-            wanted, got = _type_name(hints[key]), f"{type(value).__name__} {value!r}"
+            wanted, got = _type_name(hints[key]), f"{type(value).__name__} {value!r}"[:200]
             raise ConfigError(f"{source}: key '{name}' must be {wanted}, got {got}") from None
     return values
 

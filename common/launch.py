@@ -83,9 +83,9 @@ def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
 
 
 def device_mesh(launch: Launch, replicate: int, shard: int) -> DeviceMesh:
-    """Arrange all ranks as `replicate` copies of a model, each in the hands of `shard` neighbouring ranks.
+    """Arrange all ranks as `replicate` replicas of a model, each sharded over `shard` neighbouring ranks.
 
-    A single copy is a mesh of one dimension, "shard"; several are ("replicate", "shard"), as FSDP2 takes them. Every
+    A single replica is a mesh of one dimension, "shard"; several are ("replicate", "shard"), as FSDP2 takes them. Every
     rank must call it. Raises UserError where the two do not make up the number of ranks.
     """
     if replicate * shard != launch.world_size:

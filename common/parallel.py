@@ -1,9 +1,9 @@
-"""How a model lies on the ranks: whole on each (DDP), in shards (FSDP), or in shards within groups of ranks (HSDP).
+"""Layout of a model over the ranks: replicated (DDP), sharded (FSDP), or sharded within replicated groups (HSDP).
 
     network = distribute(model, settings, ranks, torch.bfloat16)
     with synchronizing(network, last_micro_batch), autocast(torch.bfloat16, ranks): ...
 
-Optimizer and checkpoints need not be told: parameters in shards are DTensors, which know their layout.
+Optimizer and checkpoints read the layout from the parameters, which are DTensors where they are sharded.
 """
 
 import contextlib
@@ -92,9 +92,9 @@ def _shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, compile: bool
 
 
 def cut_batch(batch_size: int, micro_batch: int, ranks: launch.Launch) -> list[tuple[slice, int]]:
-    """Cut a rank's rows of a global batch into pieces, one a pass: the rows of each, and how many of them count.
+    """Cut a rank's rows of a global batch into micro-batches: (slice, number of real rows) per micro-batch.
 
-    For FSDP all ranks have as many pieces, so that one may be empty: it takes a row that does not count.
+    FSDP needs as many passes on every rank: an empty micro-batch takes one row, of which none counts.
     """
     shares = ranks.world_size
     count = -(-batch_size // (shares * micro_batch))
@@ -104,7 +104,7 @@ def cut_batch(batch_size: int, micro_batch: int, ranks: launch.Launch) -> list[t
 
 
 def synchronizing(network: nn.Module, synchronize: bool) -> AbstractContextManager:
-    """Return the context of a forward and backward pass: with or without the ranks' gradients meeting at its end."""
+    """Return the context of one forward and backward pass: gradients are reduced over the ranks at its end, or kept."""
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(synchronize)
     elif isinstance(network, DistributedDataParallel) and not synchronize:

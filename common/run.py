@@ -39,7 +39,7 @@ class Run:
     settings: a RunConfig with an [optimizer] and, in `eval.every`, the steps between validations.
     model, optimizer: saved in checkpoints, and restored where `settings.resume` asks for it.
     scaler: the loss scaler, saved with them.
-    unit, units_per_step: what is counted ("tokens"), and how many of them one step takes over all ranks.
+    unit, units_per_step: name of the unit of data ("tokens"), and units per step over all ranks.
     fixed, free: settings and sections that a resumed run must share with its checkpoint, and exceptions among them.
 
     Raises UserError where the checkpoint is of another experiment.
@@ -66,7 +66,7 @@ class Run:
         self._peaks = [group["lr"] for group in optimizer.param_groups]
         self.name = run_name(settings.optimizer.name, self._lr, settings.seed, settings.optimizer.adamw_lr)
         self.folder = Path(settings.out, settings.group, self.name)
-        self.step = 0  # that were taken
+        self.step = 0  # steps taken
         self._skipped, self._in_a_row, self._norm, self._shown = 0, 0, math.nan, {}
         self._saved_step: int | None = None
         self._save_owed = self._stop_agreed = False
@@ -144,7 +144,7 @@ class Run:
             self._diverge(f"the {self._in_a_row} steps up to {self.step} had none")
 
     def is_due(self, every: int) -> bool:
-        """Return whether something is due that happens every so many steps, and after the last one."""
+        """Return whether an action is due: at each multiple of `every` steps, and after the last step."""
         return self.step % every == 0 or self.finished
 
     def measurements(self) -> dict[str, float]:

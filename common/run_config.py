@@ -9,6 +9,8 @@ from common.config import ConfigError, at_least
 from common.probe_config import ProbeConfig
 from common.schedule import ScheduleConfig
 
+MOST_SEEDS = 2**31  # numpy's generators take 32 bits, and each rank adds its number
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -60,6 +62,10 @@ class RunConfig:
     def __post_init__(self):
         at_least(1, self, "steps", "log_every")
         at_least(0, self, "clip", "seed")
+        if self.seed >= MOST_SEEDS:
+            raise ConfigError(f"seed must be below 2**31; got {self.seed}")
         group = Path(self.group)
-        if group.is_absolute() or not group.parts or ".." in group.parts:
+        if group.is_absolute() or not group.parts or ".." in group.parts or not self.group.isprintable():
             raise ConfigError(f"group must name a folder below `out`; got {self.group!r}")
+        if "\0" in self.out:
+            raise ConfigError(f"out must name a folder; got {self.out!r}")

@@ -1,4 +1,4 @@
-"""How long a training step takes, and how much of it is the optimizer."""
+"""Time per training step, and per optimizer step within it."""
 
 import statistics
 import time
@@ -7,7 +7,7 @@ import torch
 
 
 class Timer:
-    """Times whole steps and the optimizer in them, in milliseconds; the device's queue is emptied at each reading.
+    """Times of training steps and of their optimizer steps, in ms; each reading waits for the device's queue.
 
     Example:
         timer.start(); backward(); timer.optimizer(); optimizer.step(); timer.stop()

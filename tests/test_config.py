@@ -122,6 +122,22 @@ def test_mistake_in_a_file_is_refused_with_one_line(write, text, message):
     assert str(error.value) == message.format(path=path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps = " + "9" * 5000, "not a readable TOML file: Exceeds the limit"),
+        ("steps = " + "[" * 5000 + "]" * 5000, "not a readable TOML file: maximum recursion depth"),
+        (None, "not a readable TOML file: "),  # a loop of symbolic links
+    ],
+)
+def test_file_that_python_cannot_read_is_refused_with_one_line(tmp_path, text, message):
+    path = tmp_path / "a.toml"
+    path.symlink_to(path) if text is None else path.write_text(text)
+    with pytest.raises(ConfigError) as refusal:
+        parse_config(Config, [str(path)])
+    assert str(refusal.value).startswith(f"{path}: {message}") and "\n" not in str(refusal.value)
+
+
 def test_mistake_in_an_extended_file_is_refused_by_that_file_s_name(write):
     base = write("base.toml", "stepz = 1")
     with pytest.raises(ConfigError, match=f"^{base}: unknown key 'stepz'"):
