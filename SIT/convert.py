@@ -21,7 +21,7 @@ def convert(config: "Convert") -> Path:
     """Write DIR/images, and return it; raises UserError for a source without class folders or with a corrupt image."""
     at_least(1, config, "size", "workers")
     folder = config.out / IMAGES
-    if folder.resolve().is_relative_to(config.source.resolve()):  # the next run would take images/ for a class
+    if folder.resolve().is_relative_to(config.source.resolve()):  # the next run would read images/ as a class
         raise UserError(f"--out must lie outside of the source, {config.source}, got {config.out}: choose another")
     sources = list_files(config.source, IMAGE_SUFFIXES, "name a folder that exists")
     outside = sorted(file for file in sources.values() if "/" not in file)

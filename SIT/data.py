@@ -1,4 +1,4 @@
-"""What SiT trains on, handwritten digits as pixels or the latents of a folder; and the order in which items come.
+"""Training data of SiT, handwritten digits as pixels or latents of a folder, and the order of its items.
 
 Letters in the shape comments: B images, C channels, H and W the sides of a latent, or of a digit.
 """
@@ -16,7 +16,7 @@ from common import UserError
 
 
 class Items(Protocol):
-    """What batches are drawn from; x is in the model's space: pixels in [-1, 1], or scaled latents."""
+    """The source of batches; x is in the model's space: pixels in [-1, 1], or scaled latents."""
 
     shape: tuple[int, int, int]  # of one x: (C, H, W)
     n_class: int
@@ -28,7 +28,7 @@ class Items(Protocol):
     def fetch(self, indices: Sequence[int], draws: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """Read x (B, C, H, W) float32, y (B,) int64 and, if wanted, images (B, 1 or 3, side, side) uint8.
 
-        A draw is the seed of what is random in its item.
+        A draw is the seed of the randomness of its item.
         """
 
 
@@ -98,7 +98,7 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 def to_images(pixels: Tensor) -> Tensor:
-    """Turn pixels in [-1, 1], and what lies beyond, into uint8 images."""
+    """Turn pixels, clamped to [-1, 1], into uint8 images."""
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -126,7 +126,7 @@ def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def take(items: Items, indices: Sequence[int], seed: int) -> dict[str, Tensor]:
-    """Fetch chosen items, with randomness that (seed, index) fixes: validation on what stays the same."""
+    """Fetch chosen items, with randomness fixed by (seed, index), so that validation repeats."""
     # Four numbers, the last not 0: to numpy (3, 1) is (3, 1, 0), the seed of a training row.
     return items.fetch(indices, [(seed, index, 0, 1) for index in indices])
 

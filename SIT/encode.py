@@ -41,7 +41,7 @@ def encode(config: "Encode", vae: VAE | None = None) -> Path:
     shape = read_image(config.folder / IMAGES / files[0], CONVERT_IT).shape  # (3, side, side)
     vae = (vae or load_vae(config.vae)).to(ranks.device)
     name = str(Path(config.vae).resolve()) if Path(config.vae).is_dir() else config.vae
-    request = {"vae": name, "image side": shape[-1], "flip": config.flip}  # what decides a latent, but for its image
+    request = {"vae": name, "image side": shape[-1], "flip": config.flip}  # the latents depend on these
     latent_shape = vae.latent_shape(shape[-1])
     todo = launch.on_main(lambda: plan(folder, request, batches, latent_shape))  # before any rank writes
     mine = [batches[number] for number in todo[ranks.rank :: ranks.world_size]]
@@ -74,7 +74,7 @@ def plan(folder: Path, request: dict, batches: list[list[str]], shape: tuple[int
 def read_images(
     config: "Encode", batches: list[list[str]], shape: tuple[int, ...], device: torch.device
 ) -> Iterator[tuple[list[str], Tensor]]:
-    """Give each batch of files with its images (B, 3, side, side) uint8; a thread reads the next batch meanwhile."""
+    """Yield each batch of files with its images (B, 3, side, side) uint8; a thread reads the next batch meanwhile."""
 
     def read(file: str) -> np.ndarray:
         image = read_image(config.folder / IMAGES / file, CONVERT_IT)

@@ -21,7 +21,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of
 
 
 class Encoder(Protocol):
-    """What turns images into features, without gradients: a seam, `load_encoder` gives it by name."""
+    """A frozen network that turns images into features; `load_encoder` loads one by name."""
 
     z_dim: int
     grid: int  # tokens a side: that of the SiT's
@@ -30,7 +30,7 @@ class Encoder(Protocol):
         """Turn uint8 images (B, 1 or 3, side, side) into features (B, grid * grid, z_dim) float32, row by row."""
 
     def double(self) -> "Encoder":
-        """Compute, and give features, in float64: float32's rounding depends on the CPU and on the batch."""
+        """Compute, and return features, in float64: float32's rounding depends on the CPU and on the batch."""
 
 
 class Dinov2:
@@ -103,7 +103,7 @@ def load_encoder(
     """Load an encoder by its name: dinov2-s, -b, -l, -g, or digits.
 
     grid: tokens a side, as the SiT has them; the digits' network has 4.
-    folder: what holds its files: config.json and weights of DINOv2 (by default the Hugging Face Hub or its cache), or
+    folder: of its files: config.json and weights of DINOv2 (by default the Hugging Face Hub or its cache), or
     encoder.pt of the digits' network (by default data/digits).
     Raises ValueError for another name, UserError where the files are missing.
     """

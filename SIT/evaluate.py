@@ -3,7 +3,7 @@
     python -m SIT.evaluate runs/sit/digits                       # every run of digits below: a table and a picture
     python -m SIT.evaluate samples.npz --reference images/       # FID, by torch-fidelity (pip install torch-fidelity)
 
-Digits: 1,000 are drawn from each run, without guidance. A judge, a network that was trained apart, says which share is
+Digits: 1,000 are drawn from each run, without guidance. A judge, a network trained separately, gives the share that is
 recognised as the class asked for, and gives the features in which the Frechet distance to the training digits is
 taken. Beside these stand the losses of the run's last validation, and above them the validation digits' own measures:
 no model needs to be better.

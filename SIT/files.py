@@ -12,7 +12,7 @@ from common.json_files import read_object
 from common.whole import write_json as write_json
 from common.whole import write_whole as write_whole
 
-REQUEST = "request.json"  # what a folder is made of: an interrupted one goes on with nothing else
+REQUEST = "request.json"  # the source and settings of a folder: an interrupted one goes on with the same alone
 BLOCK_BYTES = 4096  # of most file systems: a file takes whole ones
 
 
@@ -49,14 +49,14 @@ def check_space(folder: Path, count: int, bytes_each: int) -> None:
 
 
 def check_memory(needed: int, option: str) -> None:
-    """Refuse what would take more bytes than this machine's memory; `option` is what asks for it."""
+    """Raise UserError where an option asks for more bytes than this machine's memory."""
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise UserError(f"{option} asks for {needed / 1e9:,.0f} GB, this machine has {there / 1e9:.0f} GB: lower it")
 
 
 def map_in_groups(function: Callable[[str], str | None], arguments: list[str], workers: int) -> Iterator[str | None]:
-    """Call a function on threads, and give its results in order; `map` alone would line up a million calls at once."""
+    """Call a function on threads, and yield its results in order; `map` alone would line up a million calls at once."""
     remaining = iter(arguments)
     with ThreadPoolExecutor(workers) as pool:
         while group := list(islice(remaining, 16 * workers)):

@@ -1,6 +1,6 @@
 """Folders of images and their latents, as SIT.prepare or REPA's own preprocessing makes them:
 
-    images/CLASS/NAME.png        what the encoder of representation alignment sees
+    images/CLASS/NAME.png        input of the encoder of representation alignment
     vae-sd/CLASS/NAME.npy        float32 (2C, H, W): the VAE's mean, on it the standard deviation
     vae-sd/dataset.json          {"labels": [["CLASS/NAME.npy", 0], ...], "scaling": 0.18215, "vae": "NAME or folder"}
     vae-sd-flip/CLASS/NAME.npy   the same of the mirrored images, where flips are wanted
@@ -36,13 +36,13 @@ CONVERT_IT = f"remove it, then run {CONVERT} again"  # to a file that is there i
 
 
 class Corrupt(UserError):
-    """A file that cannot be read, or does not hold what its name says."""
+    """A file that cannot be read, or is not of the kind that its name promises."""
 
 
 class Latents:
-    """The items of a folder: SIT.data.Items, drawn from what the VAE says of each image.
+    """The items of a folder: SIT.data.Items, drawn from the VAE's mean and deviation of each image.
 
-    folder: what holds images/ and vae-sd/.
+    folder: holds images/ and vae-sd/.
     n_class: classes of the model, 1 or more.
     on_corrupt: "fail", or "skip": the next item that can be read takes the place, of the same part. `skipped` says
         why, by name.
@@ -51,7 +51,7 @@ class Latents:
     workers: threads that read.
 
     `scaling` brings latents to the model's space; `vae` is the name or folder of the VAE they are of, "" where the
-    folder does not say.
+    folder does not record it.
 
     Raises UserError where a file has no counterpart, a label is no class, or a latent differs in shape from the first.
     """
@@ -152,11 +152,11 @@ class Latents:
         raise UserError(f"{folder} must hold a latent that can be read, has none: {encode_again(folder)}")
 
 
-# ---- What belongs together
+# ---- Counterparts: images, latents and labels
 
 
 def read_labels(folder: Path) -> tuple[dict[str, tuple[str, Any]], float, str]:
-    """Read a folder's dataset.json: path and class by name, the scaling and the VAE ("" where it does not say).
+    """Read a folder's dataset.json: path and class by name, the scaling and the VAE ("" where it has none).
 
     Refuses a missing or damaged one.
     """
@@ -180,7 +180,7 @@ def read_labels(folder: Path) -> tuple[dict[str, tuple[str, Any]], float, str]:
 
 
 def name_of(file: str) -> str:
-    """Return what an image and its latent share: the path without its suffix and without REPA's mark of latents."""
+    """Return the common name of an image and its latent: the path without suffix and without REPA's mark of latents."""
     folder, _, base = file.replace("\\", "/").rpartition("/")
     return f"{folder}/{base.rpartition('.')[0].replace('img-mean-std-', 'img', 1)}"
 
@@ -188,7 +188,7 @@ def name_of(file: str) -> str:
 def list_files(folder: Path, suffixes: set[str], remedy: str) -> dict[str, str]:
     """Find the files of a folder that have one of these suffixes: their path in it, by name.
 
-    remedy: what to do where the folder is not there.
+    remedy: of a missing folder, for the error.
     """
     if not folder.is_dir():
         raise UserError(f"need the folder {folder}, which is not there: {remedy}")
@@ -203,7 +203,7 @@ def list_files(folder: Path, suffixes: set[str], remedy: str) -> dict[str, str]:
 
 
 def visible_files(folder: Path) -> Iterator[str]:
-    """Give each file below a folder, relative to it, without hidden ones, which interrupted writes leave."""
+    """Yield each file below a folder, relative to it, without hidden ones, which interrupted writes leave."""
     for inner, subfolders, bases in os.walk(folder, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]  # thumbnails and the like
         place = Path(inner).relative_to(folder).as_posix()
@@ -222,7 +222,7 @@ def check_counterparts(first: dict[str, Any], second: dict[str, Any], one: str, 
 
 
 def check_classes(labels: Iterable[tuple[str, Any]], n_class: int) -> list[int]:
-    """Return the classes; refuses what is none of `n_class`."""
+    """Return the classes; raises UserError for a label that is not below `n_class`."""
     classes = []
     for file, label in labels:
         if type(label) is not int or not 0 <= label < n_class:
@@ -238,7 +238,7 @@ def check_classes(labels: Iterable[tuple[str, Any]], n_class: int) -> list[int]:
 
 
 def encode_again(path: Path) -> str:
-    """Say how to replace a latent, or all in a folder: what is whole is not encoded again."""
+    """Return the remedy for a latent, or all of a folder: whole files are not encoded again."""
     command = f"{ENCODE[:-1]} --flip`" if FLIPPED in path.parts else ENCODE
     return f"remove it, then run {command} again"
 

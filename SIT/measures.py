@@ -28,7 +28,7 @@ from SIT.sampling import draw, labels_of, load_run, picture
 if TYPE_CHECKING:
     from SIT.evaluate import Options
 
-COLUMNS, LINES = 20, 2  # of the digits that the picture shows of a method; the classes take turns, two a line
+COLUMNS, LINES = 20, 2  # of the digits that the picture shows of a method; the classes take turns, two per line
 CLASSES = 10
 MEASURES = {
     "denoising": "denoising loss",
@@ -42,7 +42,7 @@ DRAWN_AT_ONCE = 250
 
 @dataclass(frozen=True)
 class Run:
-    """What was drawn from a run, and measured."""
+    """Images drawn from a run, and their measures."""
 
     folder: str
     optimizer: str
@@ -54,7 +54,7 @@ class Run:
 
     @property
     def method(self) -> str:
-        """What runs have in common that differ in their seed alone: group, optimizer and rates."""
+        """The name without its seed: group, optimizer and rates."""
         return re.sub(r"-s\d+$", "", self.folder)
 
 

@@ -144,7 +144,7 @@ class SiT(nn.Module):
         return unpatchify(prediction, config.patch_size, config.channels), projected
 
     def num_parameters(self) -> int:
-        """Count what is trained: the positions are not."""
+        """Count the trained parameters; the positions are constants."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 
@@ -160,15 +160,15 @@ def modulation_names(model: SiT) -> list[str]:
 
 
 def tensor_roles(model: SiT, modulation: Literal["matrix", "adamw"] = "matrix") -> dict[str, str]:
-    """Say the roles that differ from what optimizers.roles_of finds by itself: `build_optimizer(..., roles=these)`.
+    """Return the roles that differ from those of optimizers.roles_of: `build_optimizer(..., roles=these)`.
 
     patches       embedding   the first layer reads data, as a table reads tokens
     outputs       head        the last layers, of the prediction and of the projector, write data or its features
     modulation    matrix      hidden weights that see a dense condition; or, by "adamw", embedding: AdamW with the
                               decay of a matrix, so that the choice changes the rule and nothing else
 
-    What remains is found right: attention, MLPs, the timestep's MLP (dense waves in) and the projector's hidden layers
-    are matrices, the labels' table an embedding, biases vectors.
+    The other roles are found right: attention, MLPs, the timestep's MLP (dense waves in) and the projector's hidden
+    layers are matrices, the labels' table an embedding, biases vectors.
     """
     roles = {"x_embedder.weight": "embedding", "final_layer.linear.weight": "head"}
     if model.projector is not None:

@@ -1,10 +1,10 @@
-"""Make what SIT.train reads: images of one size and their latents, or the digits' networks.
+"""Make the input of SIT.train: images of one size and their latents, or the digits' networks.
 
-    python -m SIT.prepare convert ILSVRC/Data/CLS-LOC/train --out data/imagenet256    # a folder a class
+    python -m SIT.prepare convert ILSVRC/Data/CLS-LOC/train --out data/imagenet256    # a folder per class
     python -m SIT.prepare encode data/imagenet256
     torchrun --standalone --nproc-per-node 8 -m SIT.prepare encode data/imagenet256   # on eight GPUs
     python -m SIT.prepare digits                                                      # seconds, no download
-    python -m SIT.prepare SIT/configs/digits.toml       # what that config trains on, if it is the digits
+    python -m SIT.prepare SIT/configs/digits.toml       # the data of that config, if it is the digits
 
 SIT/latents.py has the layout of the folder. Both ways through ImageNet go on where they were interrupted: a file is
 there whole or not at all, and dataset.json comes last.
@@ -47,9 +47,9 @@ class Encode:
     """Write the mean and the standard deviation of each image's latents; under torchrun, on several GPUs."""
 
     folder: tyro.conf.Positional[Path]
-    """What `convert` made: a folder with images/. Into it go vae-sd/ and its dataset.json."""
+    """A folder with images/, as `convert` makes it. Into it go vae-sd/ and its dataset.json."""
     flip: bool = False
-    """Encode the mirrored images, into vae-sd-flip/: what training with flips needs too."""
+    """Encode the mirrored images, into vae-sd-flip/, which training with flips needs too."""
     vae: str = "stabilityai/sd-vae-ft-mse"
     """Name on the Hugging Face Hub, or a folder with its files."""
     batch_size: int = 32
@@ -57,7 +57,7 @@ class Encode:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     workers: int = 8
-    """Threads of a rank that read images."""
+    """Threads per rank that read images."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Digits:
 
 
 def prepare_for(settings: Config) -> list[Path]:
-    """Make what a training config needs, if it takes seconds and no download: the digits' networks; returns folders."""
+    """Make a training config's data, if it takes seconds and no download: the digits' networks; returns folders."""
     from SIT import digits
 
     folders = set()

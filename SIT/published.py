@@ -20,7 +20,7 @@ RENAMED = {  # the start of a published name -> ours; every other name is the sa
     "y_embedder.embedding_table.": "y_embedder.",
     "projectors.0.": "projector.",
 }
-# What a run's config.json says of a model, of theirs.
+# The sections of a run's config.json, for a published model.
 PUBLISHED = {
     "data": {"kind": "latents", "vae": ""},
     "objective": {"path": "linear", "prediction": "velocity", "label_dropout": 0.1},
@@ -63,7 +63,7 @@ def load_published(model: SiT, state_dict: Mapping) -> None:
     half, a variance, is unused there), predict the velocity of a time that runs from noise to data; they are converted
     exactly to a time from data to noise, as REPA's have it.
 
-    Raises ValueError for what is missing, not known, or of another shape, and where nothing tells the two apart.
+    Raises ValueError for a weight that is missing, unknown or of another shape, and where nothing tells the two apart.
     """
     state = {_renamed(name): tensor for name, tensor in state_dict.get("ema", state_dict).items()}
     repa = any(name.startswith("projector.") for name in state)

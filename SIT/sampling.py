@@ -95,7 +95,7 @@ def picture(images: Tensor, columns: int, least_side: int = 32) -> "Image":
 
 
 def open_decoder(kind: str, vae: str, channels: int, device: torch.device, scaling: float | None = None) -> Decode:
-    """Return what turns the model's outputs into images: of pixels a scale, of latents the VAE of this name or folder.
+    """Return the decoder of the model's outputs: of pixels a scale, of latents the VAE of this name or folder.
 
     Raises UserError for a VAE of other channels or, where it is known, of another scaling than the latents'.
     """
@@ -131,7 +131,7 @@ def load_run(folder: Path, device: torch.device) -> tuple[SiT, dict[str, Any]]:
 
 
 def open_model(options: Options, device: torch.device) -> tuple[SiT, dict[str, Any], Decode]:
-    """Open what is sampled: the model, the config's section of its objective, and what decodes its outputs."""
+    """Open a run or file: the model, the config's section of its objective, and the decoder of its outputs."""
     if options.run.is_file():
         model, settings = open_published(options.run).to(device).eval(), PUBLISHED
     else:

@@ -1,4 +1,4 @@
-"""Paths between data and noise, what a network may predict on them, the losses, and the samplers.
+"""Paths between data and noise, the kinds of prediction on them, the losses, and the samplers.
 
 At time t a point is x_t = a x + s e of data x and standard normal noise e; t = 0 is data, t = 1 noise. Its velocity is
 a' x + s' e, its score -e / s (SiT, Ma et al., arXiv 2401.08740). Letters: B samples, N tokens, Z features; t is (B,).
@@ -66,7 +66,7 @@ def interpolate(x: Tensor, e: Tensor, t: Tensor, path: Path = LINEAR) -> Tensor:
 
 
 def target(x: Tensor, e: Tensor, t: Tensor, path: Path = LINEAR, prediction: str = "velocity") -> Tensor:
-    """Return what a network that predicts velocity, noise, data or score should say of (x, e) at t: (B, ...)."""
+    """Return the target (B, ...) of a network that predicts velocity, noise, data or score, of (x, e) at t."""
     _, s, da, ds = _coefficients(path, t, x)
     if prediction == "velocity":
         return da * x + ds * e
@@ -108,7 +108,7 @@ def to_score(value: Tensor, x_t: Tensor, t: Tensor, path: Path = LINEAR, predict
 def first_time(steps: int, prediction: str = "velocity") -> float:
     """Return the time at which to begin `steps` steps of a sampler, with the noise as the state.
 
-    1, but for noise and score, which at t = 1 say nothing of the data: it would be made from the network's error,
+    1, but for noise and score, which at t = 1 do not depend on the data: it would be made from the network's error,
     divided by a = 0. A step later that error is multiplied by about `steps`, and the step by 1 / steps.
     """
     return 1 - 1 / (steps + 1) if prediction in ("noise", "score") else 1.0
@@ -159,13 +159,13 @@ def guided(
     interval: tuple[float, float] = (0.0, 1.0),
     channels: int | None = None,
 ) -> Velocity:
-    """Bind labels y (B,) to model_velocity(x, t, y), guided away from what it says without a class.
+    """Bind labels y (B,) to model_velocity(x, t, y), guided away from its velocity without a class.
 
     scale: 1 is no guidance, 0 no class (Ho and Salimans, arXiv 2207.12598). interval: the times, both ends included,
     at which to guide (Kynkaanniemi et al., arXiv 2404.07724); elsewhere, and at scale 1, the model runs on B samples
-    rather than 2 B. All times of a call are taken to be its first one's. Of Heun's two calls a step each goes by its
+    rather than 2 B. All times of a call are taken to be its first one's. Of Heun's two calls per step each goes by its
     own time, in REPA's sampler both by the step's. channels: guide the first so many alone, as DiT's and SiT's own
-    samplers do with 3 of 4; the others keep what the model says of the class.
+    samplers do with 3 of 4; the others keep the velocity with the class.
 
     Raises ValueError for an interval outside 0 <= low <= high <= 1.
     """
@@ -191,7 +191,7 @@ def sample_ode(
 ) -> Tensor:
     """Follow a velocity from noise (B, ...) at t = start (first_time) to data at t = 0 in equal steps: (B, ...).
 
-    Velocities are asked for in the dtype of `noise`; the state between them is in float64. Heun takes two a step, but
+    Velocities are asked for in the dtype of `noise`; the state between them is in float64. Heun takes two per step, but
     one in the last, as EDM does: at t = 0 a velocity made from another prediction is singular.
     """
     if method not in ("euler", "heun"):

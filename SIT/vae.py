@@ -66,7 +66,7 @@ def load_vae(name: str = DEFAULT, device: torch.device | str = "cpu") -> VAE:
 
 
 def vae_from_config(**shape: Any) -> VAE:
-    """Make a VAE with random weights; `shape` is what diffusers' AutoencoderKL takes."""
+    """Make a VAE with random weights; `shape`: arguments of diffusers' AutoencoderKL."""
     from diffusers import AutoencoderKL
 
     return VAE(AutoencoderKL(**shape))

@@ -13,9 +13,9 @@ from common.text_rows import texts
 
 # Tests are no code that one reads; pydoc_data is generated prose, and longer than all else in validation.
 NOT_LIBRARY = {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dist-packages"}
-TABLES = (".jsonl", ".parquet")  # files of many documents, one a row
+TABLES = (".jsonl", ".parquet")  # files of many documents, one per row
 PIECE_BYTES = 2**22  # a longer text is read by pieces: bounded memory, and work for every thread
-CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # UTF-8: what follows the first byte of a character
+CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # UTF-8: all bytes of a character but its first
 
 Part = tuple[Path, int, int | None]  # a file, and the range in it of documents (of bytes, in plain text)
 

@@ -15,7 +15,7 @@ def read_ahead(
     depth: int = 1,
     device: torch.device | str = "cpu",
 ) -> Iterator[Any]:
-    """Give function(argument) for each argument in turn, while a thread already works on the next `depth` of them.
+    """Yield function(argument) for each argument in turn, while a thread already works on the next `depth` of them.
 
     device: of the network. For a GPU the thread pins what it read, a tensor or a dict of tensors, so that a copy with
     `non_blocking` does not wait.

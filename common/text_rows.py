@@ -29,7 +29,7 @@ def texts(path: Path) -> Iterator[str]:
 
 
 def text_of(value: Any, place: str) -> str:
-    """Return a row's text; raises UserError, which names the place, for anything that is no text."""
+    """Return a row's text; raises UserError, which names the place, for any other value."""
     if not isinstance(value, str):
         raise UserError(f"{place}: the key {KEY!r} must hold text, got {_shown(value)}: {REMEDY}")
     try:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from common import UserError, progress
+from common import UserError, one_line, progress
 from common.json_files import read_object
 from common.whole import written_aside
 
@@ -69,9 +69,10 @@ def tokenizer(name: str) -> Any:
         raise ValueError(f"the tokenizer must be 'bytes' or 'gpt2', got {name!r}")
     try:
         return tiktoken.get_encoding("gpt2")
-    except OSError as error:  # what `requests` raises is one
+    except OSError as error:  # the errors of `requests` are OSErrors
         raise FileNotFoundError(
-            "tiktoken's gpt2 is neither in its cache nor reachable: where there is internet, run "
+            f"tiktoken's gpt2 is not in its cache and cannot be fetched ({one_line(error)[:200]}): where there is "
+            "internet, run "
             "`TIKTOKEN_CACHE_DIR=FOLDER python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\"`, then copy "
             "FOLDER here and set TIKTOKEN_CACHE_DIR to it; or use --tokenizer bytes"
         ) from error
@@ -125,7 +126,7 @@ def padded_vocabulary(meta: dict, multiple: int = 64) -> int:
 
 
 def fit_vocabulary(shape: Any, meta: dict) -> Any:
-    """Give a model config of vocabulary 0 the corpus', padded."""
+    """Set a model config's vocabulary of 0 to the corpus', padded."""
     return shape if shape.vocab_size else replace(shape, vocab_size=padded_vocabulary(meta))
 
 
@@ -158,7 +159,7 @@ def batch(
 
 
 def batch_offsets(tokens: TokenFile, seed: int, step: int, global_batch: int, context: int) -> np.ndarray:
-    """Draw where the windows of a step's global batch begin: (global_batch,)."""
+    """Draw the offsets of the windows of a step's global batch: (global_batch,)."""
     check_length(tokens, context)
     return np.random.default_rng([seed, step]).integers(len(tokens) - context, size=global_batch)
 
@@ -232,7 +233,7 @@ def check_length(tokens: TokenFile, context: int) -> None:
 def write_corpus(folder: Path, splits: dict[str, Iterable[Encoded]], described: dict) -> dict:
     """Write a whole corpus or none, and return its meta.json: `described` (tokenizer, source, ...) and the rest.
 
-    What stood in the folder's place is replaced. Raises ValueError when a split comes out empty.
+    An older folder of that name is replaced. Raises ValueError when a split comes out empty.
     """
     vocab_size = tokenizer(described["tokenizer"]).n_vocab
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"

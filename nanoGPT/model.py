@@ -129,7 +129,7 @@ class GPT(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self) -> int:
-        """Count the operations a token costs, forward and backward: 6 N + 12 L C T (PaLM, appendix B).
+        """Count the floating-point operations per token, forward and backward: 6 N + 12 L C T (PaLM, appendix B).
 
         N leaves out the positions, which are only looked up; the tied embedding is multiplied, as the head.
         """

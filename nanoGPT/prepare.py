@@ -1,9 +1,9 @@
 """Turn text into a corpus of tokens that nanoGPT.train reads.
 
     python -m nanoGPT.prepare stdlib                      # this Python's standard library: seconds, no download
-    python -m nanoGPT.prepare openwebtext --workers 16    # what GPT-2 is trained on here: 17 GB of tokens
+    python -m nanoGPT.prepare openwebtext --workers 16    # the corpus of the GPT-2 configs: 17 GB of tokens
     python -m nanoGPT.prepare novel.txt --out data/novel  # a file, or a folder of text, .jsonl and .parquet
-    python -m nanoGPT.prepare nanoGPT/configs/stdlib.toml # what that config trains on, if it is one of the first two
+    python -m nanoGPT.prepare nanoGPT/configs/stdlib.toml # the corpus of that config, if it is one of the first two
 
 The corpus (see nanoGPT/data.py) appears once it is whole; one that is already there is left alone.
 """
@@ -123,7 +123,7 @@ def encode_dataset(dataset: Any, name: str, val_fraction: float, workers: int) -
 
 
 def is_up_to_date(folder: Path, request: dict) -> bool:
-    """Compare a corpus with what is asked for; raises ValueError where something else would be lost."""
+    """Tell whether a corpus is the requested one; raises ValueError where another corpus would be lost."""
     if not folder.exists() or not any(folder.iterdir()):
         return False
     if not (folder / "meta.json").is_file():

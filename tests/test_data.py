@@ -85,7 +85,7 @@ def test_gpt2_tokenizer_refuses_an_unreachable_download_in_one_line(monkeypatch)
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr("tiktoken.get_encoding", unreachable)
-    with pytest.raises(FileNotFoundError, match="set TIKTOKEN_CACHE_DIR to it; or use --tokenizer bytes") as caught:
+    with pytest.raises(FileNotFoundError, match=r"no route to host.* set TIKTOKEN_CACHE_DIR to it") as caught:
         data.tokenizer("gpt2")
     assert "\n" not in str(caught.value)
 
