@@ -112,7 +112,7 @@ def load(
             saved_groups = decode(manifest["groups"])
             staged, random_tensors = _read(path, manifest, live)
         except FAILURES as error:
-            if not had_state:
+            if optimizer is not None and not had_state:
                 optimizer.state.clear()
             if isinstance(error, CheckpointError):
                 raise
@@ -150,11 +150,11 @@ def _collect(
     torch makes the state of an optimizer that has none by a step that leaves the weights alone, but that AdamW
     counts. That state is kept only where a checkpoint is about to overwrite it (`make_state`).
     """
-    tensors = {f"model.{name}": tensor for name, tensor in get_model_state_dict(model).items()}
+    tensors: dict[str, Any] = {f"model.{name}": tensor for name, tensor in get_model_state_dict(model).items()}
     groups = []
     if optimizer is not None:
         had_state = bool(optimizer.state)
-        state = get_optimizer_state_dict(model, optimizer)
+        state: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer))
         if not had_state and not make_state:
             optimizer.state.clear()
             state["state"] = {}

@@ -16,7 +16,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from common import UserError, one_line
 from common.options import message_in
@@ -37,7 +37,7 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None) -> C
     Raises ConfigError for a missing file, an unknown key or flag (naming the nearest), or a value of a wrong type.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    values = dataclasses.asdict(config_class())
+    values = dataclasses.asdict(cast(Any, config_class()))
     while arguments and not arguments[0].startswith("-"):
         values = _merge(values, _read_toml(config_class, Path(arguments.pop(0))))
     entries, arguments = _take_table_entries(config_class, arguments)
@@ -191,7 +191,7 @@ def _replace(config: Config, values: dict[str, Any]) -> Config:
         section = getattr(config, key)
         fields[key] = _replace(section, value) if dataclasses.is_dataclass(section) else value
     try:
-        return dataclasses.replace(config, **fields)
+        return dataclasses.replace(cast(Any, config), **fields)
     except ValueError as error:  # a section's own __post_init__
         raise ConfigError(f"config: {error}") from error
 

@@ -124,7 +124,8 @@ def all_reduce_sum(values: list[float], launch: Launch) -> list[float]:
 
 def on_main(function: Callable[[], Result]) -> Result:
     """Run `function` on rank 0 alone, and give its result, or raise its failure, on every rank."""
-    result, failure = None, None
+    result: Any = None
+    failure: Exception | None = None
     if process_rank() == 0:
         try:
             result = function()

@@ -11,6 +11,7 @@ import itertools
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ def place(
     if settings.mode != "ddp" and ranks.world_size > 1:
         return _shard(model, _mesh(settings, ranks), dtype, compile, trained)
     model = model.to(ranks.device)
-    return torch.compile(model, dynamic=False) if compile else model
+    return cast(nn.Module, torch.compile(model, dynamic=False)) if compile else model
 
 
 def distribute(
@@ -80,7 +81,7 @@ def _shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, compile: bool
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=full, cast_forward_inputs=False)
     # A warning about outputs, which nothing here writes into in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    for block in model.blocks:
+    for block in cast(nn.ModuleList, model.blocks):
         if compile:
             block.compile(dynamic=False)  # inside the gathering, which torch.compile cannot trace
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -88,7 +89,8 @@ def _shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, compile: bool
     policy = replace(policy, param_dtype=full)
     # It stays gathered until its backward pass, by default: where none comes, what is written into the shards
     # meanwhile would be lost on the next forward pass.
-    return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=None if trained else True)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=None if trained else True)
+    return model
 
 
 def cut_batch(batch_size: int, micro_batch: int, ranks: launch.Launch) -> list[tuple[slice, int]]:

@@ -1,6 +1,7 @@
 """The states of Python's, NumPy's and torch's generators as tensors, which are read without unpickling anything."""
 
 import random
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ def random_states() -> dict[str, Tensor]:
     """Return this process's random states by generator: python, numpy, torch and, once CUDA is in use, cuda."""
     version, words, gauss = random.getstate()  # 624 words and a position; a normal draw kept for the next call
     python = [version, *words, gauss is not None, gauss or 0.0]
-    _, keys, *position = np.random.get_state()
+    _, keys, *position = cast(tuple, np.random.get_state())
     states = {
         "python": torch.tensor(python, dtype=torch.float64),  # (628,); words of 32 bits are exact in float64
         "numpy": torch.tensor([*keys.tolist(), *position], dtype=torch.float64),  # (627,)

@@ -205,7 +205,7 @@ def read_record(path: Path) -> dict:
     require(
         isinstance(metric, list) and all(isinstance(text, str) for text in texts), path, "title, metric and x", texts
     )
-    runs = record.get("runs")
+    runs = record.get("runs") or []
     require(isinstance(runs, list) and bool(runs), path, "a list of runs", runs)
     for run in runs:
         known = isinstance(run, dict) and run.keys() == {field.name for field in fields(Run)}
@@ -213,9 +213,11 @@ def read_record(path: Path) -> dict:
         require(isinstance(run["config"], dict) and isinstance(run["summary"], dict), path, "a run's config", run)
         require(isinstance(run["points"], dict) and bool(run["points"]), path, "points of each run", run["points"])
         for points in run["points"].values():
-            lists = isinstance(points, dict) and [points.get("x"), points.get("y")]
-            whole = lists and all(isinstance(each, list) and each and all(map(is_number, each)) for each in lists)
-            require(bool(whole) and len(lists[0]) == len(lists[1]), path, "equally many numbers x and y", points)
+            lists = [points.get("x"), points.get("y")] if isinstance(points, dict) else [None]
+            whole = all(isinstance(each, list) and each and all(map(is_number, each)) for each in lists)
+            require(
+                whole and len({len(each or ()) for each in lists}) == 1, path, "equally many numbers x and y", points
+            )
     return record
 
 

@@ -10,7 +10,7 @@ import platform
 import uuid
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 
 from common import UserError, one_line, warn
@@ -165,7 +165,7 @@ class RunLog:
                 dir=self._folder,
                 id=id_file.read_text().strip(),
                 resume="allow",
-                mode=mode,
+                mode=cast(Any, mode),  # wandb's own Literal
                 settings=wandb.Settings(silent=True, console="off", init_timeout=WANDB_TIMEOUT_S),
                 **settings,
             )

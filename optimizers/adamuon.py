@@ -68,7 +68,7 @@ def direct(stack: Tensor, group: dict) -> Tensor:
 
 def refine(directions: Tensors, state: dict[str, Tensors], group: dict, shapes) -> Tensors:
     """Divide by the root of the second moment."""
-    squares = torch._foreach_mul(directions, directions)
+    squares = list(torch._foreach_mul(directions, directions))
     roots = torch._foreach_sqrt(update_ema(state["second_moment"], squares, group["momentum"]))
     torch._foreach_add_(roots, group["eps"])
     torch._foreach_div_(directions, roots)

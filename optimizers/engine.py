@@ -119,7 +119,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 if buffers:
                     refuse_resized(group, i, buffers, rule)
                 else:
-                    buffers = self.state.get(former.get((g, i)), {})
+                    buffers = self.state.get(former[g, i], {}) if (g, i) in former else {}
                 fits = buffers and all(buffers[name].shape == param.shape for name in rule.state)
                 state[param] = refitted(buffers, param, group, rule) if fits else new_state(param, group, rule)
         entries = self._plan.entries
@@ -191,7 +191,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 def _check(group: dict, rule: UpdateRule) -> None:
     for name in ("lr", "weight_decay", "eps", "scale"):
         value = group.get(name, 0.0)
-        _require(isinstance(value, int | float | Tensor) and value >= 0, name, "a number, 0 or more", value)
+        _require(isinstance(value, int | float | Tensor) and bool(value >= 0), name, "a number, 0 or more", value)
     for name in ("ns_dtype", "state_dtype", "wire_dtype"):
         value = group.get(name)
         real = isinstance(value, torch.dtype) and value.is_floating_point

@@ -139,7 +139,7 @@ class OwnerExchange(Route):
         """Prepare all members; return the shards for my row's owners, (n, entries), and the dtype of directions."""
         first = sum(map(sum, bucket.counts[: self._replica]))
         last = first + sum(bucket.counts[self._replica])
-        rows = None
+        rows, dtype = None, torch.float32
         for chunk in self._chunks(bucket):
             shards = update.prepare(bucket.members[chunk])
             dtype = shards[0].dtype
@@ -155,6 +155,7 @@ class OwnerExchange(Route):
                     kept.append(shard)
             if kept:
                 torch._foreach_copy_(places, kept)
+        assert rows is not None  # a bucket has members
         return rows, dtype
 
     def _direct(self, bucket: Bucket, update: Update, shards: Tensor) -> Tensor:
@@ -194,6 +195,7 @@ class OwnerExchange(Route):
 
     def _send_zeros(self, pending: PendingDirections, update: Update) -> Generator:
         """Finish a bucket with more zeros than its rows have room for: planes of all of them follow."""
+        assert pending.zeros is not None
         planes = yield from self._send_to_all(pending.bucket, pending.zeros, "zeros")
         self._finish(pending, update, planes)
 

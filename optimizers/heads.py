@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any, cast
 
 from torch import nn
 
@@ -11,14 +12,14 @@ _MULTIPLE, _PADDING = 8, 128  # vocabularies are padded to a multiple of at leas
 _WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
 
-def find(model: nn.Module, tables: set[nn.Parameter]) -> dict[nn.Module, str]:
+def find(model: nn.Module, tables: set) -> dict[nn.Module, str]:
     """Return "head" for every output layer, and the reason of a doubt for a Linear that may be one.
 
     tables: the weights of the model's embeddings; a Linear tied to one of them is left out.
     """
-    found = dict.fromkeys(_declared(model), "head")
+    found: dict[nn.Module, str] = dict.fromkeys(_declared(model), "head")
     hidden = _hidden(model)
-    vocabularies = [weight.shape for weight in _vocabularies(model) or tables]
+    vocabularies: list[Any] = [weight.shape for weight in _vocabularies(model) or tables]
     labels = {getattr(getattr(module, "config", None), "num_labels", None) for module in model.modules()}
     modules = list(model.modules())
     if sum(isinstance(module, _WEIGHTED) or is_transposed_linear(module) for module in modules) < 2 and not tables:
@@ -135,5 +136,5 @@ def _reads(module: nn.Module) -> set[int]:
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return {module.input_size}
     if is_transposed_linear(module):
-        return {module.nx}
+        return {cast(int, module.nx)}
     return {param.numel() for param in module.parameters(recurse=False) if param.ndim == 1}  # a norm's gains

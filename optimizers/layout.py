@@ -10,6 +10,7 @@ A layout is a grid of ranks (R, W): R replicas, each cut into W shards along one
 """
 
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -57,6 +58,7 @@ class Layout:
 
     def shard_range(self, shape: Shape, shard: int) -> tuple[int, int]:
         """Return (start, length) of a shard along `dim`, as torch.chunk cuts: the last may be short or empty."""
+        assert self.dim is not None
         longest = -(-shape[self.dim] // self.shards)
         start = min(shard * longest, shape[self.dim])
         return start, min(longest, shape[self.dim] - start)
@@ -76,7 +78,7 @@ def layout_of(param: Tensor, plain: Layout | None, as_matrices: str | None) -> L
     if not isinstance(param, DTensor):
         return plain
     _refuse_unusable(param)
-    mesh, placements = param.device_mesh, param.placements
+    mesh, placements = param.device_mesh, cast(tuple[Any, ...], param.placements)
     axes = [axis for axis in range(mesh.ndim) if mesh.size(axis) > 1]
     shard_axes = [axis for axis in axes if not placements[axis].is_replicate()]
     replica_axes = [axis for axis in axes if axis not in shard_axes]
@@ -85,7 +87,10 @@ def layout_of(param: Tensor, plain: Layout | None, as_matrices: str | None) -> L
     if as_matrices == "batch" and shard_axes and all(placements[axis].dim < param.ndim - 2 for axis in shard_axes):
         return None  # the batch is cut, each matrix is whole
     ranks = tuple(mesh.mesh.flatten().tolist())
-    groups = {"shard_groups": _groups_of(mesh, shard_axes), "replica_groups": _groups_of(mesh, replica_axes)}
+    groups: dict[str, Any] = {
+        "shard_groups": _groups_of(mesh, shard_axes),
+        "replica_groups": _groups_of(mesh, replica_axes),
+    }
     # FSDP over TP interleaves: neighbouring rows of a _StridedShard are on ranks that are not neighbours.
     strided = any(getattr(placements[axis], "split_factor", 1) > 1 for axis in shard_axes)
     grid = mesh.mesh.movedim(shard_axes[0], -1) if shard_axes else mesh.mesh.unsqueeze(-1)

@@ -57,7 +57,7 @@ def direction(mixed: Tensor, update: Tensor) -> Measures:
     """
     m, n = mixed.shape[1:]
     left, sigma, right = _factors(mixed)
-    if left is None:
+    if left is None or sigma is None or right is None:
         q = orthogonalize(mixed, form="qdwh", dtype=mixed.dtype)
         rank, sigma_sum = q.square().sum((1, 2)).round(), (mixed * q).sum((1, 2))
         eps = torch.full_like(rank, torch.nan)

@@ -7,6 +7,7 @@ the costliest matrix first, each to the rank with the least so far.
 import hashlib
 import heapq
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,7 @@ def refuse_disagreement(groups: Groups, outline: list[str], device: torch.device
         everyone = [torch.zeros_like(mine) for _ in range(dist.get_world_size(group))]
         dist.all_gather(everyone, mine, group=group)
         if not all(torch.equal(mine, each) for each in everyone):
-            outlines = [None] * len(everyone)
+            outlines: list[Any] = [None] * len(everyone)
             dist.all_gather_object(outlines, outline, group=group)
             complaint = complaint or _first_difference(outlines, dist.get_process_group_ranks(group))
             mine = torch.zeros_like(mine)  # along the next axis the others learn of it

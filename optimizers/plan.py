@@ -6,6 +6,7 @@ print(optimizer.plan)
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -52,7 +53,9 @@ class Entry:
     @property
     def direction_bytes(self) -> int:
         """Bytes of the whole direction on the wire, when it has no zero; 0 where nothing is sent."""
-        return self.codec.nbytes(prod(self.shape), self.matrix_shape[0]) if self.layout and self.layout.grid else 0
+        if not (self.codec and self.matrix_shape and self.layout and self.layout.grid):
+            return 0
+        return self.codec.nbytes(prod(self.shape), self.matrix_shape[0])
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ class Plan:
     def traffic(self, rank: int | None = None) -> Traffic:
         """Return the bytes that a global rank (None: this one) sends and receives per step without zeros."""
         total = Traffic()
-        rank = dist.get_rank() if rank is None and dist.is_initialized() else rank
+        if rank is None:
+            rank = dist.get_rank() if dist.is_initialized() else 0
         for routed, rule in zip(self.routed, self.rules, strict=True):
             for params in routed:
                 params.route.add_traffic(total, rank, rule.rms is not None, rule.refine is not None)
@@ -87,7 +91,7 @@ class Plan:
         """Return, for each set of ranks that share matrices, the operations per step of each of them."""
         loads: dict[tuple[int, ...], list[float]] = {}
         for entry in self.entries:
-            if entry.owner is not None:
+            if entry.owner is not None and entry.layout is not None:
                 ranks = entry.layout.ranks
                 loads.setdefault(ranks, [0.0] * len(ranks))[ranks.index(entry.owner)] += entry.flops
         return loads
@@ -200,12 +204,14 @@ def _routed(params: list[Tensor], entries: list[Entry]) -> list[RoutedParams]:
 
 
 def _route(params: list[Tensor], entries: list[Entry]) -> Route:
-    first, shapes = entries[0], [entry.matrix_shape for entry in entries]
+    first: Any = entries[0]
     if first.matrix_shape is None:
         return Elementwise()
+    shapes: list[Any] = [entry.matrix_shape for entry in entries]
     if first.layout is None:
         return Local(shapes)
     if not first.layout.grid:
-        return Gathered(params, shapes, first.layout, first.to_owner_dtype)
-    matrices = [MatrixSpec(entry.shape, entry.matrix_shape, entry.owner) for entry in entries]
+        return Gathered(cast(Any, params), shapes, first.layout, first.to_owner_dtype)
+    owners: list[Any] = [entry.owner for entry in entries]
+    matrices = [MatrixSpec(*each) for each in zip((entry.shape for entry in entries), shapes, owners, strict=True)]
     return OwnerExchange(matrices, first.layout, first.to_owner_dtype, first.codec)

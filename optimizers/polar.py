@@ -15,6 +15,7 @@ and its restart. Blocked symmetric products and the restart lengths below are ou
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,7 +133,8 @@ def steps_of(ns_coefficients: str | Sequence, ns_steps: int) -> list[Triple]:
             f"ns_coefficients must be a name, one triple (a, b, c) or {ns_steps} triples (one a step); "
             f"got {ns_coefficients!r}"
         )
-    return [tuple(row) for row in rows] * (ns_steps if len(rows) == 1 else 1)
+    triples: list[Any] = [tuple(row) for row in rows]
+    return triples * (ns_steps if len(triples) == 1 else 1)
 
 
 def flops(
@@ -191,7 +193,7 @@ def _gram_factor(g: Tensor, triples: list[Triple]) -> Tensor:
             q = u
         else:
             q = symmetric_product(q, u, add=q, beta=a)
-    return q
+    return g if q is None else q  # there is a step
 
 
 def _runs(triples: list[Triple], dtype: torch.dtype) -> list[list[Triple]]:

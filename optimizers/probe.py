@@ -245,7 +245,8 @@ def _compute(
 ) -> dict[str, Tensor]:
     """Measure one whole matrix (or the blocks of one), the means over its blocks."""
     momentum = next((state[name] for name in _MOMENTA if name in state), torch.full_like(weight, torch.nan))
-    jobs = [(measures.norms, (weight,))] if "norms" in quantities else []
+    jobs: list[tuple[Any, tuple[Tensor, ...]]] = [(measures.norms, (weight,))] if "norms" in quantities else []
+    rule, update = matrix.rule, torch.empty(0)
     if "spectrum" in quantities:
         jobs.append((measures.spectrum, (weight, momentum.to(weight.dtype))))
     if set(quantities) & set(OF_GRADIENTS):
@@ -253,8 +254,9 @@ def _compute(
         if "cosine" in quantities:
             jobs.append((measures.cosine, (grad, update)))
     if set(quantities) & set(OF_DIRECTIONS):
-        copies = {name: [state[name].clone()] for name in matrix.rule.state}
-        mixed = matrix.rule.prepare([grad], copies, matrix.group)[0]
+        assert rule is not None and rule.prepare is not None  # quantities of directions are of rules that have one
+        copies = {name: [state[name].clone()] for name in rule.state}
+        mixed = rule.prepare([grad], copies, matrix.group)[0]
         jobs.append((measures.direction, (mixed, update)))
     found = {}
     for measure, wholes in jobs:
@@ -265,7 +267,9 @@ def _compute(
 
 def _update(matrix: Matrix, grad: Tensor, state: dict[str, Tensor]) -> Tensor:
     """Return D, by which the optimizer would move this matrix at a rate of 1 without decay: a zero one moves to -D."""
-    options = {name: matrix.group[name] for name in matrix.rule.defaults} | {"lr": 1.0, "weight_decay": 0.0}
+    assert matrix.rule is not None
+    options: dict[str, Any] = {name: matrix.group[name] for name in matrix.rule.defaults}
+    options |= {"lr": 1.0, "weight_decay": 0.0}
     stand_in = torch.zeros_like(grad)
     optimizer = RuleOptimizer([stand_in], matrix.rule.name, **options)
     for name, buffer in optimizer.state[stand_in].items():
@@ -277,7 +281,7 @@ def _update(matrix: Matrix, grad: Tensor, state: dict[str, Tensor]) -> Tensor:
 
 def _whole(tensor: Tensor) -> Tensor:
     """Return the whole of a tensor, gathered from its ranks where it is in shards."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _now(tensor: Tensor) -> float:

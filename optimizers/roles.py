@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -62,7 +63,7 @@ def roles_of(model: nn.Module, roles: Mapping[str, str] | None = None) -> dict[s
     Example:
         >>> roles_of(model, {"pos_embed": "embedding"})
     """
-    return {name: use.role for name, use in uses_of(model, roles).items()}
+    return {name: str(use.role) for name, use in uses_of(model, roles).items()}
 
 
 def uses_of(model: nn.Module, roles: Mapping[str, str] | None = None) -> dict[str, Use]:
@@ -80,14 +81,13 @@ def uses_of(model: nn.Module, roles: Mapping[str, str] | None = None) -> dict[st
     for name, param in trainable.items():
         use = _use(name.rpartition(".")[2], param, owners[param], tables, verdicts)
         if role := match(roles, name):
-            shape = (use.blocks, use.as_matrices) if role == "matrix" else ()
-            use = Use(role, *shape)
+            use = Use(role, use.blocks, use.as_matrices) if role == "matrix" else Use(role)
         uses[name] = use
     _refuse_unseen(uses, trainable)
     return uses
 
 
-def match(patterns: Mapping[str, object], name: str) -> object | None:
+def match(patterns: Mapping[str, Any], name: str) -> Any:
     """Return the value of the first pattern that fits the name, or None."""
     return next((value for pattern, value in patterns.items() if fnmatchcase(name, pattern)), None)
 

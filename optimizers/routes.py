@@ -78,7 +78,7 @@ class Route(Protocol):
 
         rescales, refines: whether the rule scales matrices, and refines directions.
         """
-        ...
+        return  # a route of one process sends nothing
 
 
 class Elementwise(Route):
@@ -92,6 +92,8 @@ class Elementwise(Route):
 
 class Local(Route):
     """Whole matrices in this process: equal shapes are stacked and computed in one batch."""
+
+    matrix_shapes: list[MatrixShape]
 
     def __init__(self, matrix_shapes: list[MatrixShape]):
         self.matrix_shapes = matrix_shapes
@@ -142,6 +144,7 @@ class Gathered(Route):
     """
 
     collective = True
+    matrix_shapes: list[MatrixShape]
 
     def __init__(
         self, params: list[DTensor], matrix_shapes: list[MatrixShape], layout: Layout, to_owner_dtype: torch.dtype

@@ -119,7 +119,7 @@ def update_ema(averages: Tensors, values: Tensors, decay: float) -> Tensors:
 
 def mix(values: Tensors, averages: Tensors, weight: float) -> Tensors:
     """Return (1 - weight) value + weight average."""
-    return torch._foreach_lerp(values, averages, weight)
+    return list(torch._foreach_lerp(values, averages, weight))
 
 
 def sign(tensors: Tensors) -> Tensors:

@@ -36,15 +36,17 @@ class ParamsUpdate:
     def prepare(self, members: list[int]) -> Tensors:
         """Read gradients and state, move the state; returns new tensors."""
         grads = [gradient_of(self._params[i], self.group) for i in members]
+        assert self.rule.prepare
         return self.rule.prepare(grads, self.state(members), self.group)
 
     def direct(self, stack: Tensor) -> Tensor:
         """Return the directions of whole matrices, (b, m, n) -> (b, m, n)."""
+        assert self.rule.direct
         return self.rule.direct(stack, self.group)
 
     def refine(self, members: list[int], directions: Tensors) -> Tensors:
         """Return the shards of the directions, refined elementwise."""
-        if not self.refines:
+        if self.rule.refine is None:
             return directions
         shapes = self._matrix_shapes and [self._matrix_shapes[i] for i in members]
         return self.rule.refine(directions, self.state(members), self.group, shapes)
@@ -67,7 +69,7 @@ class ParamsUpdate:
     def whole_step(self) -> None:
         """Run a rule that does everything in a kernel of its own."""
         members = [i for i, has_grad in enumerate(self.has_grad) if has_grad]
-        if members:
+        if members and self.rule.whole_step:
             grads = [gradient_of(self._params[i], self.group) for i in members]
             self.rule.whole_step([self.weights[i] for i in members], grads, self.state(members), self.group)
 
@@ -93,6 +95,7 @@ def gradient_of(param: Tensor, group: dict) -> Tensor:
         raise ValueError(
             f"{group['rule']} needs dense gradients, got sparse ones; build the embedding with sparse=False"
         )
-    if isinstance(grad, DTensor) and grad.placements != param.placements:  # tensor parallelism may leave it Partial
-        grad = grad.redistribute(placements=param.placements)
+    if isinstance(grad, DTensor) and isinstance(param, DTensor):
+        if grad.placements != param.placements:  # tensor parallelism may leave it Partial
+            grad = grad.redistribute(placements=param.placements)
     return local_of(grad).to(torch.promote_types(grad.dtype, state_dtype(param, group)))

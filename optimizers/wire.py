@@ -77,13 +77,14 @@ def count(kind: str, sent: int, received: int) -> None:
 class Pending:
     """Rows on their way: `wait` returns them once they have come."""
 
-    def __init__(self, received: Tensor, work: dist.Work, source: Tensor):
+    def __init__(self, received: Tensor, work: dist.Work | None, source: Tensor):
         self._received, self._work = received, work
         self._source = source  # must live as long as the collective reads it
 
     def wait(self) -> Tensor:
         """Return the received rows (n, ...)."""
-        self._work.wait()
+        if self._work is not None:
+            self._work.wait()
         self._source = None
         return self._received
 

@@ -1,18 +1,25 @@
 #!/usr/bin/env bash
 # Runs lint, the type check and the tests; sets up the environment if there is none.
 #   bash scripts/test.sh                    everything: minutes
-#   bash scripts/test.sh --fast             without the tests marked slow: under a minute
+#   bash scripts/test.sh --fast             without types and the tests marked slow: under a minute
 #   bash scripts/test.sh tests/test_polar.py -k gram
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=$(bash scripts/setup.sh)
 
 arguments=()
+types=yes
 for argument in "$@"; do
-  if [[ "$argument" == --fast ]]; then arguments+=(-m "not slow"); else arguments+=("$argument"); fi
+  if [[ "$argument" == --fast ]]; then
+    arguments+=(-m "not slow")
+    types=""
+  else
+    arguments+=("$argument")
+  fi
 done
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
+[[ -z "$types" ]] || "$PYTHON" -m pyright --pythonpath "$PYTHON"
 export WANDB_MODE=${WANDB_MODE:-offline} # no test may reach a server
 exec "$PYTHON" -m pytest ${arguments[@]+"${arguments[@]}"}
