@@ -133,8 +133,8 @@ def steps_of(ns_coefficients: str | Sequence, ns_steps: int) -> list[Triple]:
             f"ns_coefficients must be a name, one triple (a, b, c) or {ns_steps} triples (one a step); "
             f"got {ns_coefficients!r}"
         )
-    triples: list[Any] = [tuple(row) for row in rows]
-    return triples * (ns_steps if len(triples) == 1 else 1)
+    custom: list[Any] = [tuple(row) for row in rows]
+    return custom * (ns_steps if len(custom) == 1 else 1)
 
 
 def flops(
