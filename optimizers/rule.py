@@ -127,7 +127,7 @@ def sign(tensors: Tensors) -> Tensors:
 
     torch.sign makes NaN 0, which would hide a divergence.
     """
-    signs = torch._foreach_sign(tensors)
+    signs = list(torch._foreach_sign(tensors))
     torch._foreach_add_(signs, tensors, alpha=0)
     return signs
 
