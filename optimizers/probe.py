@@ -14,22 +14,19 @@ Nothing is changed: directions are computed on copies of the momentum, by a thro
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from . import measures
 from .checks import closest
 from .engine import RuleOptimizer
-from .layout import Layout, layout_of
 from .measures import POINTS
-from .roles import roles_of
-from .rule import UpdateRule, rule_named
+from .rule import UpdateRule
+from .watched import Matrix, choose
 
 NORMS = ("spectral", "max_abs", "frobenius", "stable_rank", "kurtosis")
 QUANTITIES: dict[str, dict[str, int]] = {  # by the name asked for: what is returned, and how many numbers each is
@@ -49,21 +46,6 @@ DEFAULT = tuple(
 _MOMENTA = ("momentum", "momentum_buffer", "exp_avg")  # of the rules here and of torch's optimizers
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """One parameter to be measured: `shape` is the (batch, m, n) that it is seen as."""
-
-    name: str
-    param: Tensor
-    group: dict
-    shape: tuple[int, int, int]
-    layout: Layout | None
-
-    @property
-    def rule(self) -> UpdateRule | None:
-        return rule_named(self.group["rule"]) if "rule" in self.group else None
-
-
 class Probe:
     """Measures an optimizer's matrices at the first step and every so many steps; see `probe` for the arguments.
 
@@ -77,7 +59,7 @@ class Probe:
         self._mean, quantities = chosen.pop("mean", True), chosen.pop("quantities", None)
         self._chosen = chosen
         if every is not None:
-            self._quantities = _possible(quantities, [matrix.rule for matrix in _choose(optimizer, **chosen)])
+            self._quantities = _possible(quantities, [matrix.rule for matrix in choose(optimizer, **chosen)])
 
     def __call__(self, step: int) -> dict[str, float | list[float]]:
         """Measure if it is due before the step of this number, counted from 1; a collective of the matrices' ranks."""
@@ -87,7 +69,7 @@ class Probe:
     @torch.no_grad()
     def measure(self) -> dict[str, float | list[float]]:
         """Measure now, between backward and step; also {"probe/ms": time taken}. What is not finite is left out."""
-        matrices = _choose(self._optimizer, **self._chosen)  # anew: parameters may have been moved or swapped
+        matrices = choose(self._optimizer, **self._chosen)  # anew: parameters may have been moved or swapped
         if set(self._quantities) & set(OF_GRADIENTS) and all(each.param.grad is None for each in matrices):
             raise ValueError(
                 "a probe of directions needs gradients, got none on any of its matrices; call it after backward() and "
@@ -149,71 +131,6 @@ def _possible(quantities: Sequence[str] | None, rules: Sequence[UpdateRule | Non
 def _sizes(quantities: Sequence[str]) -> dict[str, int]:
     """What is returned, and how many numbers each is."""
     return {name: size for each in quantities for name, size in QUANTITIES[each].items()}
-
-
-def _choose(
-    optimizer: torch.optim.Optimizer,
-    model: nn.Module | None = None,
-    roles: Mapping[str, str] | None = None,
-    matrices: Sequence[str] = ("*",),
-    per_shape: int = 2,
-) -> list[Matrix]:
-    if per_shape < 0:
-        raise ValueError(f"per_shape must be a number of matrices, or 0 for all; got {per_shape}")
-    candidates = _candidates(optimizer, model, roles)
-    for pattern in matrices:
-        if not any(fnmatchcase(each.name, pattern) for each in candidates):
-            names = [each.name for each in candidates]
-            shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
-            raise ValueError(
-                f"a probe's pattern must fit a matrix; {pattern!r} fits none of {shown or 'none'}"
-                f"{closest(pattern, names)}"
-            )
-    chosen = [each for each in candidates if any(fnmatchcase(each.name, pattern) for pattern in matrices)]
-    alike: dict[tuple[int, int], list[Matrix]] = defaultdict(list)
-    for each in chosen:
-        alike[each.shape[1:]].append(each)
-    return [each for members in alike.values() for each in _spread(members, per_shape)]
-
-
-def _candidates(
-    optimizer: torch.optim.Optimizer, model: nn.Module | None, roles: Mapping[str, str] | None
-) -> list[Matrix]:
-    """All matrices: those that a rule takes directions of, or else those of the model's roles."""
-    params = [(group, param) for group in optimizer.param_groups for param in group["params"]]
-    if isinstance(optimizer, RuleOptimizer):
-        planned = zip(params, optimizer.plan.entries, strict=True)
-        directed = [
-            Matrix(entry.name, param, group, entry.matrix_shape, entry.layout)
-            for (group, param), entry in planned
-            if entry.matrix_shape
-        ]
-        if directed:
-            return directed
-    if model is None:
-        raise ValueError(
-            "a probe of an optimizer without directions needs the model, to tell its matrices from its embeddings; "
-            "pass model="
-        )
-    owner = {param: group for group, param in params}
-    named = {name: role for name, role in roles_of(model, roles).items() if role == "matrix"}
-    return [
-        Matrix(name, param, owner[param], _as_matrix(param), layout_of(param, None, None))
-        for name, param in model.named_parameters()
-        if name in named and param in owner
-    ]
-
-
-def _as_matrix(param: Tensor) -> tuple[int, int, int]:
-    """A weight as one matrix; of more dimensions, the trailing ones flattened."""
-    return 1, param.shape[0], param[0].numel()
-
-
-def _spread(members: list[Matrix], most: int) -> list[Matrix]:
-    """At most so many, evenly spaced, the first and the last among them."""
-    if not most or len(members) <= most:
-        return members
-    return [members[round(i * (len(members) - 1) / max(1, most - 1))] for i in range(most)]
 
 
 # --- how it is measured

@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from optimizers import OLion, Probe, build_optimizer, measures, probe
-from optimizers.probe import QUANTITIES, _choose, _update
+from optimizers.probe import QUANTITIES, _update
+from optimizers.watched import choose
 
 RULES = ("olion", "muon", "adamuon", "lion", "adamw")
 ALL = tuple(QUANTITIES)
@@ -201,7 +202,7 @@ def train(rule: str, steps: int = 3) -> tuple[Net, torch.optim.Optimizer]:
 def test_the_update_that_is_measured_is_the_one_that_is_made(rule):
     model, optimizer = train(rule)
     watch = Probe(optimizer, every=1, model=model, per_shape=0)
-    matrices = _choose(optimizer, model=model, per_shape=0)
+    matrices = choose(optimizer, model=model, per_shape=0)
     assert {each.name for each in matrices} == {
         *(f"layers.{i}.weight" for i in range(3)),
         "back.weight",

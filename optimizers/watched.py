@@ -1,0 +1,96 @@
+"""The matrices that a probe measures: those that a rule takes directions of, or of a model's roles, or some of them."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from .checks import closest
+from .engine import RuleOptimizer
+from .layout import Layout, layout_of
+from .roles import roles_of
+from .rule import UpdateRule, rule_named
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One parameter to be measured: `shape` is the (batch, m, n) that it is seen as."""
+
+    name: str
+    param: Tensor
+    group: dict
+    shape: tuple[int, int, int]
+    layout: Layout | None
+
+    @property
+    def rule(self) -> UpdateRule | None:
+        return rule_named(self.group["rule"]) if "rule" in self.group else None
+
+
+def choose(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module | None = None,
+    roles: Mapping[str, str] | None = None,
+    matrices: Sequence[str] = ("*",),
+    per_shape: int = 2,
+) -> list[Matrix]:
+    """Return the matrices to measure, those of one shape together; arguments and errors are those of `probe`."""
+    if per_shape < 0:
+        raise ValueError(f"per_shape must be a number of matrices, or 0 for all; got {per_shape}")
+    candidates = _candidates(optimizer, model, roles)
+    for pattern in matrices:
+        if not any(fnmatchcase(each.name, pattern) for each in candidates):
+            names = [each.name for each in candidates]
+            shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+            raise ValueError(
+                f"a probe's pattern must fit a matrix; {pattern!r} fits none of {shown or 'none'}"
+                f"{closest(pattern, names)}"
+            )
+    chosen = [each for each in candidates if any(fnmatchcase(each.name, pattern) for pattern in matrices)]
+    alike: dict[tuple[int, int], list[Matrix]] = defaultdict(list)
+    for each in chosen:
+        alike[each.shape[1:]].append(each)
+    return [each for members in alike.values() for each in _spread(members, per_shape)]
+
+
+def _candidates(
+    optimizer: torch.optim.Optimizer, model: nn.Module | None, roles: Mapping[str, str] | None
+) -> list[Matrix]:
+    """All matrices: those that a rule takes directions of, or else those of the model's roles."""
+    params = [(group, param) for group in optimizer.param_groups for param in group["params"]]
+    if isinstance(optimizer, RuleOptimizer):
+        planned = zip(params, optimizer.plan.entries, strict=True)
+        directed = [
+            Matrix(entry.name, param, group, entry.matrix_shape, entry.layout)
+            for (group, param), entry in planned
+            if entry.matrix_shape
+        ]
+        if directed:
+            return directed
+    if model is None:
+        raise ValueError(
+            "a probe of an optimizer without directions needs the model, to tell its matrices from its embeddings; "
+            "pass model="
+        )
+    owner = {param: group for group, param in params}
+    named = {name: role for name, role in roles_of(model, roles).items() if role == "matrix"}
+    return [
+        Matrix(name, param, owner[param], _as_matrix(param), layout_of(param, None, None))
+        for name, param in model.named_parameters()
+        if name in named and param in owner
+    ]
+
+
+def _as_matrix(param: Tensor) -> tuple[int, int, int]:
+    """A weight as one matrix; of more dimensions, the trailing ones flattened."""
+    return 1, param.shape[0], param[0].numel()
+
+
+def _spread(members: list[Matrix], most: int) -> list[Matrix]:
+    """At most so many, evenly spaced, the first and the last among them."""
+    if not most or len(members) <= most:
+        return members
+    return [members[round(i * (len(members) - 1) / max(1, most - 1))] for i in range(most)]
