@@ -14,6 +14,8 @@ A Run never calls the model, the loss or `optimizer.step()`: a train.py still re
 
 import contextlib
 import math
+import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from common.runlog import RunLog, move_aside, run_name, write_end
 from common.schedule import multiplier
 from common.timer import Timer
 
+RUNS_AFTER = "RUNS_AFTER"  # set by run scripts: the number of runs that follow this one
 MAX_SKIPPED = 10  # non-finite steps in a row after which a run is lost; fp16's loss scale recovers within these
 EXTRA = {"config": dict, "scaler": dict, "skipped": int, "in_a_row": int}  # a checkpoint's, beside its tensors
 
@@ -169,7 +172,7 @@ class Run:
         if "val/loss" in metrics:
             self._validation = metrics
         if self.step:
-            self._bar.set_postfix(self._shown, refresh=False)
+            self._bar.set_postfix(self._shown | self._end_of_all(), refresh=False)
 
     def save_if_due(self) -> None:
         """Save a checkpoint when one is due, or a stop was asked for; never of weights or steps that are not finite.
@@ -239,6 +242,16 @@ class Run:
             self._diverge(f"the validation after the last step, {self.step}, had loss {loss}")
         if self.ranks.is_main:
             write_end(self.folder, self.step, self._validation)
+
+    def _end_of_all(self) -> dict[str, str]:
+        """Return the time at which the runs after this one will be done too, where a run script says their number."""
+        after, taken = os.environ.get(RUNS_AFTER, ""), self._bar.n - self._bar.initial
+        if not after.isdecimal() or int(after) == 0 or taken < 1:
+            return {}
+        total = self.settings.steps
+        left = total - self._bar.n + int(after) * total  # steps
+        end = time.time() + left * self._bar.format_dict["elapsed"] / taken
+        return {"all done": time.strftime("%H:%M", time.localtime(end))}
 
     def _last_words(self) -> str:
         if self.finished:

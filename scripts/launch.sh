@@ -120,7 +120,8 @@ train_each() {
   for optimizer in "${optimizers[@]}"; do
     status=0 began=$SECONDS number=$((number + 1))
     tell_progress "$optimizer" "$number" "$longest"
-    launch "$optimizer" "$module" "$config" --optimizer.name "$optimizer" "$@" || status=$?
+    # The training's own progress bar says when all are done.
+    RUNS_AFTER=$((${#optimizers[@]} - number)) launch "$optimizer" "$module" "$config" --optimizer.name "$optimizer" "$@" || status=$?
     longest=$((SECONDS - began > longest ? SECONDS - began : longest))
     case $status in
       0) ;;

@@ -1,6 +1,8 @@
 """`pip install .`: one importable package, `olion`, that needs torch alone."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -115,3 +117,17 @@ def test_setup_prints_one_line_per_stage_and_none_of_pips_warnings(tmp_path):
     assert second.stderr == ""
     calls = (tmp_path / "pip.log").read_text().splitlines()
     assert ["torch==" in calls[0], calls[1].split()[-1], len(calls)] == [True, "requirements.txt", 2]
+
+
+def test_shared_code_names_no_experiment_but_in_examples():
+    """common/ and optimizers/ serve all experiments alike; docstrings may show one."""
+    for path in [*(ROOT / "common").glob("*.py"), *(ROOT / "optimizers").glob("*.py")]:
+        tree = ast.parse(path.read_text())
+        texts = [node for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
+        examples = {id(node.value) for node in texts}  # docstrings, of fields too
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in examples:
+                found = re.search(r"\b(nanoGPT|Llama|SIT)\b", node.value)
+                assert not found, f"{path}:{node.lineno} names {found[0]}"
+            if isinstance(node, ast.ImportFrom):
+                assert (node.module or "").split(".")[0] not in ("nanoGPT", "Llama", "SIT"), path

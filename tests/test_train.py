@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -211,6 +212,14 @@ def test_weights_of_an_absurd_rate_are_never_a_checkpoint_and_the_end_is_json(ti
     (folder,) = (tiny.parent / "runs").glob("*/olion-lr1e38-*")
     assert json.loads((folder / "finished.json").read_text())["diverged"] is True
     assert not list(folder.glob("checkpoints/step-*"))
+
+
+def test_progress_tells_when_the_runs_of_a_script_are_done(tiny, capsys, monkeypatch):
+    train(tiny, "--steps", "3")
+    assert "all done=" not in capsys.readouterr().err
+    monkeypatch.setenv("RUNS_AFTER", "2")
+    train(tiny, "--steps", "3")
+    assert re.search(r"all done=\d\d:\d\d", capsys.readouterr().err)
 
 
 def test_warmup_longer_than_the_run_is_told(tiny, capsys):
