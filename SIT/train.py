@@ -19,8 +19,6 @@ if __name__ == "__main__":  # --help and mistakes now: the imports below take se
 import copy
 import itertools
 import math
-import signal
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -32,7 +30,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from common import UserError, config, launch
 from common.parallel import clip_gradient, cut_batch, distribute, place, precision, synchronizing
 from common.read_ahead import read_ahead
-from common.run import Run
+from common.run import Run, execute
 from optimizers import Probe, RuleOptimizer, build_optimizer
 from optimizers.layout import local_of
 from optimizers.rule import rule_named
@@ -46,12 +44,7 @@ from SIT.sampling import open_decoder, preview
 
 def main() -> None:
     """Read the configuration and train."""
-    settings = parse_config(Config)
-    ranks = launch.start(settings.device)
-    finished = train(settings, ranks)
-    launch.stop()  # not after a failure: it waits for ranks that may be waiting for this one
-    if not finished:
-        sys.exit(128 + signal.SIGTERM)
+    execute(train, parse_config(Config))
 
 
 def train(settings: Config, ranks: launch.Launch) -> bool:

@@ -15,8 +15,10 @@ A Run never calls the model, the loss or `optimizer.step()`: a train.py still re
 import contextlib
 import math
 import os
+import signal
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,14 @@ from common.timer import Timer
 RUNS_AFTER = "RUNS_AFTER"  # set by run scripts: the number of runs that follow this one
 MAX_SKIPPED = 10  # non-finite steps in a row after which a run is lost; fp16's loss scale recovers within these
 EXTRA = {"config": dict, "scaler": dict, "skipped": int, "in_a_row": int}  # a checkpoint's, beside its tensors
+
+
+def execute(train: Callable[[Any, launch.Launch], bool], settings: Any) -> None:
+    """Call `train(settings, ranks)` in the process group of the launcher; a run asked to stop exits as by SIGTERM."""
+    finished = train(settings, launch.start(settings.device))
+    launch.stop()  # not after a failure: it waits for ranks that may be waiting for this one
+    if not finished:
+        sys.exit(128 + signal.SIGTERM)
 
 
 class Run:

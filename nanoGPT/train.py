@@ -17,8 +17,6 @@ if __name__ == "__main__":  # --help and mistakes now: the imports below take se
     main_guard(lambda: parse_config(Config))
 
 import math
-import signal
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -27,7 +25,7 @@ from torch import Tensor, nn
 
 from common import UserError, config, launch
 from common.parallel import autocast, clip_gradient, cut_batch, distribute, precision, synchronizing
-from common.run import Run
+from common.run import Run, execute
 from nanoGPT import data
 from nanoGPT.model import GPT
 from optimizers import Probe, RuleOptimizer, build_optimizer, count_bytes
@@ -39,12 +37,7 @@ PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
 
 def main() -> None:
     """Read the configuration and train."""
-    settings = fit_vocabulary(parse_config(Config))
-    ranks = launch.start(settings.device)
-    finished = train(settings, ranks)
-    launch.stop()  # not after a failure: it waits for ranks that may be waiting for this one
-    if not finished:
-        sys.exit(128 + signal.SIGTERM)
+    execute(train, fit_vocabulary(parse_config(Config)))
 
 
 def train(settings: Config, ranks: launch.Launch) -> bool:
