@@ -108,6 +108,11 @@ def data_ranks(settings: "JobConfig", world_size: int) -> int:
             "4,096 tokens fit a GPU; use FSDP and tensor degrees"
         )
     model_ranks, shape = parallelism.tensor_parallel_degree, shape_of(settings.model)
+    if model_ranks > 1 and shape.tied:
+        raise ConfigError(
+            f"tensor_parallel_degree must be 1 for {settings.model.name}, whose head is its embedding; got "
+            f"{model_ranks}: use FSDP degrees"
+        )
     heads = shape.n_kv_heads or shape.n_heads
     if heads % model_ranks:
         raise ConfigError(f"tensor_parallel_degree must divide the {heads} key and value heads; got {model_ranks}")

@@ -1,10 +1,12 @@
 """Weights in Hugging Face's format: their names, the file of each tensor, and the checks of a foreign folder.
 
-A model of this repository is a plain Llama in floating point. A folder that holds anything else (quantized tensors,
-biases, another activation, a tensor twice) is refused in one line, since the rest would load and compute other values.
+A model of this repository is a plain Llama or Qwen2.5 in floating point. A folder that holds anything else (quantized
+tensors, other biases, another activation, a tensor twice) is refused in one line, since the rest would load and compute
+other values.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +30,7 @@ from common import UserError, one_line
 from Llama.model import Shape, weights_on_meta
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
+    from transformers import PretrainedConfig
 
 # safetensors' names of the element types that weights may have, github.com/huggingface/safetensors
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -39,13 +41,42 @@ NOT_WEIGHTS = "rotary_emb.inv_freq"  # a table that old exports hold, and that i
 IRRELEVANT = set(
     "architectures attention_dropout bad_words_ids bos_token_id chunk_size_feed_forward do_sample dtype eos_token_id "
     "finetuning_task gradient_checkpointing id2label initializer_range label2id max_length max_position_embeddings "
-    "output_attentions output_hidden_states pad_token_id pretraining_tp problem_type return_dict temperature "
-    "tokenizer_class top_k top_p torch_dtype unk_token_id use_cache".split()
+    "max_window_layers output_attentions output_hidden_states pad_token_id pretraining_tp problem_type return_dict "
+    "temperature tokenizer_class top_k top_p torch_dtype unk_token_id use_cache".split()
 )
 
 
 class Adapter(Llama3StateDictAdapter):
     """torchtitan's translation to Hugging Face's names, also for weights that are sharded within an attention head."""
+
+    def __init__(self, model_args: Shape, hf_assets_path: str | None):
+        super().__init__(model_args, hf_assets_path)
+        if model_args.qkv_bias:
+            for theirs, ours in (("q", "wq"), ("k", "wk"), ("v", "wv")):
+                self.from_hf_map[f"model.layers.{{}}.self_attn.{theirs}_proj.bias"] = (
+                    f"layers.{{}}.attention.{ours}.bias"
+                )
+        if model_args.tied:
+            del self.from_hf_map["lm_head.weight"]
+            self.from_hf_map["model.embed_tokens.weight"] = "shared.weight"
+
+    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Rename, and order the entries of each head as Hugging Face's rotary embedding reads them."""
+        found = super().to_hf(state_dict)
+        return found | {key: self._permute(found[key][:, None], heads)[:, 0] for key, heads in self._biases(found)}
+
+    def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Undo `to_hf`."""
+        ordered = {
+            key: self._reverse_permute(hf_state_dict[key][:, None], heads)[:, 0]
+            for key, heads in self._biases(hf_state_dict)
+        }
+        return super().from_hf(hf_state_dict | ordered)
+
+    def _biases(self, state_dict: dict[str, Any]) -> Iterator[tuple[str, int]]:
+        """List the biases of queries and keys, in Hugging Face's names, and into how many heads each is cut."""
+        heads = {"q_proj.bias": self.model_args.n_heads, "k_proj.bias": self.model_args.n_kv_heads}
+        return ((key, count) for key in state_dict for end, count in heads.items() if key.endswith(end))
 
     def _permute(self, weight: Tensor, *sizes: int) -> Tensor:
         # A view of a shard would mix heads, without an error where their number happens to divide.
@@ -159,31 +190,32 @@ def check_config(path: Path, shape: Shape, name: str) -> None:
 
     The file is read as JSON: transformers' AutoConfig would offer to run code that a folder brings along.
     """
-    from transformers import LlamaConfig
-
-    entries = read_json(path)
-    if (kind := entries.get("model_type", "llama")) != "llama":
-        raise UserError(f"the weights of {name} must be a Llama's; {path} says model_type {kind!r}: name other weights")
-    expected = hf_config(shape).to_dict() | {"head_dim": shape.dim // shape.n_heads}
+    entries, ours = read_json(path), hf_config(shape)
+    if (kind := entries.get("model_type", ours.model_type)) != ours.model_type:
+        raise UserError(
+            f"the weights of {name} must be of model_type {ours.model_type!r}; {path} says model_type {kind!r}: name "
+            "other weights"
+        )
+    expected = ours.to_dict() | {"head_dim": shape.dim // shape.n_heads}
     try:  # in today's words: older files have rope_theta and rope_scaling, and leave out what was the default
-        found = LlamaConfig(**{key: value for key, value in entries.items() if key != "model_type"}).to_dict()
+        found = type(ours)(**{key: value for key, value in entries.items() if key != "model_type"}).to_dict()
     except Exception as error:  # transformers' checks share no narrower class
-        raise UserError(f"{path} must be a Llama's config.json: {one_line(error)[:200]}; restore it") from error
+        raise UserError(f"{path} must be the config.json of {name}: {one_line(error)[:200]}; restore it") from error
     for key in sorted(found.keys() - IRRELEVANT):
         value, here = found[key], expected.get(key)
         if value == here or key.startswith("_") or key.endswith("version") or (value is False and here is None):
             continue
         remedy = "name their own model.name and model.flavor, or other weights"
-        if key == "tie_word_embeddings":
-            remedy = "their head is tied to the embedding, which no model here does; name other weights"
+        if key == "tie_word_embeddings" and value:
+            remedy = "their head is tied to the embedding, as this model's is not; name other weights"
         elif here in (None, False):
             remedy = "the model here has no such thing; name other weights"
         raise UserError(f"the weights of {name} must have {key} {here}; {path} says {value}: {remedy}")
 
 
-def hf_config(shape: Shape, **more: Any) -> "LlamaConfig":
+def hf_config(shape: Shape, **more: Any) -> "PretrainedConfig":
     """Write a shape as transformers' config."""
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, Qwen2Config
 
     scaling = shape.rope_scaling_args
     rope = {"rope_type": "default", "rope_theta": float(shape.rope_theta)}
@@ -195,7 +227,11 @@ def hf_config(shape: Shape, **more: Any) -> "LlamaConfig":
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_max_position_embeddings,
         }
-    return LlamaConfig(
+    if shape.qkv_bias:
+        kind, more = Qwen2Config, {"tie_word_embeddings": shape.tied, **more}
+    else:
+        kind = LlamaConfig
+    return kind(
         hidden_size=shape.dim,
         num_hidden_layers=shape.n_layers,
         num_attention_heads=shape.n_heads,
@@ -205,6 +241,6 @@ def hf_config(shape: Shape, **more: Any) -> "LlamaConfig":
         rms_norm_eps=shape.norm_eps,
         rope_parameters=rope,
         max_position_embeddings=shape.max_seq_len,
-        architectures=["LlamaForCausalLM"],
+        architectures=["Qwen2ForCausalLM" if shape.qkv_bias else "LlamaForCausalLM"],
         **more,
     )

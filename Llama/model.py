@@ -1,8 +1,9 @@
-"""Llama-2 and 3.1: torchtitan's transformer with the published shapes, and weights that do not depend on the layout."""
+"""Llama-2, Llama-3.1 and Qwen2.5: torchtitan's transformer with the published shapes, and layout-free weights."""
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.attention.flex_attention import BlockMask
@@ -16,11 +17,21 @@ from torchtitan.models.llama3.model.args import RoPEScalingArgs
 class Shape(TransformerModelArgs):
     """torchtitan's, whose default is Llama-3.1's stretching of rotary wavelengths."""
 
+    qkv_bias: bool = False
+    """Whether queries, keys and values have biases: Qwen2.5's do."""
+    tied: bool = False
+    """Whether the head is the embedding's table."""
+
     def update_from_config(self, job_config, **_) -> None:
         super().update_from_config(job_config)
         self.max_seq_len = max(job_config.training.seq_len, job_config.validation.seq_len)
         packing = job_config.fine_tuning.packing
         self.attn_type = "flex" if packing else "sdpa"  # what can look at one example of several in a row
+
+    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        """Return the number of parameters, and the operations per token, those of a head that is tied included."""
+        count, flops = super().get_nparams_and_flops(model, seq_len)
+        return count, flops + (6 * self.vocab_size * self.dim if self.tied else 0)
 
 
 _PLAIN_ROPE = RoPEScalingArgs(scaling_factor=1.0)
@@ -35,9 +46,15 @@ def _llama3(**sizes) -> Shape:
     return Shape(vocab_size=128_256, rope_theta=500_000, ffn_dim_multiplier=1.3, n_kv_heads=8, **sizes)
 
 
+def _qwen(**sizes) -> Shape:
+    plain = {"n_kv_heads": 2, "rope_theta": 1_000_000, "rope_scaling_args": _PLAIN_ROPE, "norm_eps": 1e-6}
+    return Shape(**plain, qkv_bias=True, tied=True, **sizes)
+
+
 # model.name, model.flavor. Touvron et al., "Llama 2", arXiv 2307.09288, Grattafiori et al., "The Llama 3 Herd of
 # Models", arXiv 2407.21783, and the config.json files of meta-llama/Llama-2-*-hf and Llama-3.1-*; feed-forward widths
-# (Llama-2: 11,008, 13,824, 28,672) follow from multiple_of and ffn_dim_multiplier. debug is ours.
+# (Llama-2: 11,008, 13,824, 28,672) follow from multiple_of and ffn_dim_multiplier. Qwen Team, "Qwen2.5 Technical
+# Report", arXiv 2412.15115, and Qwen/Qwen2.5-0.5B. Those named debug are ours.
 FLAVORS = {
     "llama2": {
         "debug": _llama2(dim=128, n_layers=4, n_heads=4, multiple_of=32, vocab_size=4096, max_seq_len=256),
@@ -49,17 +66,45 @@ FLAVORS = {
         "8B": _llama3(dim=4096, n_layers=32, n_heads=32, multiple_of=1024),
         "70B": _llama3(dim=8192, n_layers=80, n_heads=64, multiple_of=4096),
     },
+    "qwen2.5": {
+        "debug": _qwen(dim=128, n_layers=4, n_heads=4, multiple_of=32, vocab_size=4096, max_seq_len=256),
+        "0.5B": _qwen(
+            dim=896,
+            n_layers=24,
+            n_heads=14,
+            multiple_of=256,
+            ffn_dim_multiplier=2.03,  # 4,864 wide
+            vocab_size=151_936,
+            max_seq_len=32_768,
+        ),
+    },
 }
+TIED_STD = 0.02  # of a table that is the head, too: initializer_range of Qwen2.5's config.json
 
 
 class Llama(Transformer):
     """torchtitan's transformer, whose weights at the start are the same on any number of ranks."""
+
+    def __init__(self, shape: Shape):
+        super().__init__(shape)
+        for layer in self.layers.values() if shape.qkv_bias else ():
+            for name in ("wq", "wk", "wv"):
+                width = len(getattr(layer.attention, name).weight)
+                setattr(layer.attention, name, nn.Linear(shape.dim, width, bias=True))
+        if shape.tied:
+            self.shared = self.tok_embeddings
+            self.tok_embeddings, self.output = Lookup(self.shared), TiedHead(self.shared)
 
     @torch.no_grad()
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Draw the weights with the default generator, which must be seeded alike on all ranks."""
         with _DrawWhole():
             super().init_weights(buffer_device)
+            if self.model_args.tied:
+                nn.init.normal_(self.shared.weight, mean=0.0, std=TIED_STD)
+        for name, param in self.named_parameters():
+            if name.endswith(".bias"):
+                param.zero_()
 
     def get_attention_masks(self, input_batch: Tensor, tokenizer, extra_inputs: dict[str, Tensor]) -> BlockMask:
         """Let a token see those before it in its example: positions (b, T) begin anew with each; a text has none.
@@ -76,6 +121,29 @@ class Llama(Transformer):
 
         rows, length = input_batch.shape
         return create_attention_mask(visible, rows, None, length, length, device=input_batch.device)
+
+
+class OfTable(nn.Module):
+    """What reads a table that the model itself holds, so that FSDP keeps it whole from the first layer to the last."""
+
+    def __init__(self, table: nn.Embedding):
+        super().__init__()
+        self._table = (table,)  # a module in a tuple is not registered a second time
+
+    @property
+    def weight(self) -> Tensor:
+        """The table (vocabulary, width)."""
+        return self._table[0].weight
+
+
+class Lookup(OfTable):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)  # (b, T, width)
+
+
+class TiedHead(OfTable):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight)  # (b, T, vocabulary)
 
 
 def weights_on_meta(shape: Shape) -> dict[str, Tensor]:

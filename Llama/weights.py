@@ -81,7 +81,7 @@ def check_weights(path: Path, is_hf: bool, shape: Shape, name: str) -> None:
         if key not in found or tuple(found[key]) != tuple(tensor.shape):
             there = f"it is of shape {tuple(found[key])}" if key in found else "it is missing"
             if key == "lm_head.weight" and key not in found:
-                there = "it is missing, so the head is tied to the embedding, which no model here does"
+                there = "it is missing, so the head is tied to the embedding, as this model's is not"
             raise UserError(
                 f"the weights of {name} must have {key} of shape {tuple(tensor.shape)}; in {path} {there}: {remedy}"
             )
@@ -105,7 +105,8 @@ def checkpoint_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise UserError(
             f"weights must be as they were written; {path} is not: {error}; name an older step-N"
         ) from error
-    parts = {key.partition(".")[0] for key in weights_on_meta(FLAVORS["llama2"]["debug"])}
+    names = [key for family in ("llama2", "qwen2.5") for key in weights_on_meta(FLAVORS[family]["debug"])]
+    parts = {key.partition(".")[0] for key in names}
     found = {key: entry for key, entry in metadata.items() if key.partition(".")[0] in parts}
     for key, entry in found.items():
         if not isinstance(entry, TensorStorageMetadata) or entry.properties.dtype not in DTYPES.values():

@@ -76,7 +76,7 @@ def test_misspelt_key_of_a_file_refuses_with_the_nearest_key(tmp_path):
         (["--parallelism.data_parallel_shard_degree", "2"], "must use the 1 ranks there are"),
         (["--parallelism.pipeline_parallel_degree", "2"], "pipelines leave gradients"),
         (["--parallelism.context_parallel_degree", "2"], "context_parallel_degree must be 1, got 2"),
-        (["--model.name", "llama3"], "model.name must be one of llama2, llama3.1; got 'llama3'"),
+        (["--model.name", "llama3"], "model.name must be one of llama2, llama3.1, qwen2.5; got 'llama3'"),
         (["--fine_tuning.template", "chatml"], "template must be one of question, alpaca, llama3; got 'chatml'"),
         (["--fine_tuning.packing"], "packing is for instructions"),
         (

@@ -25,6 +25,29 @@ def test_flavor_matches_the_published_shape(flavor, count, width):
     assert model.layers["0"].feed_forward.w1.weight.shape[0] == width
 
 
+def test_qwen_matches_the_published_shape_with_one_table():
+    with torch.device("meta"):
+        model = Llama(FLAVORS["qwen2.5"]["0.5B"])
+    assert sum(param.numel() for param in model.parameters()) == 494_032_768  # of Qwen/Qwen2.5-0.5B
+    assert model.layers["0"].feed_forward.w1.weight.shape == (4864, 896)
+    assert {name for name, _ in model.named_parameters() if "layers" not in name} == {"shared.weight", "norm.weight"}
+    roles = roles_of(Llama(FLAVORS["qwen2.5"]["debug"]))
+    assert roles["shared.weight"] == "embedding"
+    assert sum(role == "matrix" for role in roles.values()) == 4 * 7
+    assert all(role == "vector" for name, role in roles.items() if name.endswith(".bias"))
+
+
+def test_qwen_starts_with_small_tables_and_no_biases():
+    torch.manual_seed(0)
+    model = Llama(FLAVORS["qwen2.5"]["debug"])
+    model.init_weights()
+    assert model.shared.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert not any(param.any() for name, param in model.named_parameters() if name.endswith(".bias"))
+    # The loss of the first step is that of equal odds.
+    loss = torch.nn.functional.cross_entropy(model(torch.arange(64)[None])[0], torch.arange(1, 65))
+    assert loss.item() == pytest.approx(torch.tensor(4096.0).log().item(), abs=0.2)
+
+
 def test_rotary_frequencies_match_the_formula_without_llama3s_stretching():
     model = Llama(FLAVORS["llama2"]["debug"])
     pairs = torch.arange(0, 32, 2) / 32  # of a head of 128 / 4

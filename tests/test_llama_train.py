@@ -29,7 +29,9 @@ from Llama.train import let_gradients_meet, same_experiment, titan, train
 from tests.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
-STDLIB, PAPER = (str(ROOT / f"Llama/train_configs/{name}.toml") for name in ("stdlib", "llama2_7b"))
+STDLIB, PAPER, QWEN = (
+    str(ROOT / f"Llama/train_configs/{name}.toml") for name in ("stdlib", "llama2_7b", "qwen_stdlib")
+)
 STEPS = 2
 # AdamW's step is elementwise: what is left is the order of sums in the model. OLion takes signs of a quintic in it,
 # of which a few of 10,000 flip with the rounding, each by the whole step. torch's norm of one large float32 tensor is
@@ -247,6 +249,24 @@ def test_checkpoint_that_cannot_be_written_is_one_line_with_the_cause():
         Unbuilt().dcp_save({}, "runs/x/step-1", "disabled")
     assert "cannot be written to runs/x/step-1: [Errno 28] No space left on device; earlier ones" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_qwen_losses_of_shards_and_replicas_match_those_of_one_rank_and_resume(folder):
+    """One table is embedding and head: both uses' gradients meet in it."""
+    shared = {"config": QWEN, "optimizer__name": "muon", "optimizer__lr": 2e-3}
+    with Ranks(1) as rank:
+        rank(_train, quick(folder, job__group="qwen alone", **shared))
+    with Ranks(2) as ranks:
+        ranks(_train, quick(folder, ranks=2, job__group="qwen fsdp", **shared))
+        ddp = {f"parallelism__data_parallel_{key}_degree": degree for key, degree in (("replicate", 2), ("shard", 1))}
+        ranks(_train, quick(folder, ranks=2, job__group="qwen ddp", **shared, **ddp))
+        expected = losses(run_of(folder, "qwen alone", "muon"))
+        for group in ("qwen fsdp", "qwen ddp"):
+            assert losses(run_of(folder, group, "muon")) == pytest.approx(expected, abs=1e-3)
+        shutil.rmtree(run_of(folder, "qwen fsdp", "muon") / f"checkpoint/step-{STEPS}")
+        ranks(_train, quick(folder, "--job.resume", ranks=2, job__group="qwen fsdp", **shared))
+    assert losses(run_of(folder, "qwen fsdp", "muon")) == pytest.approx(expected, abs=1e-3)
+    assert expected["val/loss", STEPS] < expected["val/loss", 0] - 0.05
 
 
 def test_resume_on_one_rank_of_a_run_of_four_matches_an_uninterrupted_run(folder):

@@ -1,4 +1,4 @@
-"""Llama's weights against transformers' LlamaForCausalLM, there and back, and checkpoints against their model."""
+"""Weights against transformers' Llama and Qwen2, there and back, and checkpoints against their model."""
 
 import json
 import pickle
@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM, Qwen2ForCausalLM
 
 from common import UserError
 from Llama import hf, weights
@@ -23,8 +23,9 @@ from Llama.templates import TEMPLATES
 SMALL = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 300, "max_seq_len": 128}
 SHAPES = {
     name: replace(FLAVORS[name][flavor], multiple_of=16, ffn_dim_multiplier=None, **SMALL)
-    for name, flavor in (("llama2", "7B"), ("llama3.1", "8B"))
+    for name, flavor in (("llama2", "7B"), ("llama3.1", "8B"), ("qwen2.5", "0.5B"))
 }
+THEIRS = {"llama2": LlamaForCausalLM, "llama3.1": LlamaForCausalLM, "qwen2.5": Qwen2ForCausalLM}
 TOKENS = torch.randint(300, (2, 100), generator=torch.Generator().manual_seed(0))
 
 
@@ -51,7 +52,7 @@ def model_of(shape: Shape) -> Llama:
 def test_exported_logits_match_transformers(name, assets, tmp_path):
     model = model_of(SHAPES[name])
     weights.write_hf(tmp_path, model.state_dict(), SHAPES[name], assets)
-    theirs = LlamaForCausalLM.from_pretrained(tmp_path)
+    theirs = THEIRS[name].from_pretrained(tmp_path)
     torch.testing.assert_close(model(TOKENS), theirs(TOKENS).logits, atol=2e-4, rtol=0)  # logits of about 10
 
 
@@ -60,7 +61,10 @@ def test_exported_logits_match_transformers(name, assets, tmp_path):
 def test_imported_logits_match_transformers(name, tmp_path):
     torch.manual_seed(1)
     config = hf.hf_config(SHAPES[name], initializer_range=0.2)
-    theirs = LlamaForCausalLM(config)
+    theirs = THEIRS[name](config)
+    for key, param in theirs.named_parameters():
+        if key.endswith(".bias"):  # which begin at zero
+            torch.nn.init.normal_(param)
     theirs.save_pretrained(tmp_path)
     folder, is_hf = weights.find_weights(tmp_path)
     weights.check_weights(folder, is_hf, SHAPES[name], name)
@@ -178,7 +182,7 @@ def refusal(folder: Path) -> str:
         ({"head_dim": 32}, "must have head_dim 16; .* says 32"),
         ({"logit_scale": 0.5}, "must have logit_scale None"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "must have rope_parameters"),
-        ({"hidden_size": "64"}, "must be a Llama's config.json"),
+        ({"hidden_size": "64"}, "must be the config.json of llama2 tiny"),
     ],
 )
 def test_config_of_another_model_refuses_with_the_entry(foreign, entries, message):
@@ -221,6 +225,15 @@ def test_damaged_config_refuses_with_its_path(foreign, text):
                 },
             },
         ),
+        (
+            "qwen2.5",
+            "0.5B",
+            {"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643}
+            | {"hidden_size": 896, "intermediate_size": 4864, "max_position_embeddings": 32768, "max_window_layers": 24}
+            | {"model_type": "qwen2", "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2}
+            | {"rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "use_sliding_window": False}
+            | {"tie_word_embeddings": True, "use_mrope": False, "vocab_size": 151936, "torch_dtype": "bfloat16"},
+        ),
     ],
 )
 def test_published_config_matches_its_flavor(tmp_path, name, flavor, published):
@@ -228,6 +241,16 @@ def test_published_config_matches_its_flavor(tmp_path, name, flavor, published):
     common |= {"model_type": "llama", "rms_norm_eps": 1e-05, "tie_word_embeddings": False, "use_cache": True}
     (tmp_path / "config.json").write_text(json.dumps(common | published))
     hf.check_config(tmp_path / "config.json", FLAVORS[name][flavor], f"{name} {flavor}")
+
+
+def test_weights_of_a_llama_and_of_a_qwen_are_not_each_others(tmp_path):
+    for name, other in (("llama2", "qwen2.5"), ("qwen2.5", "llama2")):
+        THEIRS[name](hf.hf_config(SHAPES[name])).save_pretrained(tmp_path / name)
+        with pytest.raises(UserError, match=f"must be of model_type {THEIRS[other].config_class.model_type!r}"):
+            weights.check_weights(tmp_path / name, True, SHAPES[other], other)
+        (tmp_path / name / "config.json").unlink()
+        with pytest.raises(UserError, match=r"lm_head.weight|q_proj.bias"):
+            weights.check_weights(tmp_path / name, True, SHAPES[other], other)
 
 
 def test_config_that_brings_code_along_runs_none_of_it(foreign):
