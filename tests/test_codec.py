@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from optimizers.codec import CastCodec, SignCodec
+from optimizers.codec import CastCodec, SignCodec, padded_entries
 
 SHAPES = [(1, 1, 7), (3, 2, 100), (4, 3, 1024), (2, 2, 70000), (2, 0, 100)]  # shards, tensors, entries of a shard
 
@@ -57,6 +57,13 @@ def test_few_zeros_match_those_in_the_rows_and_many_are_told_by_every_shard():
         signs[1, 1, : zeros * 100 : 100] = 0.0  # of one shard of one matrix
         rows, _ = codec.write(signs, norms)
         assert [bool(codec.overflow(shard)) for shard in rows] == [follow] * 3
+
+
+def test_rows_of_shards_match_whole_16_bytes():
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        for entries in (1, 7, 8, 1000, 1600 * 600):
+            padded = padded_entries(entries, dtype)
+            assert padded * dtype.itemsize % 16 == 0 and entries <= padded < entries + 16
 
 
 def test_rows_of_signs_match_a_bit_per_entry():
