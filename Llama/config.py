@@ -165,7 +165,7 @@ def parse_config(argv: list[str] | None = None) -> JobConfig:
     for name in (settings.optimizer.name, *settings.optimizer.tuned_lr):
         rule_named(name)
     # Refuses on a stand-in what it would refuse on the model.
-    build_optimizer(nn.Linear(2, 2), settings.optimizer.name, **settings.optimizer.options())
+    build_optimizer(nn.Linear(2, 2), settings.optimizer.name, **settings.optimizer.arguments())
     return with_weights(settings)
 
 

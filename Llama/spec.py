@@ -31,7 +31,7 @@ class Optimizers(OptimizersContainer):
             group = parallel_dims.get_mesh("dp_replicate").get_group()
         self.model_parts = model_parts
         self.optimizers = [
-            build_optimizer(part, settings.name, process_group=group, **settings.options()) for part in model_parts
+            build_optimizer(part, settings.name, process_group=group, **settings.arguments()) for part in model_parts
         ]
         params = [param for part in model_parts for param in part.parameters() if param.requires_grad]
         self._post_init(params, {"lr": settings.peak_lr()})  # torch.optim's, for the hooks

@@ -175,7 +175,7 @@ def build(settings: SiTOptimizerConfig, model: SiT, network: nn.Module) -> RuleO
     """Build the optimizer; every option that is set reaches the rule, which refuses what it does not have."""
     blocks = {"*.attn.qkv.weight": 3} if settings.split_qkv else None
     roles = tensor_roles(model, settings.modulation)
-    return build_optimizer(network, settings.name, qkv_split=blocks, roles=roles, **settings.options())
+    return build_optimizer(network, settings.name, qkv_split=blocks, roles=roles, **settings.arguments())
 
 
 @torch.no_grad()

@@ -1,15 +1,19 @@
 """The section of a config that chooses the optimizer; the choice is made by `optimizers.build_optimizer`.
 
-optimizer = build_optimizer(model, settings.optimizer.name, **settings.optimizer.options())
+optimizer = build_optimizer(model, settings.optimizer.name, **settings.optimizer.arguments())
 """
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from common.config import ConfigError
+from common.optimizer_help import options_help
 
-RULE_OPTIONS = ("betas", "momentum", "ns_steps", "ns_coefficients", "ns_dtype", "state_dtype", "wire_dtype")
+
+def _list_options(config: type) -> None:
+    """Describe every rule's options in --help, which shows a section's docstring but no table without entries."""
+    config.__doc__ = f"{config.__doc__ or config.__name__}\n\n{options_help()}"
 
 
 @dataclass(frozen=True)
@@ -26,20 +30,11 @@ class OptimizerConfig:
     """Peak rate of embeddings, head and norms, which AdamW trains for every rule; None is the matrices' rate."""
     weight_decay: float = 0.1
     """Decoupled, on every tensor of two or more dimensions."""
-    betas: tuple[float, float] | None = None
-    """Of olion, lion or adamw; None is the paper's."""
-    momentum: float | None = None
-    """Of muon or adamuon; None is the paper's 0.95."""
-    ns_steps: int | None = None
-    """Newton-Schulz steps; None is 5."""
-    ns_coefficients: str | None = None
-    """jordan, convergent or polar_express; None is jordan."""
-    ns_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Precision of the orthogonalization; None is bfloat16 on GPUs and float32 on CPUs."""
-    state_dtype: Literal["float32", "bfloat16"] | None = None
-    """Precision of the momentum; None is the parameters'."""
-    wire_dtype: Literal["float32", "bfloat16"] | None = None
-    """How directions travel between ranks; None is one bit an entry for olion, bfloat16 for muon and adamuon."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the rule by name (a table [optimizer.options] in TOML), over the paper's."""
+
+    def __init_subclass__(cls):
+        _list_options(cls)
 
     def __post_init__(self):
         rates = {f"tuned_lr.{name}": rate for name, rate in self.tuned_lr.items()}
@@ -57,10 +52,13 @@ class OptimizerConfig:
             )
         return lr
 
-    def options(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """Return what `build_optimizer` takes beside model and name: the rates, and every option that is set."""
-        import torch  # here: --help goes without
+        rates = {"lr": self.peak_lr(), "adamw_lr": self.adamw_lr, "weight_decay": self.weight_decay}
+        if twice := rates.keys() & self.options.keys():
+            name = min(twice)
+            raise ConfigError(f"optimizer.options must hold a rule's other options, got {name}; set optimizer.{name}")
+        return {**rates, **self.options}
 
-        options = {name: getattr(self, name) for name in RULE_OPTIONS if getattr(self, name) is not None}
-        options |= {name: getattr(torch, value) for name, value in options.items() if name.endswith("_dtype")}
-        return {"lr": self.peak_lr(), "adamw_lr": self.adamw_lr, "weight_decay": self.weight_decay, **options}
+
+_list_options(OptimizerConfig)

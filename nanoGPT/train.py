@@ -138,7 +138,7 @@ def build_model(settings: Config, ranks: launch.Launch) -> tuple[GPT, nn.Module]
 def build(settings: GPTOptimizerConfig, network: nn.Module) -> RuleOptimizer:
     """Build the optimizer; every option that is set reaches the rule, which refuses what it does not have."""
     blocks = {"*.c_attn.weight": 3} if settings.split_qkv else None
-    return build_optimizer(network, settings.name, qkv_split=blocks, **settings.options())
+    return build_optimizer(network, settings.name, qkv_split=blocks, **settings.arguments())
 
 
 def read_batches(

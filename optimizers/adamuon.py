@@ -4,34 +4,20 @@ Si, Zhang and Shen, "AdaMuon: Adaptive Muon Optimizer", arXiv 2507.11005.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .engine import ProcessGroup, RuleOptimizer
-from .polar import check_options, orthogonalize
-from .rule import Tensors, UpdateRule, register, sign, signature_defaults, update_ema
+from .options import Fraction, NonNegative, declared_by, given
+from .polar import Form, check_options, orthogonalize
+from .rule import Tensors, UpdateRule, register, sign, update_ema
 
 
-def AdaMuon(
-    params: ParamsT,
-    lr: float = 6e-4,
-    weight_decay: float = 0.1,
-    momentum: float = 0.95,
-    eps: float = 1e-8,
-    scale: float = 0.2,
-    ns_steps: int = 5,
-    ns_coefficients: str | Sequence = "jordan",
-    ns_dtype: torch.dtype | None = None,
-    ns_form: str = "auto",
-    state_dtype: torch.dtype | None = None,
-    qkv_split: int = 1,
-    as_matrices: str | None = None,
-    wire_dtype: torch.dtype | None = None,
-    process_group: ProcessGroup | None = None,
-) -> RuleOptimizer:
-    """Build AdaMuon, for matrices.
+class AdaMuon(RuleOptimizer):
+    """AdaMuon, for matrices.
 
         M <- momentum M + (1 - momentum) g      V <- momentum V + (1 - momentum) O²
         O = NewtonSchulz(sign(M))               D = O / (sqrt(V) + eps), scaled to RMS `scale`
@@ -43,8 +29,7 @@ def AdaMuon(
         lr: step size; D has RMS `scale`.
         momentum: decay of M and of V.
         eps: added to sqrt(V).
-        state_dtype: dtype of M and V; None is the parameter's.
-        wire_dtype: in which directions travel between ranks; None is bfloat16.
+        scale: RMS of D.
         Others: as in `OLion`.
 
     Raises ValueError, when built, for values out of range and tensors that are not matrices.
@@ -52,7 +37,28 @@ def AdaMuon(
     Example:
         >>> optimizer = AdaMuon(model.blocks.parameters(), lr=6e-4)
     """
-    return RuleOptimizer(rule="adamuon", **locals())
+
+    rule = "adamuon"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: NonNegative = 6e-4,
+        weight_decay: NonNegative = 0.1,
+        momentum: Fraction = 0.95,
+        eps: NonNegative = 1e-8,
+        scale: NonNegative = 0.2,
+        ns_steps: int = 5,
+        ns_coefficients: str | Sequence = "jordan",
+        ns_dtype: torch.dtype | None = None,
+        ns_form: Form = "auto",
+        state_dtype: torch.dtype | None = None,
+        qkv_split: int = 1,
+        as_matrices: Literal["batch", "flatten"] | None = None,
+        wire_dtype: torch.dtype | None = None,
+        process_group: ProcessGroup | None = None,
+    ):
+        super().__init__(**given(locals()))
 
 
 def prepare(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
@@ -78,7 +84,7 @@ def refine(directions: Tensors, state: dict[str, Tensors], group: dict, shapes) 
 register(
     UpdateRule(
         name="adamuon",
-        defaults=signature_defaults(AdaMuon),
+        **declared_by(AdaMuon),
         state=("momentum", "second_moment"),
         prepare=prepare,
         direct=direct,

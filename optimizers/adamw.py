@@ -8,28 +8,41 @@ from torch.optim.adamw import adamw as torch_adamw
 from torch.optim.optimizer import ParamsT
 
 from .engine import ProcessGroup, RuleOptimizer
-from .rule import Tensors, UpdateRule, register, signature_defaults
+from .options import Fraction, NonNegative, declared_by, given
+from .rule import Tensors, UpdateRule, register
 
 # Devices whose AdamW has one fused kernel; on a CPU it was measured 8 times faster than foreach.
 _FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
 
 
-def AdamW(
-    params: ParamsT,
-    lr: float = 1e-3,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 1e-2,
-    process_group: ProcessGroup | None = None,
-) -> RuleOptimizer:
-    """Build AdamW, for tensors of any shape; arguments and mathematics are torch.optim.AdamW's.
+class AdamW(RuleOptimizer):
+    """AdamW, for tensors of any shape; arguments and mathematics are torch.optim.AdamW's.
+
+    Args:
+        params: tensors, named tensors or param groups.
+        lr: step size.
+        betas: (b1, b2), the decays of the gradient's average and of its square's.
+        eps: added to the root of the second average.
+        weight_decay: decoupled, multiplied by lr.
 
     Raises ValueError, when built, for values out of range.
 
     Example:
         >>> optimizer = AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
     """
-    return RuleOptimizer(rule="adamw", **locals())
+
+    rule = "adamw"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: NonNegative = 1e-3,
+        betas: tuple[Fraction, Fraction] = (0.9, 0.999),
+        eps: NonNegative = 1e-8,
+        weight_decay: NonNegative = 1e-2,
+        process_group: ProcessGroup | None = None,
+    ):
+        super().__init__(**given(locals()))
 
 
 def whole_step(params: Tensors, grads: Tensors, state: dict[str, Tensors], group: dict) -> None:
@@ -63,7 +76,7 @@ def whole_step(params: Tensors, grads: Tensors, state: dict[str, Tensors], group
 register(
     UpdateRule(
         name="adamw",
-        defaults=signature_defaults(AdamW),
+        **declared_by(AdamW),
         state=("exp_avg", "exp_avg_sq"),
         scalars=("step",),
         whole_step=whole_step,

@@ -1,13 +1,14 @@
 """One optimizer for a whole model: a rule on its matrices, AdamW on the rest."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from .engine import RuleOptimizer
+from .engine import RuleOptimizer, refuse_unknown
 from .roles import DECAYED, Use, match, outline, refuse_unmatched, uses_of
 from .rule import rule_named
 
@@ -80,7 +81,10 @@ def build_optimizer(
             members = [(each, params[each]) for each in chosen]
             groups.append({"params": members, "weight_decay": weight_decay if decayed else 0.0, **rest})
     options = {"weight_decay": weight_decay, **PAPER.get(name, {}), **options}
-    return RuleOptimizer(groups, name, lr=lr, process_group=process_group, **options)
+    refuse_unknown(options, rule.defaults, name)
+    of_rule = {getattr(each, "rule", None): each for each in RuleOptimizer.__subclasses__()}
+    constructor = of_rule.get(name, partial(RuleOptimizer, rule=name))
+    return constructor(groups, lr=lr, process_group=process_group, **options)
 
 
 def _unwrapped(model: nn.Module, process_group: dist.ProcessGroup | None) -> tuple[nn.Module, dist.ProcessGroup | None]:

@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from .checks import closest, name_of
 from .layout import local_of
 from .matrices import shape_in
+from .options import checked, outline
 from .plan import Plan, make_plan
 from .rule import RULES, UpdateRule, rule_named
 from .state import fill, fingerprint, new_state, refitted, refuse_resized, refuse_unfit, saved_buffers
@@ -20,12 +21,13 @@ from .update import ParamsUpdate
 
 # Group keys that belong to the engine or to torch and its schedulers, not to a rule.
 _COMMON_KEYS = {"params", "param_names", "rule", "name", "initial_lr"}
+_IDENTITY = ("params", "param_names")  # keys that a loaded group does not change
 # Keys of schedulers and model libraries that are near an option's name: OneCycleLR, CyclicLR, SWALR, timm.
 _FOREIGN_KEYS = {"max_lr", "min_lr", "base_lr", "swa_lr", "lr_scale", "max_momentum", "base_momentum"}
 
 
 class RuleOptimizer(torch.optim.Optimizer):
-    """Runs update rules; `OLion(...)`, `Muon(...)` and the others build one.
+    """Runs update rules; OLion, Muon and the others are this class with the options of their rule.
 
     Args:
         params: tensors, (name, tensor) pairs or param groups, as for any torch optimizer. A group may name its own
@@ -45,9 +47,16 @@ class RuleOptimizer(torch.optim.Optimizer):
         >>> optimizer = RuleOptimizer(groups, "olion", lr=1e-3)
     """
 
-    def __init__(self, params: ParamsT, rule: str, *, process_group: ProcessGroup | None = None, **options):
+    _stepped = False  # the first step checks that signs are signs
+
+    rule: str  # a subclass's own
+
+    def __init__(
+        self, params: ParamsT, rule: str | None = None, *, process_group: ProcessGroup | None = None, **options
+    ):
+        rule = rule or self.rule
         known = rule_named(rule).defaults
-        _refuse_unknown(options, known, rule)
+        refuse_unknown(options, known, rule)
         super().__init__(params, {**known, **options, "rule": rule})
         self._process_group = process_group
         self._seen = self._fingerprints()
@@ -148,8 +157,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         for group, routed in zip(self.param_groups, self._plan.routed, strict=True):
             for part in routed:
                 params = [group["params"][i] for i in part.indices]
-                update = ParamsUpdate(params, group, self.state, part.route.matrix_shapes)
+                update = ParamsUpdate(params, group, self.state, part.route.matrix_shapes, not self._stepped)
                 update.whole_step() if update.rule.whole_step else part.route.run(update)
+        self._stepped = True
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -167,20 +177,28 @@ class RuleOptimizer(torch.optim.Optimizer):
                 f"the state must be what an optimizer's state_dict() returns, got no {' and no '.join(sorted(missing))}"
                 "; load that"
             )
-        saved = saved_buffers(self.param_groups, state_dict)
+        buffers_of = saved_buffers(self.param_groups, state_dict)
         loaded = [
-            {**deepcopy(saved_group), **{key: group[key] for key in ("params", "param_names") if key in group}}
-            for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True)
+            {**_options(group), **deepcopy(saved), **{key: group[key] for key in _IDENTITY if key in group}}
+            for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
         ]
         for group in loaded:
             _check(group, rule_named(group["rule"]))
-        refuse_unfit(self.param_groups, self.state, saved)
+        refuse_unfit(self.param_groups, self.state, buffers_of)
         self.__setstate__({"state": self.state, "param_groups": loaded})
         self._plan = make_plan(self.param_groups, self._process_group, ask=False)  # for the loaded options
-        for param, buffers in saved.items():
+        for param, buffers in buffers_of.items():
             fill(self.state[param], buffers)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+    def __repr__(self) -> str:
+        lines = []
+        for group in self.param_groups:
+            entries = sum(param.numel() for param in group["params"])
+            size = f"{len(group['params'])} tensors, {entries:,} entries"
+            lines.append(f"    {group['rule']}: {size}; {outline(_options(group))}")
+        return "\n".join([f"{type(self).__name__} (", *lines, ")"])
 
     def state_size(self) -> int:
         """Return the bytes of state that this process holds."""
@@ -188,24 +206,22 @@ class RuleOptimizer(torch.optim.Optimizer):
         return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
 
 
+def _options(group: dict) -> dict:
+    return {name: group[name] for name in rule_named(group["rule"]).defaults}
+
+
 def _check(group: dict, rule: UpdateRule) -> None:
-    for name in ("lr", "weight_decay", "eps", "scale"):
-        value = group.get(name, 0.0)
-        _require(isinstance(value, int | float | Tensor) and bool(value >= 0), name, "a number, 0 or more", value)
-    for name in ("ns_dtype", "state_dtype", "wire_dtype"):
-        value = group.get(name)
-        real = isinstance(value, torch.dtype) and value.is_floating_point
-        _require(value is None or real, name, "a floating-point torch.dtype or None", value)
-    betas = group.get("betas", (0.0, 0.0))
-    _require(isinstance(betas, tuple | list) and len(betas) == 2, "betas", "two numbers in [0, 1)", betas)
-    for name, value in [("betas", betas[0]), ("betas", betas[1]), ("momentum", group.get("momentum", 0.0))]:
-        _require(isinstance(value, int | float) and 0 <= value < 1, name, "in [0, 1)", value)
+    """Convert a group's options to their kinds; ValueError for values and parameters that the rule cannot take."""
+    for option in rule.defaults:
+        group[option] = checked(option, group[option], rule.kind(option))
     if rule.check:
         rule.check(group)
     for position, param in enumerate(group["params"]):
         name = name_of(group, position)
-        if not param.is_floating_point():
-            raise ValueError(f"{name}: parameters must be real floating-point tensors, got {param.dtype}; convert it")
+        if not param.is_floating_point() or param.element_size() == 1:
+            raise ValueError(
+                f"{name}: parameters must be float64, float32, bfloat16 or float16, got {param.dtype}; convert it"
+            )
         if rule.direct:
             try:
                 shape_in(group, param)
@@ -213,12 +229,8 @@ def _check(group: dict, rule: UpdateRule) -> None:
                 raise ValueError(f"{name}: {error}") from None
 
 
-def _require(holds: bool, name: str, wanted: str, got) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {wanted}; got {got!r}")
-
-
-def _refuse_unknown(options, known, rule: str) -> None:
+def refuse_unknown(options, known, rule: str) -> None:
+    """Raise ValueError for an option that is not known, naming the nearest."""
     for option in options:
         if option not in known:
             raise ValueError(_unknown(option, known, rule))

@@ -7,19 +7,12 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from .engine import ProcessGroup, RuleOptimizer
-from .rule import Tensors, UpdateRule, mix, register, sign, signature_defaults, update_ema
+from .options import Fraction, NonNegative, declared_by, given
+from .rule import Tensors, UpdateRule, mix, register, sign, update_ema
 
 
-def Lion(
-    params: ParamsT,
-    lr: float = 1e-4,
-    betas: tuple[float, float] = (0.9, 0.99),
-    weight_decay: float = 0.0,
-    scale: float = 1.0,
-    state_dtype: torch.dtype | None = None,
-    process_group: ProcessGroup | None = None,
-) -> RuleOptimizer:
-    """Build Lion, for tensors of any shape.
+class Lion(RuleOptimizer):
+    """Lion, for tensors of any shape.
 
         D = scale sign(b1 M + (1 - b1) g)       with the old M
         M <- b2 M + (1 - b2) g
@@ -29,29 +22,46 @@ def Lion(
 
     Args:
         params: tensors, named tensors or param groups.
-        lr: step size; every entry moves by lr x scale a step.
+        lr: step size; every entry moves by lr x scale per step.
         betas: (b1, b2), the weight of M in the mix and its decay.
         weight_decay: decoupled, multiplied by lr.
         scale: size of D.
-        state_dtype: dtype of M; None is the parameter's.
 
     Raises ValueError, when built, for values out of range.
 
     Example:
         >>> optimizer = Lion(model.parameters(), lr=1e-4, weight_decay=0.1)
     """
-    return RuleOptimizer(rule="lion", **locals())
+
+    rule = "lion"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: NonNegative = 1e-4,
+        betas: tuple[Fraction, Fraction] = (0.9, 0.99),
+        weight_decay: NonNegative = 0.0,
+        scale: NonNegative = 1.0,
+        state_dtype: torch.dtype | None = None,
+        process_group: ProcessGroup | None = None,
+    ):
+        super().__init__(**given(locals()))
 
 
 def prepare(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
-    """Return scale x the sign of the mix with the old average, then move the average."""
+    """Return the sign of the mix with the old average, then move the average."""
     mix_weight, decay = group["betas"]
     averages = [average.to(grad.dtype) for average, grad in zip(state["momentum"], grads, strict=True)]
     directions = sign(mix(grads, averages, mix_weight))
     update_ema(state["momentum"], grads, decay)
+    return directions
+
+
+def refine(directions: Tensors, state: dict[str, Tensors], group: dict, shapes) -> Tensors:
+    """Scale the signs."""
     if group["scale"] != 1:
         torch._foreach_mul_(directions, group["scale"])
     return directions
 
 
-register(UpdateRule(name="lion", defaults=signature_defaults(Lion), state=("momentum",), prepare=prepare))
+register(UpdateRule(name="lion", **declared_by(Lion), state=("momentum",), prepare=prepare, refine=refine))

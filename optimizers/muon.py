@@ -6,13 +6,15 @@ scalable for LLM training", arXiv 2502.16982. Options mean what they mean in tor
 
 from collections.abc import Sequence
 from math import sqrt
+from typing import Literal
 
 import torch
 from torch.optim.optimizer import ParamsT
 
 from .engine import ProcessGroup, RuleOptimizer
-from .polar import JORDAN, check_options, orthogonalize_group
-from .rule import Tensors, UpdateRule, ema, mix, register, signature_defaults, update_ema
+from .options import Fraction, NonNegative, declared_by, given
+from .polar import JORDAN, Form, check_options, orthogonalize_group
+from .rule import Tensors, UpdateRule, ema, mix, register, update_ema
 
 SCALES = {
     "original": lambda m, n: sqrt(max(1, m / n)),  # Jordan et al.
@@ -20,25 +22,8 @@ SCALES = {
 }
 
 
-def Muon(
-    params: ParamsT,
-    lr: float = 1e-3,
-    weight_decay: float = 0.1,
-    momentum: float = 0.95,
-    nesterov: bool = True,
-    ns_coefficients: str | Sequence = JORDAN,
-    eps: float = 1e-7,
-    ns_steps: int = 5,
-    adjust_lr_fn: str | None = None,
-    ns_dtype: torch.dtype | None = None,
-    ns_form: str = "auto",
-    state_dtype: torch.dtype | None = None,
-    qkv_split: int = 1,
-    as_matrices: str | None = None,
-    wire_dtype: torch.dtype | None = None,
-    process_group: ProcessGroup | None = None,
-) -> RuleOptimizer:
-    """Build Muon, for matrices: torch.optim.Muon's arguments, order and meaning, batched over equal shapes.
+class Muon(RuleOptimizer):
+    """Muon, for matrices: torch.optim.Muon's arguments, order and meaning, batched over equal shapes.
 
         M <- momentum M + (1 - momentum) g
         D = NewtonSchulz((1 - momentum) g + momentum M), or NewtonSchulz(M) without `nesterov`
@@ -47,9 +32,11 @@ def Muon(
     Args:
         params: tensors of shape (m, n), named tensors or param groups.
         lr: step size, before `adjust_lr_fn`.
-        adjust_lr_fn: the factor: "original" (also None), sqrt(max(1, m / n)), or "match_rms_adamw",
+        momentum: decay of M.
+        nesterov: whether to look one step ahead.
+        eps: floor of the Frobenius norm that each matrix is divided by before the orthogonalization.
+        adjust_lr_fn: factor(m, n): "original" (also None), sqrt(max(1, m / n)), or "match_rms_adamw",
             0.2 sqrt(max(m, n)), under which AdamW's learning rate and weight decay carry over.
-        wire_dtype: in which directions travel between ranks; None is bfloat16.
         Others: as in `OLion`.
 
     Raises ValueError, when built, for values out of range and tensors that are not matrices.
@@ -57,7 +44,29 @@ def Muon(
     Example:
         >>> optimizer = Muon(model.blocks.parameters(), lr=6e-4, adjust_lr_fn="match_rms_adamw")
     """
-    return RuleOptimizer(rule="muon", **locals())
+
+    rule = "muon"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: NonNegative = 1e-3,
+        weight_decay: NonNegative = 0.1,
+        momentum: Fraction = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: str | Sequence = JORDAN,
+        eps: NonNegative = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None,
+        ns_dtype: torch.dtype | None = None,
+        ns_form: Form = "auto",
+        state_dtype: torch.dtype | None = None,
+        qkv_split: int = 1,
+        as_matrices: Literal["batch", "flatten"] | None = None,
+        wire_dtype: torch.dtype | None = None,
+        process_group: ProcessGroup | None = None,
+    ):
+        super().__init__(**given(locals()))
 
 
 def prepare(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
@@ -84,7 +93,7 @@ def check(group: dict) -> None:
 register(
     UpdateRule(
         name="muon",
-        defaults=signature_defaults(Muon),
+        **declared_by(Muon),
         state=("momentum",),
         prepare=prepare,
         direct=orthogonalize_group,

@@ -5,34 +5,20 @@ arXiv 2602.01105, algorithm 1.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .engine import ProcessGroup, RuleOptimizer
-from .polar import check_options, orthogonalize_group
-from .rule import Tensors, UpdateRule, mix, register, sign_of, signature_defaults, update_ema
+from .options import Fraction, NonNegative, declared_by, given
+from .polar import Form, check_options, orthogonalize_group
+from .rule import Tensors, UpdateRule, mix, register, sign_of, update_ema
 
 
-def OLion(
-    params: ParamsT,
-    lr: float = 6e-4,
-    betas: tuple[float, float] = (0.95, 0.98),
-    weight_decay: float = 0.1,
-    ns_steps: int = 5,
-    ns_coefficients: str | Sequence = "jordan",
-    eps: float = 1e-7,
-    scale: float = 0.2,
-    ns_dtype: torch.dtype | None = None,
-    ns_form: str = "auto",
-    state_dtype: torch.dtype | None = None,
-    qkv_split: int = 1,
-    as_matrices: str | None = None,
-    wire_dtype: torch.dtype | None = None,
-    process_group: ProcessGroup | None = None,
-) -> RuleOptimizer:
-    """Build OLion, for matrices: hidden weights of two dimensions (`build_optimizer` picks them out of a model).
+class OLion(RuleOptimizer):
+    """OLion, for matrices: hidden weights of two dimensions (`build_optimizer` picks them out of a model).
 
         M <- b2 M + (1 - b2) g          X <- (1 - lr weight_decay) X - lr D
         G~ = (1 - b1) g + b1 M          with the new M
@@ -42,16 +28,20 @@ def OLion(
 
     Args:
         params: tensors of shape (m, n), named tensors or param groups.
-        lr: step size; D has RMS `scale`, so an entry moves by lr x scale a step.
+        lr: step size; D has RMS `scale`, so an entry moves by lr x scale per step.
         betas: (b1, b2), the weight of M in the mix and its decay.
         weight_decay: decoupled, multiplied by lr.
-        ns_steps, ns_coefficients, eps, ns_dtype, ns_form: the orthogonalization; see `polar.orthogonalize`.
+        ns_steps: Newton-Schulz steps, 1 to 99.
+        ns_coefficients: "jordan", "convergent" or "polar_express", a triple (a, b, c), or one triple per step.
+        eps: floor of the Frobenius norm that each matrix is divided by before the orthogonalization.
         scale: RMS of D; 0.2 is AdamW's usual update size (Liu et al., arXiv 2502.16982).
-        state_dtype: dtype of M; None is the parameter's.
+        ns_dtype: precision of the orthogonalization; None is bfloat16 on GPUs and float32 or float64 on CPUs.
+        ns_form: "plain", "gram", "auto" (the cheaper of the two), "qdwh" or "svd"; see `polar.orthogonalize`.
+        state_dtype: dtype of the averages; None is the parameter's.
         qkv_split: number of equal row blocks of each weight that are orthogonalized apart (3 for a fused QKV).
         as_matrices: how to see tensors of more than two dimensions: "batch", "flatten", or None to refuse them.
-        wire_dtype: in which directions travel between ranks. None packs signs exactly, at one bit an entry, and sends
-            after them where zeros are, if there are any.
+        wire_dtype: dtype in which directions travel between ranks; None is one bit per entry for signs, exact with
+            their zeros, and bfloat16 for others.
         process_group: the ranks that hold the same plain tensors and gradients (DDP) and share the work; DTensors
             say themselves how they lie.
 
@@ -60,7 +50,28 @@ def OLion(
     Example:
         >>> optimizer = OLion(model.blocks.parameters(), lr=1e-3)
     """
-    return RuleOptimizer(rule="olion", **locals())
+
+    rule = "olion"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: NonNegative = 6e-4,
+        betas: tuple[Fraction, Fraction] = (0.95, 0.98),
+        weight_decay: NonNegative = 0.1,
+        ns_steps: int = 5,
+        ns_coefficients: str | Sequence = "jordan",
+        eps: NonNegative = 1e-7,
+        scale: NonNegative = 0.2,
+        ns_dtype: torch.dtype | None = None,
+        ns_form: Form = "auto",
+        state_dtype: torch.dtype | None = None,
+        qkv_split: int = 1,
+        as_matrices: Literal["batch", "flatten"] | None = None,
+        wire_dtype: torch.dtype | None = None,
+        process_group: ProcessGroup | None = None,
+    ):
+        super().__init__(**given(locals()))
 
 
 def prepare(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
@@ -77,7 +88,7 @@ def direct(stack: Tensor, group: dict) -> Tensor:
 register(
     UpdateRule(
         name="olion",
-        defaults=signature_defaults(OLion),
+        **declared_by(OLion),
         state=("momentum",),
         prepare=prepare,
         direct=direct,

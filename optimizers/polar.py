@@ -15,7 +15,9 @@ and its restart. Blocked symmetric products and the restart lengths below are ou
 """
 
 from collections.abc import Sequence
-from typing import Any
+from math import isfinite
+from numbers import Real
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -49,7 +51,8 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
 }
 """Coefficient sets by name; when there are more steps than triples, the last triple repeats."""
 
-FORMS = ("auto", "plain", "gram", "qdwh", "svd")
+Form = Literal["auto", "plain", "gram", "qdwh", "svd"]
+FORMS = get_args(Form)
 EXACT_FORMS = ("qdwh", "svd")  # computed in float32 or float64 from what they are given
 
 # The Gram form restarts (forms G anew from X) before G's rounding error, the precision's eps grown by up to a² a
@@ -127,10 +130,13 @@ def steps_of(ns_coefficients: str | Sequence, ns_steps: int) -> list[Triple]:
         return [triples[min(i, len(triples) - 1)] for i in range(ns_steps)]
     rows = ns_coefficients if isinstance(ns_coefficients, tuple | list) else ()
     rows = [rows] if all(isinstance(entry, int | float) for entry in rows) else rows
-    whole = all(isinstance(row, tuple | list) and len(row) == 3 for row in rows)
+    whole = all(
+        isinstance(row, tuple | list) and len(row) == 3 and all(isinstance(c, Real) and isfinite(c) for c in row)
+        for row in rows
+    )
     if not whole or len(rows) not in (1, ns_steps):
         raise ValueError(
-            f"ns_coefficients must be a name, one triple (a, b, c) or {ns_steps} triples (one a step); "
+            f"ns_coefficients must be a name, one triple (a, b, c) or {ns_steps} triples (one per step), all finite; "
             f"got {ns_coefficients!r}"
         )
     custom: list[Any] = [tuple(row) for row in rows]

@@ -13,15 +13,15 @@ Adding one is a value of `UpdateRule` and a call of `register`:
     optimizer = RuleOptimizer(model.parameters(), "signum", lr=3e-4)
 """
 
-import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .checks import closest
+from .options import NonNegative, kind_of_default
 
 Tensors = list[Tensor]
 
@@ -33,6 +33,8 @@ class UpdateRule:
     Attributes:
         name: what `group["rule"]` says.
         defaults: every option of the rule and its default; `lr` and `weight_decay` must be among them.
+        kinds: {option: annotation}; an option without one takes values of its default's type. Both come from a
+            constructor by `**declared_by(OLion)`; see `options.py`.
         state: names of the buffers, each of its parameter's shape, layout and (unless `state_dtype`) dtype.
         scalars: names of 0-dimensional float32 buffers.
         prepare: (grads, state, group) -> directions. Elementwise, on my shard; state[name] is a list beside grads and
@@ -60,6 +62,12 @@ class UpdateRule:
     rms: str | None = None
     whole_step: Callable[[Tensors, Tensors, dict[str, Tensors], dict], None] | None = None
     check: Callable[[dict], None] | None = None
+    kinds: Mapping[str, Any] = field(default_factory=dict)
+
+    def kind(self, option: str) -> Any:
+        """Return the annotation that says which values an option takes."""
+        usual = {"lr": NonNegative, "weight_decay": NonNegative}
+        return self.kinds.get(option) or usual.get(option) or kind_of_default(self.defaults[option])
 
 
 RULES: dict[str, UpdateRule] = {}
@@ -86,13 +94,6 @@ def rule_named(name: str) -> UpdateRule:
     if name not in RULES:
         raise ValueError(f"the optimizer must be one of {', '.join(sorted(RULES))}; got {name!r}{closest(name, RULES)}")
     return RULES[name]
-
-
-def signature_defaults(face: Callable) -> dict[str, Any]:
-    """Return the keyword defaults of a public face: the one place where a rule's defaults are written."""
-    parameters = inspect.signature(face).parameters.values()
-    own = (p for p in parameters if p.default is not inspect.Parameter.empty and p.name != "process_group")
-    return {p.name: p.default for p in own}
 
 
 # The elementwise pieces that rules are made of.

@@ -25,9 +25,10 @@ class ParamsUpdate:
         group: dict,
         state: dict[Tensor, dict[str, Tensor]],
         matrix_shapes: list[MatrixShape] | None,
+        check_signs: bool = False,
     ):
         self.rule, self.group, self._params, self._state = rule_named(group["rule"]), group, params, state
-        self._matrix_shapes = matrix_shapes
+        self._matrix_shapes, self._check_signs = matrix_shapes, check_signs and self.rule.signs
         self.weights = [local_of(param) for param in params]
         self.has_grad = [param.grad is not None for param in params]
         self.rms = group[self.rule.rms] if self.rule.rms else None
@@ -42,7 +43,10 @@ class ParamsUpdate:
     def direct(self, stack: Tensor) -> Tensor:
         """Return the directions of whole matrices, (b, m, n) -> (b, m, n)."""
         assert self.rule.direct
-        return self.rule.direct(stack, self.group)
+        directions = self.rule.direct(stack, self.group)
+        if self._check_signs and not (directions.is_meta or torch.compiler.is_compiling()):
+            _refuse_other_than_signs(directions, self.rule.name)
+        return directions
 
     def refine(self, members: list[int], directions: Tensors) -> Tensors:
         """Return the shards of the directions, refined elementwise."""
@@ -84,6 +88,16 @@ class ParamsUpdate:
             ]
             for name in self.rule.state + self.rule.scalars
         }
+
+
+def _refuse_other_than_signs(directions: Tensor, rule: str) -> None:
+    """Raise ValueError for an entry that one bit cannot carry, also where nothing is sent."""
+    other = (directions != 0) & (directions.abs() != 1) & ~directions.isnan()
+    if other.any():
+        raise ValueError(
+            f"rule {rule!r} says signs=True, so its direction must be -1, 0, 1 or NaN, got "
+            f"{directions[other][0].item():g}; return signs, or register it with signs=False"
+        )
 
 
 def gradient_of(param: Tensor, group: dict) -> Tensor:

@@ -51,17 +51,20 @@ def test_fine_tuning_config_matches_the_papers_settings(eight_gpus, tmp_path, mo
 
 
 def test_misspelt_key_of_a_file_refuses_with_the_nearest_key(tmp_path):
-    (tmp_path / "bad.toml").write_text("[optimizer]\nmomentun = 0.9\n")
-    with pytest.raises(ConfigError, match=r"bad.toml: unknown key 'optimizer.momentun'; .* 'optimizer.momentum'"):
+    (tmp_path / "bad.toml").write_text("[optimizer]\ntuned_rl = 0.9\n")
+    with pytest.raises(ConfigError, match=r"bad.toml: unknown key 'optimizer.tuned_rl'; .* 'optimizer.tuned_lr'"):
         parse_config([str(tmp_path / "bad.toml")])
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--optimizer.momentum", "0.9"], "olion has no option 'momentum'"),
+        (["--optimizer.options.momentum", "0.9"], "olion has no option 'momentum'"),
         (["--optimizer.name", "olio"], "did you mean 'olion'"),
-        (["--optimizer.betas", "0.9", "1.5"], r"betas must be in \[0, 1\)"),
+        (["--optimizer.tuned_lr.oilon", "1e-3"], "did you mean 'olion'"),
+        (["--optimizer.options.scal", "0.1"], "did you mean 'scale'"),
+        (["--optimizer.options.lr", "0.1"], "set optimizer.lr"),
+        (["--optimizer.options.betas", "[0.9, 1.5]"], r"betas must be 2 numbers in \[0, 1\)"),
         (["--model.flavor", "7C"], "model.flavor must be one of debug, 7B"),
         (["--training.dataset", "instruction"], "training.dataset must be one of c4, .*; got 'instruction'"),
         (["--validation.dataset", "mathinstruct"], "validation.dataset must be one of c4, .*; got 'mathinstruct'"),
@@ -99,9 +102,9 @@ def test_misspelt_key_of_a_file_refuses_with_the_nearest_key(tmp_path):
         (["--lr_scheduler.decay_ratio", "5"], "decay_ratio must be a fraction, between 0 and 1; got 5"),
         (["--lr_scheduler.min_lr_factor", "nan"], "min_lr_factor must be finite; got nan"),
         (["--lr_scheduler.min_lr_factor", "2"], "min_lr_factor must be a fraction, between 0 and 1; got 2"),
-        (["--optimizer.lr", "inf"], "optimizer.lr must be finite"),
-        (["--optimizer.weight_decay", "inf"], "optimizer.weight_decay must be finite"),
-        (["--optimizer.adamw_lr", "nan"], "optimizer.adamw_lr must be finite"),
+        (["--optimizer.lr", "inf"], "lr must be finite"),
+        (["--optimizer.weight_decay", "inf"], "weight_decay must be finite"),
+        (["--optimizer.adamw_lr", "nan"], "adamw_lr must be finite"),
         (["--debug.seed", str(2**70)], "debug.seed must be at most 9223372036854775807"),
         (["--debug.seed", "-1"], "debug.seed must be 0 or more"),
         (["--debug.seed", "2**70"], "2\\*\\*70"),
@@ -218,15 +221,14 @@ def test_micro_batches_match_what_a_rank_has_of_the_global_batch(ranks, local, m
 
 def test_every_optimizer_key_matches_what_the_rule_is_built_with():
     model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 8, bias=False))
-    asked = {"betas": (0.8, 0.9), "ns_steps": 3, "ns_coefficients": "convergent", "weight_decay": 0.3}
-    settings = OptimizerConfig(
-        lr=1e-3, adamw_lr=2e-3, ns_dtype="bfloat16", state_dtype="bfloat16", wire_dtype="float32", **asked
-    )
-    matrices, rest = build_optimizer(model, settings.name, **settings.options()).param_groups
+    asked = {"betas": (0.8, 0.9), "ns_steps": 3, "ns_coefficients": "convergent", "scale": 0.1, "ns_form": "gram"}
+    names = {"ns_dtype": "bfloat16", "state_dtype": "bfloat16", "wire_dtype": "float32"}
+    settings = OptimizerConfig(lr=1e-3, adamw_lr=2e-3, weight_decay=0.3, options={**asked, **names})
+    matrices, rest = build_optimizer(model, settings.name, **settings.arguments()).param_groups
     dtypes = {"ns_dtype": torch.bfloat16, "state_dtype": torch.bfloat16, "wire_dtype": torch.float32}
-    for key, value in (asked | dtypes | {"lr": 1e-3}).items():
+    for key, value in (asked | dtypes | {"lr": 1e-3, "weight_decay": 0.3}).items():
         assert matrices[key] == value, key
     assert (rest["rule"], rest["lr"], rest["weight_decay"]) == ("adamw", 2e-3, 0.3)
-    settings = OptimizerConfig(name="muon", lr=1e-3, momentum=0.7)
-    (muon, _) = build_optimizer(model, settings.name, **settings.options()).param_groups
-    assert muon["momentum"] == 0.7
+    settings = OptimizerConfig(name="muon", lr=1e-3, options={"momentum": 0.7, "nesterov": False})
+    (muon, _) = build_optimizer(model, settings.name, **settings.arguments()).param_groups
+    assert (muon["momentum"], muon["nesterov"]) == (0.7, False)

@@ -404,7 +404,7 @@ def test_float16_skips_what_its_loss_scale_overflows_and_matches_float32_after(t
     ("arguments", "said"),
     [
         (["--optimizer.name", "olio"], "did you mean 'olion'?"),
-        (["--optimizer.name", "muon", "--optimizer.betas", "0.9", "0.95"], "muon has no option 'betas'"),
+        (["--optimizer.name", "muon", "--optimizer.options.betas", "[0.9, 0.95]"], "muon has no option 'betas'"),
         (["--optimizer.modulate", "adamw"], "unknown flag '--optimizer.modulate'; the nearest known key is"),
         (["--model.z_dim", "16"], "must have z_dim 8 and 4 tokens a side, as objective.encoder 'digits' has them"),
         (["--objective.encoder", ""], "must have z_dim 0"),
