@@ -29,6 +29,7 @@ from torchtitan.tools.logging import init_logger
 import Llama.spec  # noqa: F401  (registers the TrainSpec)
 from common import UserError, launch
 from common.config import refuse_changes, to_dict
+from common.rendezvous import refuse_taken_port
 from common.runlog import END, move_aside
 from Llama.checkpoints import Checkpointer
 from Llama.checks import environment
@@ -118,11 +119,13 @@ def let_gradients_meet(model: nn.Module, is_last: bool, sync: str) -> None:
 
 def main() -> None:
     """Read the configuration and train."""
-    environment()
+    rank, _ = environment()
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    if "RANK" in os.environ:
+        refuse_taken_port(rank, timeout_s=600)
     settings = parse_config()
     for name, alone in [("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_PORT", "0")]:
         os.environ.setdefault(name, alone)  # torchrun's; without it this is the only process
-    os.environ.setdefault("MASTER_ADDR", "localhost")
     folder = Path(settings.job.dump_folder, settings.job.group, name_of(settings))
     plain = settings.metrics.disable_color_printing or not sys.stdout.isatty()
     settings = replace(

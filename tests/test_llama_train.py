@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from Llama.config import JobConfig, parse_config
 from Llama.metrics import Diverged, _Logger, name_of
 from Llama.model import FLAVORS
 from Llama.prepare import Prepare, prepare
-from Llama.train import let_gradients_meet, same_experiment, titan, train
+from Llama.train import let_gradients_meet, main, same_experiment, titan, train
 from tests.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -475,3 +476,16 @@ def _refused(settings: JobConfig) -> str:
     with pytest.raises((Diverged, UserError)) as refused:
         _train(settings)
     return str(refused.value)
+
+
+def test_a_rank_refuses_a_port_that_another_program_has(monkeypatch):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = str(server.getsockname()[1])
+        there = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+        for name, value in there.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"port, 127.0.0.1:{port}, must be free for them"):
+            main()
