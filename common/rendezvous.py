@@ -46,9 +46,9 @@ def refuse_taken_port(rank: int, timeout_s: float, answer_s: float = ANSWER_S) -
     torch itself would wait for that program's answer, without end. Rank 0 must find nobody there, for it is about to
     listen; any other rank must get a store's answer within `answer_s` seconds after someone listens.
     """
-    address, port = os.environ["MASTER_ADDR"], _whole_number("MASTER_PORT", 0, least=1)
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return  # torchrun listens there, and has checked it
+    address, port = os.environ["MASTER_ADDR"], _whole_number("MASTER_PORT", 0)
+    if port == 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return  # a free port is taken, or torchrun listens there, and has checked it
     if rank == 0:
         if _someone_listens(address, port):
             raise _taken(address, port)

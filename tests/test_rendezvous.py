@@ -89,6 +89,12 @@ def test_a_rank_takes_the_port_of_a_store_that_answers(variables):
     refuse_taken_port(1, timeout_s=60)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_takes_port_0_for_a_free_one(variables, rank):
+    variables(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    refuse_taken_port(rank, timeout_s=60)
+
+
 @pytest.mark.slow
 def test_torchrun_refuses_a_port_that_another_program_has_in_one_line(taken_port):
     torchrun = [sys.executable, "-m", "common.torchrun", "--nproc-per-node", "2", "--master-port", str(taken_port)]
