@@ -2,13 +2,15 @@
 # Runs lint, the type check and the tests; sets up the environment if there is none.
 #   bash scripts/test.sh                    everything: minutes
 #   bash scripts/test.sh --fast             without types and the tests marked slow: under a minute
-#   bash scripts/test.sh tests/test_polar.py -k gram
+#   bash scripts/test.sh tests/test_polar.py -k gram    pytest's arguments; on one core
+# Without pytest's arguments the tests run on every core, at most 8, each file on one (OMP_NUM_THREADS is 1).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=$(bash scripts/setup.sh)
 
 arguments=()
 types=yes
+if [[ $# == 0 || "$*" == --fast ]]; then arguments+=(-n auto --maxprocesses 8 --dist loadfile); fi
 for argument in "$@"; do
   if [[ "$argument" == --fast ]]; then
     arguments+=(-m "not slow")
