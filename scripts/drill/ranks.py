@@ -95,7 +95,7 @@ def _attempt(runs: Runs, words: list[str], other: list[str]) -> str | None:
 def _watch(forks: list[Fork]) -> None:
     """Wait for the ranks and, as torchrun does, end the others some time after one has failed."""
     start, failed_at = time.monotonic(), math.inf
-    while not all(fork.ended() for fork in forks):
+    while not all([fork.ended() for fork in forks]):  # of each: `status` is seen by it
         now = time.monotonic()
         if any(fork.status for fork in forks):
             failed_at = min(failed_at, now)
