@@ -10,6 +10,7 @@ from typing import Literal
 import pytest
 
 from common.config import ConfigError, from_dict, parse_config, to_dict
+from common.run_config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -219,3 +220,9 @@ def test_loop_of_links_is_refused_in_one_line(tmp_path):
     link.symlink_to(link)
     with pytest.raises(ConfigError, match=r"a\.toml: not a readable TOML file"):
         parse_config(Config, [str(link)])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31, 2**70])
+def test_run_config_refuses_a_seed_that_numpy_does_not_take(seed):
+    with pytest.raises(ConfigError, match="seed must be"):
+        RunConfig(seed=seed)

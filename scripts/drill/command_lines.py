@@ -92,7 +92,7 @@ LLAMA = {
     "--lr_scheduler.min_lr_factor": ("nan", "-1", "2"),
     "--lr_scheduler.decay_type": ("steep",),
     "--checkpoint.interval": ("0", "-1", "x"),
-    "--checkpoint.keep_latest_k": ("-1", "1"),
+    "--checkpoint.keep_latest_k": ("-1", "x"),
     "--checkpoint.initial_load_path": ("/nonexistent",),
     "--checkpoint.load_step": ("99",),
     "--validation.freq": ("0", "-1"),

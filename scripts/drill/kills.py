@@ -10,6 +10,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -72,7 +73,7 @@ class Chain:
         folder = self._folders["killed"]
         _wait(fork, lambda: _last_step(folder) >= wanted)
         if draw.random() < 0.7:
-            _wait(fork, lambda: any(folder.rglob(".partial-*")) or _unproven(folder))
+            _wait(fork, lambda: any(folder.glob("*/*/checkpoints/.partial-*")) or _unproven(folder))
         time.sleep(draw.uniform(0, SAVE_S))
         if fork.ended():
             outcome = fork.wait()
@@ -100,7 +101,10 @@ class Chain:
 
 def _wait(fork: Fork, happened: Callable[[], bool]) -> None:
     deadline = time.monotonic() + START_S
-    while not fork.ended() and time.monotonic() < deadline and not happened():
+    while not fork.ended() and time.monotonic() < deadline:
+        with suppress(FileNotFoundError):  # a folder that is renamed while it is looked into
+            if happened():
+                return
         time.sleep(0.001)
 
 
