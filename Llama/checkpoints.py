@@ -191,7 +191,8 @@ def find_step(folder: Path, step: int = -1) -> int | None:
 def numbered(folder: Path) -> dict[int, Path]:
     """Return the checkpoints of a folder by their steps, but those that a killed run did not finish."""
     matches = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*"))
-    return {int(match[1]): path for match, path in matches if match and (path / ".metadata").is_file()}
+    ended = (".metadata", MANIFEST)  # either tells that torchtitan had written all; both are there unless one was lost
+    return {int(match[1]): path for match, path in matches if match and any((path / name).is_file() for name in ended)}
 
 
 def remove_others(folder: Path, step: int, keep: int) -> None:

@@ -97,12 +97,12 @@ def check_flavor(settings: "JobConfig") -> None:
 def data_ranks(settings: "JobConfig", world_size: int) -> int:
     """Return the number of ranks that see different sequences; ConfigError where the parallelism does not fit."""
     parallelism = settings.parallelism
-    if parallelism.pipeline_parallel_degree > 1:
+    if parallelism.pipeline_parallel_degree != 1:
         raise ConfigError(
             f"pipeline_parallel_degree must be 1, got {parallelism.pipeline_parallel_degree}: torchtitan 0.2.2's "
             "pipelines leave gradients as sums over tokens, which clipping then cuts down; use FSDP and tensor degrees"
         )
-    if parallelism.context_parallel_degree > 1:
+    if parallelism.context_parallel_degree != 1:
         raise ConfigError(
             f"context_parallel_degree must be 1, got {parallelism.context_parallel_degree}: it is not tested here, and "
             "4,096 tokens fit a GPU; use FSDP and tensor degrees"

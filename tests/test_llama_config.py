@@ -130,6 +130,8 @@ def test_misspelt_key_of_a_file_refuses_with_the_nearest_key(tmp_path):
         (["--compile.components", "modle"], "components must be of model, loss; got 'modle'"),
         (["--compile.enable", "--compile.backend", "gcc"], "backend must be one of .*inductor.*; got 'gcc'"),
         (["--fine_tuning.held_out", "-1"], "held_out must be 0 or more"),
+        (["--parallelism.pipeline_parallel_degree", "0"], "pipeline_parallel_degree must be 1, got 0"),
+        (["--parallelism.context_parallel_degree", "0"], "context_parallel_degree must be 1, got 0"),
         (["--job.group", "../../.."], "job.group must name a folder below the runs'; got '../../..'"),
         (["--job.group", ""], "job.group must name a folder"),
         (["--job.group", "/tmp/x"], "job.group must name a folder"),
@@ -232,3 +234,19 @@ def test_every_optimizer_key_matches_what_the_rule_is_built_with():
     settings = OptimizerConfig(name="muon", lr=1e-3, options={"momentum": 0.7, "nesterov": False})
     (muon, _) = build_optimizer(model, settings.name, **settings.arguments()).param_groups
     assert (muon["momentum"], muon["nesterov"]) == (0.7, False)
+
+
+@pytest.mark.parametrize("lost", [".metadata", "__0_0.distcp", "manifest.json"])
+def test_checkpoint_that_lost_a_file_refuses_and_names_it(tmp_path, lost):
+    from common.manifest import write_manifest
+    from Llama.checkpoints import find_step
+
+    step = tmp_path / "step-1"
+    step.mkdir()
+    for name in (".metadata", "__0_0.distcp"):
+        (step / name).write_bytes(b"\x00")
+    write_manifest(step, {"step": 1})
+    (step / lost).unlink()
+    with pytest.raises(UserError, match=r"a checkpoint must be as it was written; none in .* is") as refused:
+        find_step(tmp_path)
+    assert lost == "manifest.json" or lost in str(refused.value)

@@ -14,11 +14,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: forks are safe 
 
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common import UserError, progress
+from common import UserError, one_line, progress
 from common.figure import markdown
 from common.guard import main_guard
 from common.options import parse_options
@@ -57,7 +58,7 @@ def main() -> None:
             with progress(desc=name) as bar:
                 for case, attempt in module.cases(runs, options.quick):
                     tried += 1
-                    if reason := attempt():
+                    if reason := _tried(attempt):
                         short[case] = reason
                         bar.write(f"fell short: {name}: {case}: {reason}")
                     bar.update()
@@ -69,6 +70,14 @@ def main() -> None:
     print(markdown(["faults", "tried", "held", "fell short"], rows))
     if short := sum(len(result["short"]) for result in results.values()):
         raise UserError(f"{short} of {sum(result['tried'] for result in results.values())} faults fell short")
+
+
+def _tried(attempt: Callable[[], str | None]) -> str | None:
+    """Try a fault; what the drill itself could not do fell short, too."""
+    try:
+        return attempt()
+    except Exception as error:
+        return f"not tried: {type(error).__name__}: {one_line(error)[:200]}"
 
 
 if __name__ == "__main__":
