@@ -18,6 +18,7 @@ Work and bytes are of all ranks; under fsdp_tp, where each gathers everything, o
 
 import contextlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -259,8 +260,10 @@ def plan(options: Options) -> dict:
     """Build the model and each optimizer on one rank of the mesh; returns what is recorded, a column an optimizer."""
     mesh = parse_mesh(options.mesh)
     for name in ("gpu_tflops", "efficiency", "link_gbs"):
-        if getattr(options, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0; got {getattr(options, name)}")
+        most = 1 if name == "efficiency" else sys.float_info.max
+        if not 0 < getattr(options, name) <= most:
+            wanted = "above 0 and at most 1" if most == 1 else "above 0 and finite"
+            raise UserError(f"--{name.replace('_', '-')} must be {wanted}; got {getattr(options, name)}")
     columns = {}
     with pretended(mesh.ranks, options.rank):
         model = build_model(options.model, mesh).to(getattr(torch, options.param_dtype))

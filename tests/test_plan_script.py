@@ -176,7 +176,9 @@ def test_record_matches_the_table(monkeypatch, capsys, tmp_path):
         ({"mesh": "hsdp=64x32"}, "1,024 ranks; got 2,048"),
         ({"mesh": "tp=8"}, "divide the 12 heads of gpt2_small; got 8"),
         ({"mesh": "ddp=4", "rank": 4}, "--rank must be from 0 to 3"),
-        ({"mesh": "ddp=4", "link_gbs": 0.0}, "--link-gbs must be above 0; got 0"),
+        ({"mesh": "ddp=4", "link_gbs": 0.0}, "--link-gbs must be above 0 and finite; got 0"),
+        ({"mesh": "ddp=4", "gpu_tflops": float("nan")}, "--gpu-tflops must be above 0 and finite; got nan"),
+        ({"mesh": "ddp=4", "efficiency": 2.0}, "--efficiency must be above 0 and at most 1; got 2.0"),
     ],
 )
 def test_options_that_cannot_be_planned_are_refused_in_one_line(options, words):
