@@ -89,6 +89,11 @@ def build_optimizer(
 
 def _unwrapped(model: nn.Module, process_group: dist.ProcessGroup | None) -> tuple[nn.Module, dist.ProcessGroup | None]:
     """Return the module inside torch.compile's and DistributedDataParallel's wrappers, and the process group."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"build_optimizer needs the model, an nn.Module, got {type(model).__name__}; of parameters, make "
+            "OLion(params) or another class"
+        )
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, DistributedDataParallel):
         process_group = process_group or model.process_group

@@ -49,12 +49,14 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     _stepped = False  # the first step checks that signs are signs
 
-    rule: str  # a subclass's own
+    rule: str | None = None  # a subclass's own
 
     def __init__(
         self, params: ParamsT, rule: str | None = None, *, process_group: ProcessGroup | None = None, **options
     ):
         rule = rule or self.rule
+        if rule is None:
+            raise ValueError("RuleOptimizer needs the name of a rule, got none; pass rule='olion', or use OLion")
         known = rule_named(rule).defaults
         refuse_unknown(options, known, rule)
         super().__init__(params, {**known, **options, "rule": rule})
@@ -77,6 +79,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         for foreign in self.defaults.keys() - rule.defaults.keys() - _COMMON_KEYS - param_group.keys():
             del group[foreign]  # torch hands every group the optimizer's defaults, also a group of another rule
+        if len(set(group["params"])) < len(group["params"]):
+            self.param_groups.pop()
+            twice = next(i for i, param in enumerate(group["params"]) if param in set(group["params"][:i]))
+            raise ValueError(f"a group must hold each parameter once, got {name_of(group, twice)} again; pass it once")
         built = hasattr(self, "_plan")  # not while the first groups are added
         try:
             _check(group, rule)

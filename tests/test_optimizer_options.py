@@ -186,3 +186,31 @@ def test_a_rule_without_kinds_refuses_values_of_another_type_than_its_defaults(r
 def test_the_five_are_classes_of_torchs_kind():
     for optimizer_class in (OLion, Muon, AdaMuon, Lion, AdamW):
         assert issubclass(optimizer_class, torch.optim.Optimizer)
+
+
+# --- Parameters
+
+
+@every_rule
+@pytest.mark.parametrize("shape", [(4, 0), (0, 4), (0, 0)])
+def test_a_matrix_without_entries_steps(name, shape):
+    parameters = matrices(shape, (4, 3))
+    before = values(parameters)
+    train(RULES[name](parameters, lr=0.1), parameters, 2)
+    assert not torch.equal(parameters[1], before[1])
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group")
+@every_rule
+def test_parameters_of_eight_bits_twice_or_instead_of_a_model_refuse(name):
+    (weight,) = matrices((6, 4))
+    tiny = nn.Parameter(torch.zeros(6, 4).to(torch.float8_e4m3fn), requires_grad=False)
+    refused = {
+        "float8_e4m3fn": lambda: RULES[name]([tiny]),
+        "once": lambda: RULES[name]([weight, weight]),
+        "nn.Module": lambda: build_optimizer([weight], name, lr=0.1),
+    }
+    for said, build in refused.items():
+        with pytest.raises(ValueError, match=said) as caught:
+            build()
+        assert "\n" not in str(caught.value)
