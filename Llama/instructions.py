@@ -129,20 +129,32 @@ def local_rows(path: str | None, split: str) -> Iterator[tuple[str, Any]]:
     if not tables:
         raise UserError(f"{path} must hold .jsonl or .parquet files of instructions, holds none")
     for file in tables:
-        if file.suffix == ".parquet":
-            from pyarrow import parquet  # only such files need it
+        yield from parquet_rows(file) if file.suffix == ".parquet" else jsonl_rows(file)
 
-            rows = parquet.read_table(file).to_pylist()
-            yield from ((f"{file}, row {i}", row) for i, row in enumerate(rows))
-            continue
+
+def jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """Read the rows of a .jsonl file, and where each stands; UserError for a line that is no JSON, or no UTF-8."""
+    number = 0
+    try:
         with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
+                if line.strip():
                     yield f"{file}, line {number}", json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{file}, line {number} must be JSON, one object a line: {error}") from error
+    except UnicodeDecodeError as error:  # of a block of the file, so the line is not known
+        raise UserError(f"{file} must be UTF-8, is not after line {number} ({one_line(error)}): convert it") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{file}, line {number} must be JSON, one object a line: {one_line(error)}") from error
+
+
+def parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """Read the rows of a .parquet file, and where each stands; UserError for a file that is none."""
+    from pyarrow import ArrowException, parquet  # only such files need it
+
+    try:
+        rows = parquet.read_table(file).to_pylist()
+    except (ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"{file} must be a whole .parquet file, is not ({one_line(error)[:200]})") from error
+    yield from ((f"{file}, row {i}", row) for i, row in enumerate(rows))
 
 
 def conversation(row: Any, where: str) -> Messages:
@@ -169,6 +181,11 @@ def conversation(row: Any, where: str) -> Messages:
             f'{where}: each of "messages" must have a "role", one of {", ".join(ROLES)}, and a text as "content", and '
             "one be the assistant's"
         )
+    for each in messages:
+        try:
+            each["content"].encode()
+        except UnicodeEncodeError as error:  # JSON can spell one half of a surrogate pair, which no tokenizer takes
+            raise UserError(f"{where}: a text must be valid Unicode, has half a surrogate pair: correct it") from error
     return messages
 
 

@@ -60,10 +60,13 @@ class Tokenizer(HuggingFaceTokenizer):
         self.tokenizer.encode_special_tokens = True  # "<s>" in a text is three characters, no end of anything
         self.bos_token, self.bos_id = self._named("bos_token")  # torchtitan knows no token that is both
         self.eos_token, self.eos_id = self._named("eos_token")
-        for number, entry in (self.config.get("added_tokens_decoder") or {}).items():
-            if (found := self.token_to_id(entry["content"])) != int(number):
+        added = self.config.get("added_tokens_decoder") or {}
+        for number, entry in added.items() if isinstance(added, dict) else [("no object", added)]:
+            token = entry.get("content") if isinstance(entry, dict) else None
+            found = self.token_to_id(token) if isinstance(token, str) else None
+            if str(found) != number:
                 raise UserError(
-                    f"{folder / FILES[1]} must name the tokens of {FILES[0]}; it has {entry['content']!r} as {number}, "
+                    f"{folder / FILES[1]} must name the tokens of {FILES[0]}; it has {token!r:.60} as {number:.20}, "
                     f"which is {found} there: put both files of one tokenizer there"
                 )
 

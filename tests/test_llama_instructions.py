@@ -210,7 +210,22 @@ def test_rows_that_are_no_conversation_refuse_with_their_line(tmp_path):
             [conversation(row, where) for where, row in local_rows(str(tmp_path), "train")]
         assert "\n" not in str(refused.value)
     (tmp_path / "train.jsonl").write_text('{"instruction": \n')
-    with pytest.raises(UserError, match="line 1 must be JSON"):
+    with pytest.raises(UserError, match=r"line 1 must be JSON"):
+        list(local_rows(str(tmp_path), "train"))
+    line = json.dumps(good).encode()
+    for content, message in [
+        (line + b"\n" + b"[" * 100_000, "line 2 must be JSON"),
+        (b"\xff" + line, "train.jsonl must be UTF-8"),
+    ]:
+        (tmp_path / "train.jsonl").write_bytes(content)
+        with pytest.raises(UserError, match=message) as refused:
+            list(local_rows(str(tmp_path), "train"))
+        assert "\n" not in str(refused.value)
+    with pytest.raises(UserError, match="a text must be valid Unicode, has half a surrogate pair"):
+        conversation({"instruction": "x", "output": "\ud83d"}, "here")
+    (tmp_path / "train.jsonl").unlink()
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1 cut short")
+    with pytest.raises(UserError, match=r"rows.parquet must be a whole .parquet file"):
         list(local_rows(str(tmp_path), "train"))
 
 
