@@ -70,6 +70,9 @@ class RuleOptimizer(torch.optim.Optimizer):
 
         Keys that are no option of any rule are kept for others to read (schedulers, `lr_scale`).
         """
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            got = list(param_group) if isinstance(param_group, dict) else type(param_group).__name__
+            raise ValueError(f"a param group must be a dict with params; got {got}")
         rule = rule_named(param_group.get("rule", self.defaults["rule"]))
         _refuse_misplaced(param_group, rule)
         inherited = self.defaults

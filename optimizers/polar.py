@@ -14,6 +14,7 @@ arXiv 2505.16932, for one triple a step; Zhang, Amsel, Chen and Dao, "Gram Newto
 and its restart. Blocked symmetric products and the restart lengths below are ours, measured.
 """
 
+import math
 from collections.abc import Sequence
 from math import isfinite
 from numbers import Real
@@ -89,6 +90,10 @@ def orthogonalize(
     Example:
         >>> q = orthogonalize(torch.randn(12, 768, 3072))
     """
+    if not isinstance(matrices, Tensor):
+        raise ValueError(f"matrices must be a tensor (..., m, n), got {type(matrices).__name__}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be finite and 0 or more, got {eps!r}")
     if matrices.ndim < 2:
         raise ValueError(f"orthogonalize needs (..., m, n), got shape {tuple(matrices.shape)}; pass matrices")
     triples = steps_of(ns_coefficients, ns_steps)

@@ -55,6 +55,8 @@ class Probe:
     def __init__(self, optimizer: torch.optim.Optimizer, *, every: int | None = 100, **chosen: Any):
         if every is not None and (not isinstance(every, int) or every < 1):
             raise ValueError(f"a probe's interval must be 1 step or more, or None for never; got {every!r}")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(f"a probe must have an optimizer to watch; got {type(optimizer).__name__}")
         self.every, self._optimizer = every, optimizer
         self._mean, quantities = chosen.pop("mean", True), chosen.pop("quantities", None)
         self._chosen = chosen

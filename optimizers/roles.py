@@ -68,6 +68,8 @@ def roles_of(model: nn.Module, roles: Mapping[str, str] | None = None) -> dict[s
 
 def uses_of(model: nn.Module, roles: Mapping[str, str] | None = None) -> dict[str, Use]:
     """Return the use of every trainable parameter, by name; arguments and errors are those of `roles_of`."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"roles are seen in a torch.nn.Module; got {type(model).__name__}: hand over the model")
     roles = dict(roles or {})
     for role in roles.values():
         if role not in ROLES:

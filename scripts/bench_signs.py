@@ -103,6 +103,8 @@ def main() -> None:
     if options.repeats < 1 or min(options.entries) < 1:
         raise ValueError(f"repeats and entries must be 1 or more; got {options.repeats} and {options.entries}")
     if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"--threads must be 1 or more; got {options.threads}")
         torch.set_num_threads(options.threads)
     here, threads = machine(), torch.get_num_threads()
     where = here["machine"]["gpus"][0] if options.device.startswith("cuda") else here["machine"]["cpu"]

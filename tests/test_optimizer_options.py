@@ -17,7 +17,20 @@ from common.optimizer_config import OptimizerConfig
 from common.optimizer_help import SET_ELSEWHERE, options_help
 from nanoGPT.config import Config, GPTOptimizerConfig
 from optimizers import RULES as REGISTERED
-from optimizers import AdaMuon, AdamW, Lion, Muon, OLion, RuleOptimizer, UpdateRule, build_optimizer, register
+from optimizers import (
+    AdaMuon,
+    AdamW,
+    Lion,
+    Muon,
+    OLion,
+    Probe,
+    RuleOptimizer,
+    UpdateRule,
+    build_optimizer,
+    orthogonalize,
+    register,
+    roles_of,
+)
 from optimizers.polar import orthogonalize_group
 
 
@@ -213,4 +226,17 @@ def test_parameters_of_eight_bits_twice_or_instead_of_a_model_refuse(name):
     for said, build in refused.items():
         with pytest.raises(ValueError, match=said) as caught:
             build()
+        assert "\n" not in str(caught.value)
+
+
+def test_groups_without_params_and_what_is_no_tensor_or_optimizer_are_refused_in_one_line():
+    for call, said in [
+        (lambda: OLion([{"lr": 1e-3}]), "must be a dict with params"),
+        (lambda: roles_of(None), r"torch\.nn\.Module"),
+        (lambda: orthogonalize([[1.0]]), "must be a tensor"),
+        (lambda: orthogonalize(torch.ones(2, 4), eps=math.nan), "eps must be finite"),
+        (lambda: Probe(None), "must have an optimizer"),
+    ]:
+        with pytest.raises(ValueError, match=said) as caught:
+            call()
         assert "\n" not in str(caught.value)

@@ -36,6 +36,8 @@ class Options:
     """A few faults of each kind."""
     record: Path | None = None
     """Also write what was tried and what fell short here, as JSON; sections that are not tried stay as they are."""
+    again: bool = False
+    """Only the faults that fell short in --record, which is updated."""
 
 
 def main() -> None:
@@ -54,10 +56,13 @@ def main() -> None:
         runs = Runs(Path(folder))
         for name in options.section:
             module = modules[name]
+            before = results.get(name, {}).get("short", {}) if options.again else None
             tried, short = 0, {}
             with progress(desc=name) as bar:
                 for case, attempt in module.cases(runs, options.quick):
                     tried += 1
+                    if before is not None and case not in before:
+                        continue
                     if reason := _tried(attempt):
                         short[case] = reason
                         bar.write(f"fell short: {name}: {case}: {reason}")

@@ -5,6 +5,7 @@ exception of one line that is raised here for it, and no KeyError or ZeroDivisio
 later; one that steps is given a step.
 """
 
+import copy
 import math
 import traceback
 from collections.abc import Callable, Iterator
@@ -121,7 +122,7 @@ def _bad_params() -> dict[str, Callable[[], Any]]:
         "the same tensor twice": lambda: [same, same],
         "the same tensor in two groups": lambda: [{"params": [same]}, {"params": [same]}],
         "a group without params": lambda: [{"lr": 1e-3}],
-        "a group with an unknown option": lambda: [{"params": [matrix()], "nosuch": 1}],
+        "a group with an option of another rule": lambda: [{"params": [matrix()], "adjust_lr_fn": 1, "ns_step": 1}],
         "a group with a negative lr": lambda: [{"params": [matrix()], "lr": -1.0}],
         "a group of an unknown rule": lambda: [{"params": [matrix()], "rule": "adam"}],
         "a complex tensor": lambda: [matrix(dtype=torch.complex64)],
@@ -194,7 +195,7 @@ def _states() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     def load(face: str, change: Callable[[dict], Any]) -> None:
         _, optimizer = built(face)
-        state = optimizer.state_dict()
+        state = copy.deepcopy(optimizer.state_dict())
         changed = change(state)
         optimizer.load_state_dict(state if changed is None else changed)
 

@@ -31,7 +31,8 @@ CHAINS = {
     ("Llama", "olion"): 10,
     ("Llama", "adamw"): 10,
 }
-STEPS_PER_KILL = 4
+STEPS_PER_KILL = 8  # enough that a loaded machine does not end the run before its last kill
+MOST_STEPS = 3  # from resuming to the kill
 EVERY_STEP = {
     "Llama": ("--checkpoint.interval", "1", "--training.steps", "{steps}", "--lr_scheduler.total_steps", "{steps}"),
     "nanoGPT": ("--checkpoint.every", "1", "--steps", "{steps}"),
@@ -69,7 +70,7 @@ class Chain:
 
     def kill(self, number: signal.Signals, draw: random.Random) -> str | None:
         """Resume, kill in a save or soon after, and compare the newest whole checkpoint with the one before."""
-        fork, wanted = Fork(self._resume), self._newest + draw.randint(1, STEPS_PER_KILL - 1)
+        fork, wanted = Fork(self._resume), self._newest + draw.randint(1, MOST_STEPS)
         folder = self._folders["killed"]
         _wait(fork, lambda: _last_step(folder) >= wanted)
         if draw.random() < 0.7:
