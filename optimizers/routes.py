@@ -86,7 +86,8 @@ class Elementwise(Route):
 
     def run(self, update: Update) -> None:
         indices = [i for i, has_grad in enumerate(update.has_grad) if has_grad]
-        for members in _chunks(indices, [weight.numel() for weight in update.weights], _TOGETHER):
+        sizes = [weight.numel() for weight in update.weights]
+        for members in _chunks(indices, sizes, _TOGETHER * _limit(sizes)):
             update.apply(members, update.refine(members, update.prepare(members)))
 
 
@@ -103,7 +104,7 @@ class Local(Route):
         sizes = [sum(update.weights[i].numel() for i in members) for members in stacks]
         rms_after_direct = None if update.refines else update.rms
         # Elementwise work takes fewer launches on the members of several stacks.
-        for some in _chunks(list(range(len(stacks))), sizes, _TOGETHER):
+        for some in _chunks(list(range(len(stacks))), sizes, _TOGETHER * _limit(sizes)):
             chosen = [stacks[j] for j in some]
             members = [*chain(*chosen)]
             tensors = list(update.prepare(members))
@@ -134,7 +135,7 @@ class Local(Route):
             if update.has_grad[i] and weight.numel():  # an empty shard of a batch has no direction
                 alike[self.matrix_shapes[i][1:], weight.dtype, weight.device].append(i)
         sizes = [weight.numel() for weight in update.weights]
-        return [chunk for members in alike.values() for chunk in _chunks(members, sizes)]
+        return [chunk for members in alike.values() for chunk in _chunks(members, sizes, _limit(sizes))]
 
 
 class Gathered(Route):
@@ -158,7 +159,7 @@ class Gathered(Route):
         for i, matrix_shape in enumerate(matrix_shapes):
             alike[matrix_shape[1:]].append(i)
         sizes = [param.numel() for param in params]
-        self._stacks = [chunk for members in alike.values() for chunk in _chunks(members, sizes)]
+        self._stacks = [chunk for members in alike.values() for chunk in _chunks(members, sizes, _STACK_ENTRIES)]
 
     def run(self, update: Update) -> None:
         for members in self._stacks:
@@ -239,9 +240,13 @@ def rescaled(stack: Tensor, rms: float | None, dtype: torch.dtype) -> Tensor:
     return scaled(stack, norms_of(stack, factor_dtype(dtype)), rms * (m * n) ** 0.5, dtype)
 
 
-def _chunks(indices: list[int], sizes: list[int], stacks: int = 1) -> list[list[int]]:
-    """Divide indices, in order, so that the sizes of a chunk add up to `stacks` limits at most, or it has one index."""
-    limit = stacks * max(_STACK_ENTRIES, sum(sizes) // _STACKS)
+def _limit(sizes: list[int]) -> int:
+    """Return the most entries of a stack, for whole tensors of these sizes in this process."""
+    return max(_STACK_ENTRIES, sum(sizes) // _STACKS)
+
+
+def _chunks(indices: list[int], sizes: list[int], limit: int) -> list[list[int]]:
+    """Divide indices, in order, so that the sizes of a chunk add up to the limit at most, or it has one index."""
     chunks, total = [], 0
     for i in indices:
         if not chunks or total + sizes[i] > limit:
