@@ -255,8 +255,11 @@ class Run:
 
     def _end_of_all(self) -> dict[str, str]:
         """Return the time at which the runs after this one will be done too, where a run script says their number."""
-        after, taken = os.environ.get(RUNS_AFTER, ""), self._bar.n - self._bar.initial
-        if not after.isdecimal() or int(after) == 0 or taken < 1:
+        after = os.environ.get(RUNS_AFTER, "")
+        if not self.ranks.is_main or not after.isdecimal() or int(after) == 0:  # other ranks' bars count nothing
+            return {}
+        taken = self._bar.n - self._bar.initial
+        if taken < 1:
             return {}
         total = self.settings.steps
         left = total - self._bar.n + int(after) * total  # steps
