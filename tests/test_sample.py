@@ -93,9 +93,9 @@ def test_sample_at_a_vanishing_temperature_matches_the_likeliest(run, temperatur
     [
         ({"top_k": -1}, "top_k must be 0 or more; got -1"),
         ({"temperature": math.nan}, "temperature must be 0 or more; got nan"),
-        ({"temperature": math.inf}, "--temperature must be finite"),
+        ({"temperature": math.inf}, "temperature must be finite"),
         ({"seed": -1}, "seed must be 0 or more"),
-        ({"seed": 2**70}, r"--seed below 2\*\*64"),
+        ({"seed": 2**70}, r"--seed must be below 2\*\*64"),
     ],
 )
 def test_sample_refuses_an_option_out_of_its_range(run, option, said):
