@@ -105,6 +105,7 @@ def test_folder_of_images_becomes_samples_by_the_imagenet_path(tmp_path):
         "out": tmp_path / "runs",
     }  # fmt: skip
     arguments = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+    arguments.append("--no-compile")  # of two steps compiling would take most of the time, and needs g++
     config = str(ROOT / "SIT/configs/sit_b2_imagenet.toml")
     assert training.train(parse_config(Config, [config, *arguments]), ONE)
     (run,) = (tmp_path / "runs/sit_b2_imagenet").iterdir()
