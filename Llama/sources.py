@@ -121,7 +121,13 @@ def open_c4(path: str, split: str) -> datasets.IterableDataset:
         files = [str(file) for file in sorted(Path(path).glob(pattern))]
         if not files:
             raise UserError(f"the copy of C4 in {path} must hold {pattern}, has none: copy them, or name its folder")
-        return datasets.load_dataset("json", data_files=files, split="train", streaming=True)
+        try:
+            return datasets.load_dataset("json", data_files=files, split="train", streaming=True)
+        except Exception as error:  # of gzip, JSON or pyarrow: they share no narrower class
+            raise UserError(
+                f"the copy of C4 in {path} must hold whole files; they cannot be read ({one_line(error)[:200]}): copy "
+                "them again"
+            ) from error
     try:
         return datasets.load_dataset(path, name="en", split=split, streaming=True)
     except Exception as error:  # the Hub's failures share no narrower class

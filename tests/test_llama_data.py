@@ -92,6 +92,14 @@ def test_stream_with_fewer_documents_than_lanes_refuses():
         windows([loader(few, 0, 1)], 4)
 
 
+def test_copy_of_c4_cut_short_refuses_in_one_line(tmp_path):
+    (tmp_path / "en").mkdir()
+    whole = gzip.compress(b'{"text": "x"}\n' * 9)
+    (tmp_path / "en/c4-train.00000-of-00001.json.gz").write_bytes(whole[:-9])
+    with pytest.raises(UserError, match=r"must hold whole files; they cannot be read \(Compressed file ended"):
+        open_source("c4", str(tmp_path), "train")
+
+
 def test_lane_matches_its_documents_put_end_to_end():
     documents = LocalDocuments(local(), 1, LANES, seed=5)
     lane = Lane(LocalDocuments(local(), 1, LANES, seed=5), Bytes(), LENGTH)
