@@ -32,7 +32,7 @@ def multiplier(step: int, *, steps: int, warmup: int, decay: str = "cosine", flo
     Then the rate decays from 1 to `floor`, a fraction of the peak, at `steps`, and stays there. "constant" stays
     at 1. A fraction of the peak, not a rate, is returned so that a swept learning rate scales its whole schedule.
 
-    Raises ValueError for an unknown decay or a floor outside [0, 1].
+    Raises ValueError for an unknown decay, a floor outside [0, 1], a negative warm-up, and no steps.
 
     Example: `group["lr"] = peak * multiplier(step, steps=20_000, warmup=2_000)`
     """
@@ -40,6 +40,8 @@ def multiplier(step: int, *, steps: int, warmup: int, decay: str = "cosine", flo
         raise ValueError(f"decay must be one of {', '.join(DECAYS)}; got {decay!r}")
     if not 0 <= floor <= 1:
         raise ValueError(f"floor must be a fraction of the peak rate, between 0 and 1; got {floor}")
+    if warmup < 0 or steps < 1:
+        raise ValueError(f"warmup must be 0 or more and steps 1 or more; got {warmup} and {steps}")
     if step < min(warmup, steps):
         return (step + 1) / warmup
     if decay == "constant":

@@ -40,8 +40,13 @@ def test_run_shorter_than_the_warmup_only_warms_up(warmup):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"decay": "cosin"}, "decay must be one of cosine, linear, constant; got 'cosin'"), ({"floor": 2.0}, "got 2.0")],
+    [
+        ({"decay": "cosin"}, "decay must be one of cosine, linear, constant; got 'cosin'"),
+        ({"floor": 2.0}, "got 2.0"),
+        ({"warmup": -1}, "got -1 and"),
+        ({"steps": 0}, "got 0 and 0"),
+    ],
 )
-def test_unknown_decay_and_floor_above_the_peak_are_refused(options, message):
+def test_unknown_decay_floor_above_the_peak_and_negative_counts_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        multiplier(0, steps=10, warmup=0, **options)
+        multiplier(0, **{"steps": 10, "warmup": 0} | options)
