@@ -49,10 +49,10 @@ def build_optimizer(
         adamw_lr: learning rate of the rest; None is `lr`, as in the paper.
         weight_decay: of every decayed tensor.
         adamw_betas, adamw_eps: of the rest.
-        qkv_split: {name pattern: number of equal blocks, or their proportions} of fused weights, whose blocks are
+        qkv_split: {name pattern: number of equal row blocks} of fused weights, whose blocks are
             orthogonalized one by one: {"*.c_attn.weight": 3}. nn.MultiheadAttention, LSTM and GRU are split by
             default. Without effect on elementwise rules.
-        as_matrices: {name pattern: "batch", "flatten" or "transpose"}, or one of these for every tensor of more than
+        as_matrices: {name pattern: "batch" or "flatten"}, or one of these for every tensor of more than
             two dimensions; see `matrix_shape_of`. Without effect on elementwise rules.
         roles: {name pattern: role}, overruling the model's own; see `roles_of`.
         process_group: the ranks that hold the same plain tensors and gradients, and share the work.
