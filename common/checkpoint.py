@@ -67,7 +67,10 @@ def save(
     folder = Path(folder)
     tensors, groups = _collect(model, optimizer)
     contents = {"tensors": _shapes(tensors), "groups": encode(groups), "extra": extra}
-    json.dumps(contents)  # fails before anything is written
+    try:
+        json.dumps(contents)
+    except (TypeError, ValueError) as error:  # before anything is written
+        raise type(error)(f"extra and the optimizer's options must be what JSON can hold: {error}") from None
     state = {**tensors, **_random_tensors()}
     partial = None
     try:

@@ -42,6 +42,8 @@ class OptimizerConfig:
         for name, rate in rates.items():
             if rate is not None and not math.isfinite(rate):
                 raise ConfigError(f"{name} must be finite; got {rate}")
+            if rate is not None and rate < 0:
+                raise ConfigError(f"{name} must be 0 or more; got {rate}")
 
     def peak_lr(self) -> float:
         """Return the peak rate of the matrices: the one asked for, or the optimizer's tuned one."""

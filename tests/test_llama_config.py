@@ -146,7 +146,7 @@ def test_impossible_setting_refuses_in_one_line(flags, message):
 
 def test_nul_in_a_path_refuses_in_one_line(tmp_path):
     (tmp_path / "c.toml").write_text('[job]\ngroup = "a\\u0000b"\n')
-    with pytest.raises(ConfigError, match=r"job.group must be plain text; got 'a\\x00b'"):
+    with pytest.raises(ConfigError, match=r"job.group' must be text without NUL, got 'a\\x00b'"):
         parse_config([STDLIB, str(tmp_path / "c.toml")])
 
 

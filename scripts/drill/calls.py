@@ -27,10 +27,10 @@ OPTIONS: dict[str, tuple] = {  # of optimizers: option -> values that cannot be
     "scale": (-1.0, math.nan, math.inf, "x"),
     "ns_steps": (-1, 1.5, "5", True, 1000),
     "ns_coefficients": ("newton", (1.0, 2.0), (math.nan, 1.0, 1.0), 3, ()),
-    "ns_dtype": ("float32", "int8", 5),
+    "ns_dtype": ("float7", "int8", 5),
     "ns_form": ("round", 3),
-    "state_dtype": ("float32", 5),
-    "wire_dtype": ("float32", 5),
+    "state_dtype": ("float7", 5),
+    "wire_dtype": ("float7", 5),
     "nesterov": ("no", 1.5),
     "adjust_lr_fn": ("guess", 5),
     "qkv_split": (0, -1, 1.5, 3, "x"),
@@ -57,6 +57,7 @@ def _called(call: Callable[[], Any]) -> None:
         call()
     except Exception as error:
         here = Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(ROOT)
+        here = here or isinstance(error, OSError)  # which says itself which file, and why
         accident = isinstance(error, ACCIDENTS)
         print(f"{type(error).__name__}{' by accident' * accident}{' elsewhere' * (not here)}\n{error}")
 
