@@ -355,7 +355,7 @@ def test_encode_again_replaces_latents_that_are_not_of_the_right_size(converted,
 def encode_on_rank(folder):
     """Encode with rank 1 the slower one; returns whether dataset.json was there before this rank was done."""
     rank, tiny, early = torch.distributed.get_rank(), tiny_vae(), []
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     encode_batch = tiny.encode
 
     def slow_encode(images):
