@@ -114,9 +114,11 @@ def _descend(matrices: Tensor, iterations: int) -> Tensor:
     gram = wide @ wide.mT
     # Start on the ray of G at the best length: minimise over z, with G of norm 1 and f4 the sum of sigma^4.
     fourth = gram.square().sum((-2, -1), keepdim=True)
-    s = wide / (2 * fourth + 1).pow(1 / 3)
-    for _ in range(iterations):
-        square = s @ s.mT  # (batch, m, m)
+    length = (2 * fourth + 1).pow(-1 / 3)
+    s, square = length * wide, length.square() * gram
+    for iteration in range(iterations):
+        if iteration:
+            square = s @ s.mT  # (batch, m, m)
         total = square.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
         # 6 s_1^2 is at most 6 (sum of s^4)^(1/2), closer than the Frobenius norm.
         curved = total + 6 * square.square().sum((-2, -1), keepdim=True).sqrt()

@@ -60,9 +60,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         known = rule_named(rule).defaults
         refuse_unknown(options, known, rule)
         super().__init__(params, {**known, **options, "rule": rule})
+        self._begin(process_group)
+
+    def _begin(self, process_group: ProcessGroup | None, ask: bool = True) -> None:
         self._process_group = process_group
         self._seen = self._fingerprints()
-        self._plan = make_plan(self.param_groups, process_group)
+        self._plan = make_plan(self.param_groups, process_group, ask)
         self._agreed = True
 
     def add_param_group(self, param_group: dict) -> None:
@@ -106,10 +109,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """
         super().__setstate__(state)
         if not hasattr(self, "_plan"):
-            self._process_group = None
-            self._seen = self._fingerprints()
-            self._plan = make_plan(self.param_groups, None, ask=False)
-            self._agreed = True
+            self._begin(None, ask=False)
 
     # --- following the parameters
 

@@ -36,9 +36,8 @@ class ParamsUpdate:
 
     def prepare(self, members: list[int]) -> Tensors:
         """Read gradients and state, move the state; returns new tensors."""
-        grads = [gradient_of(self._params[i], self.group) for i in members]
         assert self.rule.prepare
-        return self.rule.prepare(grads, self.state(members), self.group)
+        return self.rule.prepare(self._grads(members), self.state(members), self.group)
 
     def direct(self, stack: Tensor) -> Tensor:
         """Return the directions of whole matrices, (b, m, n) -> (b, m, n)."""
@@ -74,20 +73,19 @@ class ParamsUpdate:
         """Run a rule that does everything in a kernel of its own."""
         members = [i for i, has_grad in enumerate(self.has_grad) if has_grad]
         if members and self.rule.whole_step:
-            grads = [gradient_of(self._params[i], self.group) for i in members]
-            self.rule.whole_step([self.weights[i] for i in members], grads, self.state(members), self.group)
+            weights = [self.weights[i] for i in members]
+            self.rule.whole_step(weights, self._grads(members), self.state(members), self.group)
 
     def state(self, members: list[int]) -> dict[str, Tensors]:
         """Return this process's shards of the state, by name; zeros to throw away for parameters without gradient."""
-        return {
-            name: [
-                local_of(self._state[self._params[i]][name])
-                if self.has_grad[i]
-                else torch.zeros_like(local_of(self._state[self._params[i]][name]))
-                for i in members
-            ]
-            for name in self.rule.state + self.rule.scalars
-        }
+        return {name: [self._shard(i, name) for i in members] for name in self.rule.state + self.rule.scalars}
+
+    def _shard(self, i: int, name: str) -> Tensor:
+        shard = local_of(self._state[self._params[i]][name])
+        return shard if self.has_grad[i] else torch.zeros_like(shard)
+
+    def _grads(self, members: list[int]) -> Tensors:
+        return [gradient_of(self._params[i], self.group) for i in members]
 
 
 def _refuse_other_than_signs(directions: Tensor, rule: str) -> None:

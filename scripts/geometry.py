@@ -7,18 +7,18 @@ the scaled max-norm ball, and A and B meet in the Hadamard matrices over sqrt(m)
 x P + y Q. Both norms are homogeneous: a ball's edge in the direction (cos t, sin t) is 1 / norm(cos t P + sin t Q).
 """
 
-import json
 from dataclasses import dataclass
 from math import pi, sqrt
 from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 from common.figure import FAINT, INK, STYLES, new_figure, save
 from common.launch import main_guard
+from common.options import parse_options
+from common.whole import write_json
 
 ANGLES = 721  # every half degree
 SPECTRAL, LARGEST = STYLES["muon"].color, STYLES["olion"].color
@@ -106,10 +106,10 @@ def rounded(record: dict[str, dict]) -> dict[str, dict]:
 
 
 def main() -> None:
-    out = tyro.cli(Options).out.with_suffix(".png")
+    out = parse_options(Options, "python -m scripts.geometry", __doc__).out.with_suffix(".png")
     record = {name: edges(*spanned) for name, spanned in planes().items()}
     draw(record, out)
-    out.with_suffix(".json").write_text(json.dumps(rounded(record)) + "\n")
+    write_json(out.with_suffix(".json"), rounded(record))
     print(f"the geometry: {out}, its points: {out.with_suffix('.json')}")
 
 

@@ -21,12 +21,13 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-import tyro
 from torch import Tensor, nn
 
 from common import UserError, launch
+from common.options import parse_options
 from common.parallel import autocast
 from common.runlog import machine
+from common.whole import write_json
 
 Section = Literal["tests", "layouts", "optimizers", "products", "gpt2", "sit"]
 Rows = Iterator[tuple[str, str, float | int | None]]  # what, unit, number
@@ -46,7 +47,7 @@ class Options:
 
 def main() -> None:
     """Run the sections and print their table; status 1 where one failed."""
-    options = tyro.cli(Options, description=__doc__)
+    options = parse_options(Options, "bash scripts/gpu_check.sh", __doc__)
     if options.worker:
         check_layouts(Path(options.worker))
         launch.stop()
@@ -67,10 +68,9 @@ def main() -> None:
     described = machine()
     name = described["machine"]["gpus"][0] if described["machine"]["gpus"] else described["machine"]["cpu"]
     print(f"\n{name}, {max(1, torch.cuda.device_count())} device(s), torch {torch.__version__}\n{table(found)}")
-    options.record.parent.mkdir(parents=True, exist_ok=True)
     keys = ("section", "what", "unit", "number")
     record = {**described, "toy": device.type != "cuda", "rows": [dict(zip(keys, row, strict=True)) for row in found]}
-    options.record.write_text(json.dumps(record, indent=2) + "\n")
+    write_json(options.record, record, indent=2)
     print(f"\nwritten to {options.record}")
     if failed:
         raise UserError(f"every section must pass; failed: {', '.join(failed)} (the table has the reasons)")

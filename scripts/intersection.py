@@ -16,7 +16,6 @@ measured: its distance to A, ||S - P_A(S)|| / sqrt(n), 0 for a Hadamard matrix; 
 that no method must converge.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -26,12 +25,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 from common import UserError
 from common.figure import FAINT, label_ends, markdown, new_figure, save, style_of
 from common.launch import main_guard
+from common.options import parse_options
+from common.whole import write_json
 from optimizers.polar import orthogonalize
 
 LOOKS = {"alternating": "olion", "averaged": "muon", "dykstra": "adamuon", "douglas-rachford": "adamw"}  # colours
@@ -184,14 +184,14 @@ def table(record: dict) -> str:
 
 
 def main() -> None:
-    options = tyro.cli(Options)
+    options = parse_options(Options, "python -m scripts.intersection", __doc__)
     if not options.rounds or min(options.rounds) < 1 or not options.seeds:
         raise UserError(
             f"--rounds and --seeds need a number each, rounds 1 or more; got {options.rounds}, {options.seeds}"
         )
     record, out = collect(options), options.out.with_suffix(".png")
     draw(record, out)
-    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(out.with_suffix(".json"), record, indent=1)
     print(f"{table(record)}\n\nresiduals against rounds: {out}, its numbers: {out.with_suffix('.json')}")
 
 
