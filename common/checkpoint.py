@@ -93,20 +93,25 @@ def save(
 
 @torch.no_grad()
 def load(
-    folder: str | Path, model: nn.Module, optimizer: Optimizer | None = None, checksums: bool = True
+    folder: str | Path,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    checksums: bool = True,
+    step: int | None = None,
 ) -> dict[str, Any] | None:
     """Restore the newest whole checkpoint and the random states; returns {"step": step, **extra}, or None without one.
 
     A damaged checkpoint is passed over with a warning. Everything is checked, and read into copies, before the first
     tensor is changed. The optimizer's hyperparameters become those of the checkpoint, as in torch; its state
     keeps the dtype it was built with. A rank that the saving run did not have keeps its own random state. `checksums`:
-    hash every file before it is read, and compare.
+    hash every file before it is read, and compare. `step`: take the checkpoint of this step alone.
 
     Raises CheckpointError, and changes nothing, when the checkpoint is of another model or optimizer (naming the
     first three differences), or when there are checkpoints but none can be read.
     """
     whole, damaged = on_main(lambda: survey(Path(folder)))
     had_state = optimizer is None or bool(optimizer.state)
+    whole = [(path, manifest) for path, manifest in whole if step in (None, manifest["step"])]
     for path, manifest in whole:
         live, groups = _collect(model, optimizer, make_state=any(map(_is_optimizer_key, manifest["tensors"])))
         try:
