@@ -27,6 +27,7 @@ from Llama.metrics import Diverged, _Logger, name_of
 from Llama.model import FLAVORS
 from Llama.prepare import Prepare, prepare
 from Llama.train import let_gradients_meet, main, same_experiment, titan, train
+from scripts.curvature.subjects import open_run
 from tests.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,6 +183,16 @@ def test_probes_of_four_ranks_match_those_of_one(folder, optimizer, layout):
 def probes(folder: Path) -> dict[str, float]:
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return {key: line[key] for line in lines for key in line if key.startswith("probe/") and key != "probe/ms"}
+
+
+def test_loss_of_the_curvature_script_matches_that_of_validation(folder):
+    run = run_of(folder, "alone", "olion")
+    subject = open_run(run, rows=8)
+    assert subject.steps == [0, *range(1, STEPS + 1)] and "layers.1.attention.wq.weight" in subject.matrices
+    for step in (0, STEPS):  # the start is drawn anew, as it was on one rank
+        subject.load(step)
+        assert subject.loss().dtype == torch.float64
+        assert float(subject.loss()) == pytest.approx(losses(run)["val/loss", step], abs=1e-5)
 
 
 ACCUMULATED = {  # in two micro-batches per rank

@@ -23,6 +23,7 @@ from common.config import parse_config
 from common.launch import Launch
 from common.runlog import read_metrics
 from common.schedule import ScheduleConfig
+from scripts.curvature.subjects import open_run
 from SIT import objective
 from SIT import train as training
 from SIT.data import digits, to_pixels
@@ -238,6 +239,17 @@ def test_average_matches_the_recursion_in_float64(tiny, tmp_path, monkeypatch):
     for value, wanted, last in zip(averages, expected, seen[-1], strict=True):
         torch.testing.assert_close(value, wanted, rtol=0, atol=1e-6)  # fp32, ten times
         assert (value - last).abs().max() > 1e-3
+
+
+def test_loss_of_the_curvature_script_matches_that_of_validation(tiny):
+    """Without an average over time, the weights measured are the ones validated."""
+    train(tiny, *EXACT, "--ema", "0")
+    run = run_folder(tiny.parent / "runs")
+    subject, validated = open_run(run, rows=5), losses(tiny.parent / "runs")
+    assert subject.steps == [0, 2, 4] and "final_layer.linear.weight" not in subject.matrices  # a head
+    for step in subject.steps:
+        subject.load(step)
+        assert float(subject.loss()) == pytest.approx(validated[f"val/loss {step}"], rel=1e-6)  # noise is as float32
 
 
 def test_alignment_with_the_encoder_is_learnt_when_it_has_a_weight(tiny, tmp_path):
