@@ -1,0 +1,127 @@
+"""Runs an optimizer on a problem at many rates at once, and finds the best of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from optimizers import RULES, RuleOptimizer
+from scripts.problems.objectives import Params, Problem
+
+DECAYED = 1e-3  # part of the rate that is left at the end of a decaying schedule
+SOLVED = 1e-16  # share of the first gap below which a problem is solved, to the rounding
+LOST = 1e3  # times the first value: the rate diverges, and the run goes no further
+RATES = tuple(2.0**k for k in range(-14, 7))
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimizer with its options; `look` is the rule whose colour it has in figures."""
+
+    label: str
+    rule: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+EXACT = {"ns_form": "qdwh"}  # the polar factor to rounding: what differs is the rule, not the iteration's accuracy
+METHODS = (
+    Method("Adam", "adamw"),
+    Method("Lion", "lion"),
+    Method("Muon", "muon", EXACT),
+    Method("OLion", "olion", EXACT),
+)
+
+
+class Course(NamedTuple):
+    """A course of values over the steps, each (steps + 1, R, S) for R rates and S seeds; NaN after a divergence."""
+
+    gap: Tensor  # f - f*
+    norm: Tensor  # of the whole gradient
+    condition: Tensor  # kappa_G: the largest over the smallest singular value of a gradient, the largest of several
+
+
+def run(problem: Problem, method: Method, rates: Sequence[float], decays: bool, steps: int, watch=None) -> Course:
+    """Take `steps` steps at each rate. watch(step, grads, optimizer, params) is called before each of them.
+
+    The rates are the same run: the engine steps at rate 1, and each row keeps its rate's part of that.
+    """
+    count, each = len(rates), torch.tensor(rates, dtype=torch.float64).view(-1, 1)  # (R, 1)
+    start = [tensor.expand(count, *tensor.shape).flatten(0, 1) for tensor in problem.start]  # (R S, m, n)
+    params = [tensor.clone().requires_grad_() for tensor in start]
+    options = method.options | {"lr": 1.0, "weight_decay": 0.0}
+    if "as_matrices" in RULES[method.rule].defaults:
+        options["as_matrices"] = "batch"
+    optimizer = RuleOptimizer(params, method.rule, **options)
+    rows, seeds = [], len(problem.least)
+    alive = torch.ones(count, seeds, dtype=torch.bool)
+    first = problem.value(problem.start)  # (S,)
+    for step in range(steps + 1):
+        values, grads = _evaluate(problem, params, count)
+        alive &= values <= LOST * first  # false of NaN, too
+        for param, begin in zip(params, start, strict=True):
+            param.data[~alive.flatten()] = begin[~alive.flatten()]
+        rows.append(_measured(values - problem.least, grads, alive))
+        if step == steps:
+            break
+        before = [param.detach().clone() for param in params]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = torch.where(alive.view(-1, 1, 1), grad, 0.0)
+        if watch:
+            watch(step, optimizer, params)
+        optimizer.step()
+        now = each * (DECAYED ** (step / steps) if decays else 1.0) * alive  # (R, S)
+        for param, old in zip(params, before, strict=True):
+            param.data.copy_(old + now.view(-1, 1, 1) * (param.data - old))
+    return Course(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+def _evaluate(problem: Problem, params: Params, count: int) -> tuple[Tensor, Params]:
+    """Values (R, S) and gradients (R S, m, n)."""
+    values = problem.value([param.unflatten(0, (count, -1)) for param in params])
+    return values.detach(), list(torch.autograd.grad(values.sum(), params))
+
+
+def _measured(gap: Tensor, grads: Params, alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    finite = [torch.where(alive.view(-1, 1, 1), grad, 0.0) for grad in grads]
+    norm = torch.stack([grad.square().sum((1, 2)) for grad in finite]).sum(0).sqrt()
+    sigmas = [torch.linalg.svdvals(grad) for grad in finite]
+    condition = torch.stack([sigma[:, 0] / sigma[:, -1] for sigma in sigmas]).amax(0)
+    found = (gap, norm.view_as(gap), condition.view_as(gap))
+    return tuple(torch.where(alive, each, torch.nan) for each in found)
+
+
+def scores(problem: Problem, course: Course) -> Tensor:
+    """log10 of the part of the gap that is left, (R, S); infinite where the rate diverged."""
+    left = (course.gap[-1] / course.gap[0]).clamp(min=SOLVED).log10()
+    return torch.where(left.isnan(), torch.inf, left)
+
+
+class Tuned(NamedTuple):
+    """The best rate, whether rates on both sides were tried, and its course (steps + 1, S)."""
+
+    rate: float
+    bracketed: bool
+    course: Course
+
+
+def tune(problem: Problem, method: Method, decays: bool, steps: int, rates: Sequence[float] = RATES) -> Tuned:
+    """Find the rate of the lowest mean log gap over the seeds."""
+    course = run(problem, method, rates, decays, steps)
+    means = scores(problem, course).mean(1)  # (R,)
+    best = int(means.argmin())
+    inside = 0 < best < len(rates) - 1
+    return Tuned(rates[best], inside, Course(*(each[:, best] for each in course)))
+
+
+def newton(problem: Problem, steps: int) -> Course:
+    """Newton's method: (steps + 1, S) of everything."""
+    params, rows = [tensor.clone().requires_grad_() for tensor in problem.start], []
+    for step in range(steps + 1):
+        values, grads = _evaluate(problem, params, 1)
+        rows.append(_measured(values - problem.least, grads, torch.ones_like(values, dtype=torch.bool)))
+        if step < steps:
+            moved = problem.newton([param.detach() for param in params])
+            params = [tensor.requires_grad_() for tensor in moved]
+    return Course(*(torch.stack(column)[:, 0] for column in zip(*rows, strict=True)))
