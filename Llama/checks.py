@@ -1,11 +1,12 @@
 """What of a Llama config cannot work, each refused in one line before any data is touched."""
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from common import UserError
+from common import UserError, gpu
 from common.config import ConfigError
 from Llama.cpu import CPU, on_cpu
 from Llama.model import FLAVORS, Llama, Shape
@@ -92,6 +93,19 @@ def check_flavor(settings: "JobConfig") -> None:
             f"momentum; this machine has no GPU and {there:,.0f} GB of memory: use GPUs, or run the small one, bash "
             "Llama/run.sh"
         )
+
+
+def fit_precision(settings: "JobConfig") -> "JobConfig":
+    """Have a GPU without bfloat16 compute in float32, and say so: torchtitan has no loss scale for float16."""
+    training = settings.training
+    if training.mixed_precision_param != "bfloat16" or not torch.cuda.is_available():
+        return settings
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if gpu.has_bfloat16(device):
+        return settings
+    if os.environ.get("RANK", "0") == "0":
+        gpu.warn_without_bfloat16(device, "float32")
+    return replace(settings, training=replace(training, mixed_precision_param="float32"))
 
 
 def data_ranks(settings: "JobConfig", world_size: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torchtitan.components import metrics as titan
 from torchtitan.tools.utils import device_type
 
-from common import Diverged, config, launch
+from common import Diverged, config, gpu, launch
 from common.runlog import RunLog, run_name, write_end
 from common.timer import Timer
 from Llama.checks import is_fine_tuning
@@ -47,6 +47,9 @@ class MetricsProcessor(titan.MetricsProcessor):
     def __init__(self, job_config: JobConfig, parallel_dims, model_args=None):
         super().__init__(job_config, parallel_dims)
         self.timer = Timer(torch.device(device_type))
+        peak = None if device_type == "cpu" else gpu.peak_flops(self.device_memory_monitor.device_name)
+        self.knows_peak = peak is not None
+        self.gpu_peak_flops = peak or self.gpu_peak_flops  # of the console's MFU: torchtitan's guess
         self.probed: dict[str, Any] = {}  # measured before this step's update
 
     def open(self, step: int) -> None:
@@ -130,7 +133,7 @@ class _Logger(titan.BaseLogger):
             "peak_memory_mb": metrics["memory/max_active(GiB)"] * 1024,
         }
         shared |= self._processor.probed
-        if device_type != "cpu":  # whose peak torchtitan takes for an A100's
+        if self._processor.knows_peak:  # torchtitan takes others for an A100
             shared["mfu"] = metrics["mfu(%)"] / 100
         return shared
 

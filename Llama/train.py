@@ -17,7 +17,9 @@ import os
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
@@ -27,12 +29,12 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import init_logger
 
 import Llama.spec  # noqa: F401  (registers the TrainSpec)
-from common import UserError, launch
+from common import UserError, gpu, launch
 from common.config import refuse_changes, to_dict
 from common.rendezvous import refuse_taken_port
 from common.runlog import END, move_aside
 from Llama.checkpoints import Checkpointer
-from Llama.checks import environment
+from Llama.checks import environment, fit_precision
 from Llama.config import JobConfig, parse_config
 from Llama.cpu import on_cpu
 from Llama.metrics import name_of, record_of
@@ -58,7 +60,12 @@ class Trainer(titan.Trainer):
 
     def init_distributed(self) -> ParallelDims:
         """Join the other ranks, and refuse them where they were started otherwise: they would wait for each other."""
-        dims, settings = super().init_distributed(), self.job_config
+        settings = self.job_config
+        join = torch.distributed.init_process_group
+        if self.device.type == "cuda" and settings.comm.mode == "default":
+            join = partial(join, device_id=self.device)  # as in common/launch.py
+        with mock.patch.object(torch.distributed, "init_process_group", join):
+            dims = super().init_distributed()
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.ranks = launch.Launch(rank, int(os.environ["LOCAL_RANK"]), world_size, self.device)
         if settings.comm.mode == "default":
@@ -120,10 +127,12 @@ def let_gradients_meet(model: nn.Module, is_last: bool, sync: str) -> None:
 def main() -> None:
     """Read the configuration and train."""
     rank, _ = environment()
+    gpu.count()  # refuses those that torch cannot use
+    gpu.set_allocator()
     os.environ.setdefault("MASTER_ADDR", "localhost")
     if "RANK" in os.environ:
         refuse_taken_port(rank, timeout_s=600)
-    settings = parse_config()
+    settings = fit_precision(parse_config())
     for name, alone in [("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_PORT", "0")]:
         os.environ.setdefault(name, alone)  # torchrun's; without it this is the only process
     folder = Path(settings.job.dump_folder, settings.job.group, name_of(settings))

@@ -184,7 +184,7 @@ def draw_all(
             mine = list(range(first, min(first + options.batch_size, options.count)))  # the last round may leave none
             drawn = None
             if mine:
-                dtype = getattr(torch, options.dtype)
+                dtype = precision(options.dtype, ranks)
                 drawn = draw(model, mine, options, objective, options.seed, ranks.device, dtype)
                 if not drawn.isfinite().all():
                     raise UserError(

@@ -88,13 +88,15 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
                 preview(average, decode, settings, ranks, run.folder, run.step)
         batches = read_batches(items["train"], range(run.step, settings.steps), settings, ranks)
         for step in run.steps():
-            losses = accumulate_gradient(network, scaler, batches, encoder, settings, ranks)
+            parts = accumulate_gradient(network, scaler, batches, encoder, settings, ranks)
             scaler.unscale_(optimizer)
             norm = clip_gradient(model, settings.clip or math.inf)
+            (denoising, projection), norm = run.read(parts, norm)
+            loss = denoising + settings.objective.projection_weight * projection
 
             metrics = watch(step + 1)  # of the weights before this step; not in its time
             run.timer.optimizer()
-            if run.accepts(losses["train/loss"], norm):
+            if run.accepts(loss, norm):
                 scaler.step(optimizer)
                 update_average(average, model, settings.ema)
             scaler.update()
@@ -102,7 +104,8 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
             run.count_step()
 
             if run.is_due(settings.log_every):
-                metrics |= losses | run.measurements()
+                metrics |= {"train/loss": loss, "train/denoising_loss": denoising, "train/projection_loss": projection}
+                metrics |= run.measurements()
             if run.is_due(settings.eval.every):
                 metrics |= evaluate(average, items["val"], encoder, settings, ranks)
             run.log(metrics)
@@ -211,8 +214,11 @@ def accumulate_gradient(
     encoder: Encoder | None,
     settings: Config,
     ranks: launch.Launch,
-) -> dict[str, float]:
-    """Leave the gradient of the global batch's mean loss in the parameters, and return its parts."""
+) -> Tensor:
+    """Leave the gradient of the global batch's mean loss in the parameters, and return this rank's share of its parts.
+
+    These are (2,), the denoising and the projection loss.
+    """
     network.train()
     batch_size, shares = settings.data.batch_size, ranks.world_size
     mine = cut_batch(batch_size, settings.data.micro_batch, ranks)
@@ -226,9 +232,7 @@ def accumulate_gradient(
             loss = parts[0] + settings.objective.projection_weight * parts[1]
             scaler.scale(loss).backward()
         totals = totals + parts.detach()
-    denoising, projection = launch.all_reduce_sum((totals / shares).tolist(), ranks)
-    loss = denoising + settings.objective.projection_weight * projection
-    return {"train/loss": loss, "train/denoising_loss": denoising, "train/projection_loss": projection}
+    return totals / shares
 
 
 if __name__ == "__main__":

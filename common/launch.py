@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from common import UserError, guard
+from common import UserError, gpu, guard
 from common.guard import leave as leave
 from common.guard import main_guard as main_guard
 from common.rendezvous import read_environment, refuse_taken_port
@@ -47,34 +48,39 @@ def start(device: str = "auto", timeout_s: float = 600) -> Launch:
     `device` "auto" takes CUDA, then MPS, then the CPU. The backend is NCCL on CUDA and gloo on CPUs. A collective
     that takes longer than `timeout_s` seconds ends the run instead of hanging it.
 
-    Raises UserError when the device is unknown or not on this machine, when the launcher's variables do not name a
-    rank, and when another program has the ranks' port.
+    Raises UserError when the device is unknown, not on this machine or not usable, when the launcher's variables do
+    not name a rank, and when another program has the ranks' port.
     """
+    gpu.set_allocator()
     rank, local_rank, world_size, local_world_size = read_environment()
     chosen = _choose_device(device, local_rank, world_size)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # NCCL sends Python objects through the current device
     if "RANK" in os.environ and not dist.is_initialized():
         refuse_taken_port(rank, timeout_s)
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        on_gpu = chosen.type == "cuda"
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            timeout=timedelta(seconds=timeout_s),
+            device_id=chosen if on_gpu else None,  # NCCL connects now, and knows the GPU of a barrier
+        )
     return Launch(rank, local_rank, world_size, chosen, local_world_size)
 
 
 def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
     if name not in DEVICES:
         raise UserError(f"device must be one of {', '.join(DEVICES)}; got {name!r}")
+    gpus = gpu.count() if name in ("auto", "cuda") else 0
     if name == "auto":
         several = world_size > 1  # MPS has no collectives
         mps = torch.backends.mps.is_available() and not several
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = "cuda" if gpus else "mps" if mps else "cpu"
     if name == "cuda":
-        if not torch.cuda.is_available():
+        if not gpus:
             raise UserError("device 'cuda' was asked for, but torch sees no GPU here; use device cpu or auto")
-        if local_rank >= torch.cuda.device_count():
+        if local_rank >= gpus:
             raise UserError(
-                f"local rank {local_rank} needs a GPU of its own, but torch sees {torch.cuda.device_count()}; "
-                "start fewer processes (NGPU)"
+                f"local rank {local_rank} needs a GPU of its own, but torch sees {gpus}; start fewer processes (NGPU)"
             )
         return torch.device("cuda", local_rank)
     if name == "mps" and (world_size > 1 or not torch.backends.mps.is_available()):
@@ -117,9 +123,15 @@ def all_reduce_sum(values: list[float], launch: Launch) -> list[float]:
     """Sum each value over the ranks in float64; every rank must call it with as many values."""
     if not dist.is_initialized():
         return list(values)
-    total = torch.tensor(values, dtype=torch.float64, device=launch.device)  # (len(values),)
-    dist.all_reduce(total)
-    return total.tolist()
+    return sum_over_ranks(torch.tensor(values, dtype=torch.float64, device=launch.device)).tolist()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum a tensor over the ranks in float64, where the device has it; the host does not wait for the result."""
+    values = values if values.device.type == "mps" else values.double()
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
 
 
 def on_main(function: Callable[[], Result]) -> Result:
@@ -215,7 +227,13 @@ class StopRequest:
 
     def agreed(self, launch: Launch) -> bool:
         """Whether any rank was asked to stop; every rank must call it, and all get the same answer."""
-        return all_reduce_sum([float(self.requested)], launch)[0] > 0
+        if not dist.is_initialized():
+            return self.requested
+        return sum_over_ranks(self.as_tensor(launch.device)).item() > 0
+
+    def as_tensor(self, device: torch.device) -> Tensor:
+        """Return 1 if this rank was asked to stop, else 0, (1,), for a sum over the ranks; nothing is copied."""
+        return torch.full((1,), float(self.requested), device=device)
 
 
 def peak_memory_mb(device: torch.device) -> float:

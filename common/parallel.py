@@ -14,20 +14,28 @@ from dataclasses import replace
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from common import UserError, launch
+from common import UserError, gpu, launch
 from common.run_config import ParallelConfig
 
 
 def precision(dtype: str, ranks: launch.Launch) -> torch.dtype:
-    """Return the dtype that a config's word means; auto is bfloat16 on GPUs and float32 elsewhere."""
+    """Return the dtype that a config's word means; auto is bfloat16 on GPUs and float32 elsewhere.
+
+    A GPU without bfloat16 computes in float16 instead, and says so.
+    """
+    on_gpu = ranks.device.type == "cuda"
     if dtype == "auto":
-        return torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+        dtype = "bfloat16" if on_gpu else "float32"
+    if dtype == "bfloat16" and on_gpu and not gpu.has_bfloat16(ranks.device):
+        dtype = "float16"
+        if ranks.is_main:
+            gpu.warn_without_bfloat16(ranks.device, dtype)
     return getattr(torch, dtype)
 
 
@@ -119,7 +127,7 @@ def autocast(dtype: torch.dtype, ranks: launch.Launch) -> AbstractContextManager
     return torch.autocast(ranks.device.type, dtype, enabled=dtype.itemsize < 4)
 
 
-def clip_gradient(model: nn.Module, limit: float) -> float:
-    """Scale the gradient down to this norm, where it is larger; returns the norm before, the same on every rank."""
+def clip_gradient(model: nn.Module, limit: float) -> Tensor:
+    """Scale the gradient down to this norm, where it is larger; returns the norm before, (), the same on every rank."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -2,7 +2,8 @@
 
     with Run(settings, ranks, ...) as run:
         for step in run.steps():
-            ...                                    # the experiment's own: gradient, then
+            ...                                    # the experiment's own: losses and gradient norm, then
+            (loss,), norm = run.read(losses, norm)
             if run.accepts(loss, norm):
                 optimizer.step()
             run.count_step()
@@ -139,6 +140,16 @@ class Run:
         if self.ranks.is_main:
             print(self._last_words())
 
+    def read(self, losses: Tensor, norm: Tensor) -> tuple[list[float], float]:
+        """Return a step's losses, (k,) on each rank, summed over the ranks, and its gradient norm, which all have.
+
+        Here, once per step, the host waits for the device, and the ranks agree on a request to stop.
+        """
+        sums = launch.sum_over_ranks(torch.cat([losses.reshape(-1), self._stop.as_tensor(losses.device)]))
+        *totals, asked, norm_read = torch.cat([sums, norm.reshape(1)]).tolist()
+        self._stop_agreed = asked > 0
+        return totals, norm_read
+
     def accepts(self, loss: float, norm: float) -> bool:
         """Return whether a step's loss and gradient norm are finite; counts it as skipped otherwise."""
         self._norm = norm
@@ -190,7 +201,8 @@ class Run:
         A checkpoint that was left out for that reason is made up for after the next finite step.
         """
         every = self.settings.checkpoint.every
-        self._stop_agreed = self._stop.agreed(self.ranks)
+        if self.ranks.world_size == 1:  # many leave after the step in which they agreed on it
+            self._stop_agreed = self._stop.requested
         if not every or not (self._save_owed or self._stop_agreed or self.is_due(every)):
             return
         owed_before, self._save_owed = self._save_owed, not self._is_finite()

@@ -45,7 +45,8 @@ class RunConfig:
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the forward and backward pass, the weights staying float32; auto is bfloat16 on GPUs and float32
-    elsewhere. float64, of weights and all, is for comparing layouts: differences are then not rounding."""
+    elsewhere; GPUs without bfloat16 take float16. float64, of weights and all, is for comparing layouts: differences
+    are then not rounding."""
     compile: bool = False
     """Run the model through torch.compile: a minute of compiling, then faster steps on a GPU."""
     log_every: int = 10

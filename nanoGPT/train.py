@@ -23,16 +23,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from common import UserError, config, launch
+from common import UserError, config, gpu, launch
 from common.parallel import autocast, clip_gradient, cut_batch, distribute, precision, synchronizing
 from common.run import Run, execute
 from nanoGPT import data
 from nanoGPT.model import GPT
 from optimizers import Probe, RuleOptimizer, build_optimizer, count_bytes
 from optimizers.rule import rule_named
-
-# Dense bf16 peaks of NVIDIA's data sheets, for MFU.
-PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
 
 
 def main() -> None:
@@ -76,6 +73,7 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
             loss = accumulate_gradient(network, scaler, batches, settings, ranks)
             scaler.unscale_(optimizer)
             norm = clip_gradient(model, settings.clip or math.inf)
+            (loss,), norm = run.read(loss, norm)
 
             metrics = watch(step + 1)  # of the weights before this step; not in its time
             run.timer.optimizer()
@@ -163,8 +161,8 @@ def accumulate_gradient(
     batches: Iterator[tuple[Tensor, Tensor]],
     settings: Config,
     ranks: launch.Launch,
-) -> float:
-    """Leave the gradient of the global batch's mean loss in the parameters, and return that loss."""
+) -> Tensor:
+    """Leave the gradient of the global batch's mean loss in the parameters, and return this rank's share of it, ()."""
     network.train()
     batch_size, shares = settings.data.batch_size, ranks.world_size
     mine = cut_batch(batch_size, settings.data.micro_batch, ranks)
@@ -177,7 +175,7 @@ def accumulate_gradient(
             loss = loss * (count * shares / batch_size)  # the gradients' mean over the ranks is taken
             scaler.scale(loss).backward()
         total += loss.detach()
-    return launch.all_reduce_sum([float(total) / shares], ranks)[0]
+    return total / shares
 
 
 @torch.no_grad()
@@ -201,9 +199,8 @@ def evaluate(network: nn.Module, tokens: data.TokenFile, settings: Config, ranks
 
 def utilization(tokens_per_second: float, model: GPT, ranks: launch.Launch) -> dict[str, float]:
     """Return the share of the devices' peak FLOPS (MFU) that the model takes, where that peak is known."""
-    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
-    peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in device), None)
-    return {"mfu": tokens_per_second * model.flops_per_token() / (1e12 * peak * ranks.world_size)} if peak else {}
+    peak = gpu.peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
+    return {"mfu": tokens_per_second * model.flops_per_token() / (peak * ranks.world_size)} if peak else {}
 
 
 if __name__ == "__main__":

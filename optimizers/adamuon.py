@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .elementwise import each
 from .engine import ProcessGroup, RuleOptimizer
 from .options import Fraction, NonNegative, declared_by, given
 from .polar import Form, check_options, orthogonalize
@@ -74,11 +75,10 @@ def direct(stack: Tensor, group: dict) -> Tensor:
 
 def refine(directions: Tensors, state: dict[str, Tensors], group: dict, shapes) -> Tensors:
     """Divide by the root of the second moment."""
-    squares = list(torch._foreach_mul(directions, directions))
-    roots = torch._foreach_sqrt(update_ema(state["second_moment"], squares, group["momentum"]))
-    torch._foreach_add_(roots, group["eps"])
-    torch._foreach_div_(directions, roots)
-    return directions
+    squares = each("mul", directions, directions)
+    roots = each("sqrt", update_ema(state["second_moment"], squares, group["momentum"]))
+    each("add_", roots, group["eps"])
+    return each("div_", directions, roots)
 
 
 register(

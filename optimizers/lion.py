@@ -6,6 +6,7 @@ Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675, 
 import torch
 from torch.optim.optimizer import ParamsT
 
+from .elementwise import each
 from .engine import ProcessGroup, RuleOptimizer
 from .options import Fraction, NonNegative, declared_by, given
 from .rule import Tensors, UpdateRule, mix, register, sign, update_ema
@@ -60,7 +61,7 @@ def prepare(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
 def refine(directions: Tensors, state: dict[str, Tensors], group: dict, shapes) -> Tensors:
     """Scale the signs."""
     if group["scale"] != 1:
-        torch._foreach_mul_(directions, group["scale"])
+        each("mul_", directions, group["scale"])
     return directions
 
 

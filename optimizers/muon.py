@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch.optim.optimizer import ParamsT
 
+from .elementwise import each
 from .engine import ProcessGroup, RuleOptimizer
 from .options import Fraction, NonNegative, declared_by, given
 from .polar import JORDAN, Form, check_options, orthogonalize_group
@@ -79,7 +80,10 @@ def prepare(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
 def refine(directions: Tensors, state: dict[str, Tensors], group: dict, shapes) -> Tensors:
     """Scale each matrix by the factor of its whole shape."""
     factor = SCALES[group["adjust_lr_fn"] or "original"]
-    torch._foreach_mul_(directions, [factor(m, n) for _, m, n in shapes])
+    factors = [factor(m, n) for _, m, n in shapes]
+    others = [i for i, each_factor in enumerate(factors) if each_factor != 1]
+    if others:
+        each("mul_", [directions[i] for i in others], [factors[i] for i in others])
     return directions
 
 

@@ -117,10 +117,20 @@ def orthogonalize(
 
 
 def default_dtype(tensor: Tensor) -> torch.dtype:
-    """bfloat16 on an accelerator; on a CPU float32, which bf16 is slower than on most, or the tensor's float64."""
-    if tensor.device.type != "cpu":
-        return torch.bfloat16
-    return _at_least_float32(tensor.dtype)
+    """bfloat16 on an accelerator that has it; elsewhere float32, or the tensor's float64.
+
+    CPUs are mostly slower in bfloat16. float16 has too few exponents for the squares of small entries.
+    """
+    if tensor.device.type == "cpu" or not _has_bfloat16(tensor.device):
+        return _at_least_float32(tensor.dtype)
+    return torch.bfloat16
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    # "cuda" is also the device of dry runs, in builds without it. A T4 has it by emulation alone.
+    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return True
+    return torch.cuda.get_device_properties(device).major >= 8
 
 
 def steps_of(ns_coefficients: str | Sequence, ns_steps: int) -> list[Triple]:

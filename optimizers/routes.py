@@ -27,7 +27,7 @@ from .rule import Tensors
 
 # Entries of a stack: more gain nothing in speed, and its temporaries are about six times as large. A model of many
 # more has larger stacks, so that it has at most about 40.
-_STACK_ENTRIES, _STACKS, _TOGETHER = 2**25, 40, 2
+_STACK_ENTRIES, _STACKS, _TOGETHER = 2**25, 20, 2
 
 
 class Update(Protocol):

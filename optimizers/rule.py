@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .checks import closest
+from .elementwise import each
 from .options import NonNegative, kind_of_default
 
 Tensors = list[Tensor]
@@ -105,7 +106,7 @@ def ema(averages: Tensors, values: Tensors, decay: float) -> Tensors:
     values come in the wider dtype of gradient and state: a narrower average is rounded once, when it is stored.
     """
     fresh = [average.to(value.dtype, copy=True) for average, value in zip(averages, values, strict=True)]
-    torch._foreach_lerp_(fresh, values, 1 - decay)
+    each("lerp_", fresh, values, 1 - decay)
     torch._foreach_copy_(averages, fresh)
     return fresh
 
@@ -114,13 +115,12 @@ def update_ema(averages: Tensors, values: Tensors, decay: float) -> Tensors:
     """Like `ema`, but return the averages themselves where dtypes agree: not to be written to, nor handed on."""
     if any(average.dtype != value.dtype for average, value in zip(averages, values, strict=True)):
         return ema(averages, values, decay)
-    torch._foreach_lerp_(averages, values, 1 - decay)
-    return averages
+    return each("lerp_", averages, values, 1 - decay)
 
 
 def mix(values: Tensors, averages: Tensors, weight: float) -> Tensors:
     """Return (1 - weight) value + weight average."""
-    return list(torch._foreach_lerp(values, averages, weight))
+    return each("lerp", values, averages, weight)
 
 
 def sign(tensors: Tensors) -> Tensors:
@@ -128,9 +128,7 @@ def sign(tensors: Tensors) -> Tensors:
 
     torch.sign makes NaN 0, which would hide a divergence.
     """
-    signs = list(torch._foreach_sign(tensors))
-    torch._foreach_add_(signs, tensors, alpha=0)
-    return signs
+    return each("add_", each("sign", tensors), tensors, alpha=0)
 
 
 def sign_of(tensor: Tensor) -> Tensor:

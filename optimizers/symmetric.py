@@ -58,13 +58,13 @@ def _kernel_for(m: int, dtype: torch.dtype, device: torch.device):
     """Return the Triton kernel's launcher where it is there and is used for such a product; else None."""
     if device.type != "cuda" or m < KERNEL_FROM or dtype not in (torch.bfloat16, torch.float16):
         return None
-    return _launcher()
+    return _launcher(device)
 
 
 @cache
-def _launcher():
+def _launcher(device: torch.device):
     # FakeTensors of a dry run are on "cuda" in a build without it.
-    if not torch.cuda.is_available() or torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
+    if not torch.cuda.is_available() or torch.version.hip or torch.cuda.get_device_properties(device).major < 8:
         return None
     try:
         from .symmetric_kernel import launch

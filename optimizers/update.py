@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .elementwise import each
 from .layout import local_of
 from .matrices import MatrixShape
 from .precision import grad_dtype, state_dtype
@@ -63,11 +64,11 @@ class ParamsUpdate:
             return
         lr = self.group["lr"]
         if self.group["weight_decay"]:
-            torch._foreach_mul_(weights, 1 - lr * self.group["weight_decay"])
+            each("mul_", weights, 1 - lr * self.group["weight_decay"])
         if isinstance(lr, Tensor):  # stays one, so that a step in a CUDA graph reads the schedule's
-            torch._foreach_mul_(directions, -lr)
+            each("mul_", directions, -lr)
             lr = -1
-        torch._foreach_add_(weights, directions, alpha=-lr)
+        each("add_", weights, directions, alpha=-lr)
 
     def whole_step(self) -> None:
         """Run a rule that does everything in a kernel of its own."""

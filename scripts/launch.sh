@@ -64,7 +64,8 @@ read_arguments() {
 # Sets PYTHON and NGPU, by default one process per GPU: find_processes PROCESSES_WITHOUT_A_GPU
 find_processes() {
   PYTHON=$(bash scripts/setup.sh)
-  NGPU=${NGPU:-$("$PYTHON" -c "import torch; print(torch.cuda.device_count() or $1)")}
+  NGPU=${NGPU:-$("$PYTHON" -c "from common.guard import main_guard; from common import gpu
+main_guard(lambda: print(gpu.count() or $1))")}
   [[ -z "${OMP_NUM_THREADS:-}" && "$NGPU" -gt 1 ]] || return 0
   # Shares the cores among the processes; torchrun would take one thread each, and say so.
   local cores
