@@ -177,7 +177,7 @@ def find_step(folder: Path, step: int = -1) -> int | None:
             verify(path)
         except Damaged as error:
             damaged.append(f"{path}: {error}")
-            warn(f"checkpoint {path} is damaged and passed over: {error}")
+            warn(f"checkpoint {path} is damaged and skipped: {error}")
         else:
             return number
     if damaged:
@@ -210,7 +210,7 @@ def newest_checkpoint(run: Path) -> Path | None:
             verify(path, contents=False)
             return path
         except Damaged as error:
-            warn(f"checkpoint {path} is damaged and passed over: {error}")
+            warn(f"checkpoint {path} is damaged and skipped: {error}")
     return None
 
 

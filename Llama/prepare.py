@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from common import progress
 from common.corpus import (
-    Part,
+    FileSpan,
     fingerprint,
     is_readable,
     library_files,
@@ -106,7 +106,7 @@ def is_up_to_date(folder: Path, request: dict) -> bool:
     return meta.get("content") == request["content"]
 
 
-def texts(parts: list[Part]) -> Iterator[str]:
+def texts(parts: list[FileSpan]) -> Iterator[str]:
     """Read the documents of parts of files."""
     for part in parts:
         for text, _ in pieces(part):
@@ -122,7 +122,7 @@ def cut(text: str, length: int) -> Iterator[str]:
         start = stop
 
 
-def write_texts(path: Path, parts: list[Part], length: int) -> int:
+def write_texts(path: Path, parts: list[FileSpan], length: int) -> int:
     """Write documents as JSON lines, with a progress bar, and return how many."""
     count = 0
     documents = (piece for text in texts(parts) for piece in cut(text, length))

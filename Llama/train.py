@@ -67,11 +67,11 @@ class Trainer(titan.Trainer):
         with mock.patch.object(torch.distributed, "init_process_group", join):
             dims = super().init_distributed()
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self.ranks = launch.Launch(rank, int(os.environ["LOCAL_RANK"]), world_size, self.device)
+        self.process = launch.Process(rank, int(os.environ["LOCAL_RANK"]), world_size, self.device)
         if settings.comm.mode == "default":
             config = to_dict(settings)
             folder = config["job"].pop("dump_folder")  # named after others, and so compared after them
-            launch.refuse_differences({"config": config, "files": files_of(settings), "folder": folder}, self.ranks)
+            launch.refuse_differences({"config": config, "files": files_of(settings), "folder": folder}, self.process)
         return dims
 
     def batch_generator(self, data_iterable):
@@ -105,7 +105,7 @@ class Trainer(titan.Trainer):
     def should_continue_training(self) -> bool:
         if not super().should_continue_training():
             return False
-        if not self.stop_request.agreed(self.ranks):
+        if not self.stop_request.agreed(self.process):
             return True
         settings = self.job_config.checkpoint
         if self.step % settings.interval:  # else it is saved

@@ -33,29 +33,29 @@ def encode(config: "Encode", vae: VAE | None = None) -> Path:
     Raises UserError for images that are missing, corrupt or not of one shape, and where the disk is too small.
     """
     at_least(1, config, "batch_size", "workers")
-    ranks = launch.start(config.device, timeout_s=LONGEST_WAIT_S)
+    process = launch.start(config.device, timeout_s=LONGEST_WAIT_S)
     folder = config.folder / (FLIPPED if config.flip else LATENTS)
     labels = sorted(read_labels(config.folder / IMAGES)[0].values())  # (path, class) of each image
     files = [file for file, _ in labels]
     batches = [files[start : start + config.batch_size] for start in range(0, len(files), config.batch_size)]
     shape = read_image(config.folder / IMAGES / files[0], CONVERT_IT).shape  # (3, side, side)
-    vae = (vae or load_vae(config.vae)).to(ranks.device)
+    vae = (vae or load_vae(config.vae)).to(process.device)
     name = str(Path(config.vae).resolve()) if Path(config.vae).is_dir() else config.vae
     request = {"vae": name, "image side": shape[-1], "flip": config.flip}  # the latents depend on these
     latent_shape = vae.latent_shape(shape[-1])
     todo = launch.on_main(lambda: plan(folder, request, batches, latent_shape))  # before any rank writes
-    mine = [batches[number] for number in todo[ranks.rank :: ranks.world_size]]
-    with progress(total=len(mine), is_main=ranks.is_main, desc="rank 0's batches") as bar:
-        for batch, pixels in read_images(config, mine, shape, ranks.device):
-            pixels = pixels.to(ranks.device, non_blocking=True)  # (B, 3, side, side)
+    mine = [batches[number] for number in todo[process.rank :: process.world_size]]
+    with progress(total=len(mine), is_main=process.is_main, desc="rank 0's batches") as bar:
+        for batch, pixels in read_images(config, mine, shape, process.device):
+            pixels = pixels.to(process.device, non_blocking=True)  # (B, 3, side, side)
             latents = vae.encode(pixels.flip(-1) if config.flip else pixels).cpu().numpy()  # (B, 2C, H, W)
             for file, latent in zip(batch, latents, strict=True):
                 write_whole(folder / npy_of(file), partial(np.save, arr=latent))
             bar.update()
-    launch.all_reduce_sum([0.0], ranks)  # until every rank is done
+    launch.all_reduce_sum([0.0], process)  # until every rank is done
     record = {"labels": [[npy_of(file), label] for file, label in labels], "scaling": vae.scaling, "vae": name}
     launch.on_main(lambda: write_json(folder / LABELS, record))
-    if ranks.is_main:
+    if process.is_main:
         print(f"{folder}: {len(files):,} latents, of which {sum(len(batches[n]) for n in todo):,} were encoded now")
     return folder
 

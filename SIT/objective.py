@@ -38,39 +38,39 @@ def losses_of(
     draws: Draws,
     encoder: Encoder | None,
     settings: Config,
-    ranks: launch.Launch,
+    process: launch.Process,
 ) -> tuple[Tensor, Tensor]:
     """Return the denoising and the projection loss of each image, (B,) each; 0 without an encoder."""
     path, x, y = Path(settings.objective.path), batch["x"], batch["y"]
-    dtype = precision(settings.dtype, ranks)
+    dtype = precision(settings.dtype, process)
     y = torch.where(draws.dropped, settings.model.n_class, y)  # n_class: none
-    with autocast(dtype, ranks):
+    with autocast(dtype, process):
         prediction, projected = network(interpolate(x, draws.noise, draws.t, path), draws.t, y)
     denoising = denoising_loss(prediction, x, draws.noise, draws.t, path, settings.objective.prediction)
     if encoder is None:
         return denoising, torch.zeros_like(denoising)
-    with autocast(dtype, ranks):
+    with autocast(dtype, process):
         features = encoder(batch["images"])  # (B, N, Z)
     return denoising, projection_loss(projected, features)
 
 
 @torch.no_grad()
 def evaluate(
-    average: nn.Module, items: data.Items, encoder: Encoder | None, settings: Config, ranks: launch.Launch
+    average: nn.Module, items: data.Items, encoder: Encoder | None, settings: Config, process: launch.Process
 ) -> dict[str, float]:
     """Return the losses of the averaged model on the validation images, with noise and times that stay the same."""
     count = min(settings.eval.images, len(items))
     drawn = draw((VALIDATION,), count, items.shape, settings.objective)
     drawn = drawn._replace(dropped=torch.zeros_like(drawn.dropped))
-    together = settings.data.micro_batch * ranks.world_size
+    together = settings.data.micro_batch * process.world_size
     totals = torch.zeros(2, dtype=torch.float64)
     for start in range(0, count, together):
-        mine = list(range(start, min(start + together, count)))[ranks.rank :: ranks.world_size]
+        mine = list(range(start, min(start + together, count)))[process.rank :: process.world_size]
         rows = mine or [0]  # FSDP needs every rank in every pass
-        batch = data.move(data.take(items, rows, seed=0), ranks.device)
-        draws = Draws(*(each[rows].to(ranks.device) for each in drawn))
-        losses = losses_of(average, batch, draws, encoder, settings, ranks)
+        batch = data.move(data.take(items, rows, seed=0), process.device)
+        draws = Draws(*(each[rows].to(process.device) for each in drawn))
+        losses = losses_of(average, batch, draws, encoder, settings, process)
         totals += torch.stack([each.mean() for each in losses]).double().cpu() * len(mine)
-    denoising, projection = (total / count for total in launch.all_reduce_sum(totals.tolist(), ranks))
+    denoising, projection = (total / count for total in launch.all_reduce_sum(totals.tolist(), process))
     loss = denoising + settings.objective.projection_weight * projection
     return {"val/loss": loss, "val/denoising_loss": denoising, "val/projection_loss": projection}

@@ -149,16 +149,16 @@ def open_model(options: Options, device: torch.device) -> tuple[SiT, dict[str, A
     return model, settings["objective"], open_decoder(settings["data"]["kind"], vae, model.config.channels, device)
 
 
-def sample(options: Options, ranks: launch.Launch) -> Path:
+def sample(options: Options, process: launch.Process) -> Path:
     """Draw the images, each rank its share, and write them; returns the picture's path."""
     check(options)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as in training
     run = options.run
     out = options.out or (run.with_name(f"{run.stem}-samples.png") if run.is_file() else run / "samples.png")
-    model, objective, decode = open_model(options, ranks.device)
+    model, objective, decode = open_model(options, process.device)
     launch.on_main(lambda: out.parent.mkdir(parents=True, exist_ok=True))
-    images = draw_all(model, objective, decode, options, out.parent, ranks)
-    if ranks.is_main:
+    images = draw_all(model, objective, decode, options, out.parent, process)
+    if process.is_main:
         if options.npz:
             labels = labels_of(list(range(options.count)), model.config.n_class).numpy()
             colored = np.broadcast_to(images, (*images.shape[:-1], 3))
@@ -170,22 +170,22 @@ def sample(options: Options, ranks: launch.Launch) -> Path:
 
 
 def draw_all(
-    model: SiT, objective: dict[str, Any], decode: Decode, options: Options, folder: Path, ranks: launch.Launch
+    model: SiT, objective: dict[str, Any], decode: Decode, options: Options, folder: Path, process: launch.Process
 ) -> np.ndarray | None:
     """Draw each rank's share; rank 0 gets them all, (count, side, side, 1 or 3) uint8.
 
     Raises UserError where the disk of `folder` has no room for the .npz.
     """
-    together = options.batch_size * ranks.world_size
+    together = options.batch_size * process.world_size
     images, filled, rounds = None, 0, range(0, options.count, together)
-    with progress(rounds, is_main=ranks.is_main, desc="sampling", unit="round") as bar:  # ends its line before an error
+    with progress(rounds, is_main=process.is_main, desc="sampling", unit="round") as bar:
         for start in bar:
-            first = start + options.batch_size * ranks.rank
+            first = start + options.batch_size * process.rank
             mine = list(range(first, min(first + options.batch_size, options.count)))  # the last round may leave none
             drawn = None
             if mine:
-                dtype = precision(options.dtype, ranks)
-                drawn = draw(model, mine, options, objective, options.seed, ranks.device, dtype)
+                dtype = precision(options.dtype, process)
+                drawn = draw(model, mine, options, objective, options.seed, process.device, dtype)
                 if not drawn.isfinite().all():
                     raise UserError(
                         f"{options.run} draws images that are not finite: lower --guidance, or name a run "
@@ -193,7 +193,7 @@ def draw_all(
                     )
                 drawn = decode(drawn)
                 drawn = drawn.permute(0, 2, 3, 1).cpu().numpy()  # (B, side, side, 1 or 3)
-            for part in gather(drawn, ranks):
+            for part in gather(drawn, process):
                 if images is None:
                     check_memory(options.count * part[0].size, "--count")
                     check_space(folder, int(options.npz), options.count * 3 * part[0, ..., 0].size)
@@ -203,22 +203,24 @@ def draw_all(
     return images
 
 
-def gather(images: np.ndarray | None, ranks: launch.Launch) -> list[np.ndarray]:
+def gather(images: np.ndarray | None, process: launch.Process) -> list[np.ndarray]:
     """Bring all ranks' images to rank 0, in the order of the ranks; a rank may have none."""
     parts = [images]
     if dist.is_initialized():
-        parts = [None] * ranks.world_size if ranks.is_main else []
+        parts = [None] * process.world_size if process.is_main else []
         dist.gather_object(images, parts or None)
     return [part for part in parts if part is not None]
 
 
-def preview(average: nn.Module, decode: Decode, settings: Any, ranks: launch.Launch, folder: Path, step: int) -> None:
+def preview(
+    average: nn.Module, decode: Decode, settings: Any, process: launch.Process, folder: Path, step: int
+) -> None:
     """Draw a few images into samples/ in the middle of training; all ranks draw the same, and under FSDP all must."""
     objective = {"path": settings.objective.path, "prediction": settings.objective.prediction}
     count, sampler = settings.eval.preview, Sampler(steps=settings.eval.preview_steps)
-    dtype = precision(settings.dtype, ranks)  # training's: in shards the weights come in it
-    drawn = draw(average, list(range(count)), sampler, objective, 0, ranks.device, dtype)
-    if ranks.is_main:
+    dtype = precision(settings.dtype, process)  # training's: in shards the weights come in it
+    drawn = draw(average, list(range(count)), sampler, objective, 0, process.device, dtype)
+    if process.is_main:
         out = folder / "samples" / f"{step:08d}.png"
         out.parent.mkdir(exist_ok=True)
         picture(decode(drawn), columns=max(1, round(count**0.5))).save(out)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from common import UserError, config, launch
-from common.parallel import clip_gradient, cut_batch, distribute, place, precision, synchronizing
+from common.parallel import clip_gradient, cut_batch, distribute, move_or_shard, precision, synchronizing
 from common.read_ahead import read_ahead
 from common.run import Run, execute
 from optimizers import Probe, RuleOptimizer, build_optimizer
@@ -47,28 +47,28 @@ def main() -> None:
     execute(train, parse_config(Config))
 
 
-def train(settings: Config, ranks: launch.Launch) -> bool:
+def train(settings: Config, process: launch.Process) -> bool:
     """Train until `settings.steps`, or until asked to stop; returns whether the end was reached."""
     for name in (settings.optimizer.name, *settings.optimizer.tuned_lr):
         rule_named(name)  # an unknown one fails now, before any data is touched
     settings.optimizer.peak_lr()
-    items = open_items(settings, ranks)
+    items = open_items(settings, process)
     counts = {name: len(part) for name, part in items.items()}
-    launch.refuse_differences({"config": config.to_dict(settings), "images": counts}, ranks)
-    encoder = open_encoder(settings, ranks)
+    launch.refuse_differences({"config": config.to_dict(settings), "images": counts}, process)
+    encoder = open_encoder(settings, process)
     vae = settings.data.vae or items["train"].vae
     settings = replace(settings, data=replace(settings.data, vae=vae))  # for sampling from it
     kind, channels, scaling = settings.data.kind, settings.model.channels, items["train"].scaling
-    decode = open_decoder(kind, vae, channels, ranks.device, scaling) if settings.eval.preview else None
+    decode = open_decoder(kind, vae, channels, process.device, scaling) if settings.eval.preview else None
     launch.seed_all(settings.seed)  # after all else that may draw: the weights depend on nothing but the seed
-    model, average, network = build_model(settings, items["train"], encoder, ranks)
+    model, average, network = build_model(settings, items["train"], encoder, process)
     optimizer = build(settings.optimizer, model, network)
     roles = tensor_roles(model, settings.optimizer.modulation)
     watch = Probe(optimizer, model=model, roles=roles, **settings.probe.options())
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision(settings.dtype, ranks) == torch.float16)
+    scaler = torch.amp.GradScaler(process.device.type, enabled=precision(settings.dtype, process) == torch.float16)
     run = Run(
         settings,
-        ranks,
+        process,
         experiment="sit",
         model=nn.ModuleDict({"model": model, "average": average}),
         optimizer=optimizer,
@@ -83,12 +83,12 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
     with run:
         if run.step == 0:
             state = {"optimizer_state_mb": optimizer.state_size() / 1e6}
-            run.log(state | evaluate(average, items["val"], encoder, settings, ranks))
+            run.log(state | evaluate(average, items["val"], encoder, settings, process))
             if decode:
-                preview(average, decode, settings, ranks, run.folder, run.step)
-        batches = read_batches(items["train"], range(run.step, settings.steps), settings, ranks)
+                preview(average, decode, settings, process, run.folder, run.step)
+        batches = read_batches(items["train"], range(run.step, settings.steps), settings, process)
         for step in run.steps():
-            parts = accumulate_gradient(network, scaler, batches, encoder, settings, ranks)
+            parts = accumulate_gradient(network, scaler, batches, encoder, settings, process)
             scaler.unscale_(optimizer)
             norm = clip_gradient(model, settings.clip or math.inf)
             (denoising, projection), norm = run.read(parts, norm)
@@ -107,19 +107,19 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
                 metrics |= {"train/loss": loss, "train/denoising_loss": denoising, "train/projection_loss": projection}
                 metrics |= run.measurements()
             if run.is_due(settings.eval.every):
-                metrics |= evaluate(average, items["val"], encoder, settings, ranks)
+                metrics |= evaluate(average, items["val"], encoder, settings, process)
             run.log(metrics)
             run.save_if_due()
             if decode and "val/loss" in metrics:
-                preview(average, decode, settings, ranks, run.folder, run.step)
+                preview(average, decode, settings, process, run.folder, run.step)
     return run.finished
 
 
-def open_items(settings: Config, ranks: launch.Launch) -> dict[str, data.Items]:
+def open_items(settings: Config, process: launch.Process) -> dict[str, data.Items]:
     """Open the images of training, "train", and those held out for validation, "val"."""
-    if settings.data.batch_size < ranks.world_size:
+    if settings.data.batch_size < process.world_size:
         raise UserError(
-            f"data.batch_size must be an image per rank or more, for {ranks.world_size} ranks; "
+            f"data.batch_size must be an image per rank or more, for {process.world_size} ranks; "
             f"got {settings.data.batch_size}; raise it or set NGPU"
         )
     if settings.data.kind == "digits":
@@ -144,17 +144,17 @@ def open_items(settings: Config, ranks: launch.Launch) -> dict[str, data.Items]:
     return items
 
 
-def open_encoder(settings: Config, ranks: launch.Launch) -> Encoder | None:
+def open_encoder(settings: Config, process: launch.Process) -> Encoder | None:
     """Load the frozen encoder that tokens are aligned with."""
     if not settings.objective.encoder:
         return None
     folder = settings.objective.encoder_folder or None
-    encoder = load_encoder(settings.objective.encoder, ranks.device, folder, settings.model.grid)
-    return encoder.double() if precision(settings.dtype, ranks) == torch.float64 else encoder
+    encoder = load_encoder(settings.objective.encoder, process.device, folder, settings.model.grid)
+    return encoder.double() if precision(settings.dtype, process) == torch.float64 else encoder
 
 
 def build_model(
-    settings: Config, items: data.Items, encoder: Encoder | None, ranks: launch.Launch
+    settings: Config, items: data.Items, encoder: Encoder | None, process: launch.Process
 ) -> tuple[SiT, SiT, nn.Module]:
     """Return the model, the average of its weights over time, and the network that trains the model."""
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, for what autocast leaves in fp32
@@ -165,13 +165,13 @@ def build_model(
             f"[model] must have z_dim {wanted[0]} and {wanted[1]} tokens a side, as objective.encoder "
             f"{settings.objective.encoder!r} has them; got z_dim {settings.model.z_dim} and {settings.model.grid}"
         )
-    model, dtype = SiT(settings.model), precision(settings.dtype, ranks)
+    model, dtype = SiT(settings.model), precision(settings.dtype, process)
     model.recompute = settings.recompute
     if dtype == torch.float64:
         model = model.double()
     average = copy.deepcopy(model).requires_grad_(False).eval()
-    network = distribute(model, settings.parallel, ranks, dtype, settings.compile)
-    return model, place(average, settings.parallel, ranks, dtype), network
+    network = distribute(model, settings.parallel, process, dtype, settings.compile)
+    return model, move_or_shard(average, settings.parallel, process, dtype), network
 
 
 def build(settings: SiTOptimizerConfig, model: SiT, network: nn.Module) -> RuleOptimizer:
@@ -189,7 +189,7 @@ def update_average(average: nn.Module, model: nn.Module, keep: float) -> None:
 
 
 def read_batches(
-    items: data.Items, steps: range, settings: Config, ranks: launch.Launch
+    items: data.Items, steps: range, settings: Config, process: launch.Process
 ) -> Iterator[dict[str, Tensor]]:
     """Give the batch of each piece of each step, with its noise, times and dropped labels; a thread reads ahead."""
     batch_size = settings.data.batch_size
@@ -203,8 +203,8 @@ def read_batches(
         batch = data.batch(items, seed=settings.seed, step=step, rows=rows, global_batch=batch_size)
         return batch | {name: each[rows] for name, each in drawn(step)._asdict().items()}
 
-    places = itertools.product(steps, cut_batch(batch_size, settings.data.micro_batch, ranks))
-    return read_ahead(read, places, settings.data.read_ahead, ranks.device)
+    places = itertools.product(steps, cut_batch(batch_size, settings.data.micro_batch, process))
+    return read_ahead(read, places, settings.data.read_ahead, process.device)
 
 
 def accumulate_gradient(
@@ -213,21 +213,21 @@ def accumulate_gradient(
     batches: Iterator[dict[str, Tensor]],
     encoder: Encoder | None,
     settings: Config,
-    ranks: launch.Launch,
+    process: launch.Process,
 ) -> Tensor:
     """Leave the gradient of the global batch's mean loss in the parameters, and return this rank's share of its parts.
 
     These are (2,), the denoising and the projection loss.
     """
     network.train()
-    batch_size, shares = settings.data.batch_size, ranks.world_size
-    mine = cut_batch(batch_size, settings.data.micro_batch, ranks)
+    batch_size, shares = settings.data.batch_size, process.world_size
+    mine = cut_batch(batch_size, settings.data.micro_batch, process)
     totals = 0  # then (2,): of the denoising and the projection loss
     for number, (_, count) in enumerate(mine, start=1):
-        batch = data.move(next(batches), ranks.device)
+        batch = data.move(next(batches), process.device)
         draws = Draws(*(batch[name] for name in Draws._fields))
         with synchronizing(network, number == len(mine)):  # the ranks' gradients meet once per step
-            losses = losses_of(network, batch, draws, encoder, settings, ranks)
+            losses = losses_of(network, batch, draws, encoder, settings, process)
             parts = torch.stack([each.mean() for each in losses]) * (count * shares / batch_size)
             loss = parts[0] + settings.objective.projection_weight * parts[1]
             scaler.scale(loss).backward()

@@ -1,4 +1,4 @@
-"""The nouns that the experiments share: config, launch, run log, checkpoint, schedule; and what they say meanwhile."""
+"""Shared by the experiments: config, launch, run log, checkpoint, schedule. Here: errors, warnings, progress bars."""
 
 import sys
 from collections.abc import Iterable
@@ -8,32 +8,32 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """An error whose message is one line for the user: what was required, what came, what to do."""
+    """An error with a one-line message for the user: required, got, remedy."""
 
 
 class Diverged(UserError):
-    """Training whose losses or gradients are not finite, or stay so."""
+    """Training that ended with a non-finite loss, or after too many non-finite steps in a row."""
 
-    exit_status = 3  # tells a script, run.sh, a diverged run from one that could not be run
+    exit_status = 3  # run.sh tells a diverged run from a failed one by it
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message without its line breaks, or its type where it has no message."""
+    """Return an error's message on one line, or its type if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def warn(message: str) -> None:
-    """Print one line about something that the run goes on without, above a progress bar if there is one."""
+    """Print a one-line warning to stderr, above the progress bar if there is one."""
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def progress(iterable: Iterable | None = None, *, is_main: bool = True, **options: Any) -> tqdm:
-    """Make a tqdm bar of the main process alone, drawn once a second, or in a log, which keeps each, once in 30 s.
+    """Make a tqdm bar on the main process only, redrawn every second, or every 30 s where stderr is a log.
 
-    Use one without an iterable in a `with`: it ends its line before an error is printed.
+    Without an iterable use it in a `with` block, which ends its line before an error is printed.
 
-    Example: `for batch in progress(batches, is_main=ranks.is_main, desc="encoding"): ...`
+    Example: `for batch in progress(batches, is_main=process.is_main, desc="encoding"): ...`
     """
     pace = 1.0 if sys.stderr.isatty() else 30.0
-    # tqdm would draw after 10 s whatever mininterval says, had it seen many items in that time.
+    # With its default maxinterval, tqdm redraws after 10 s regardless of mininterval.
     return tqdm(iterable, disable=not is_main, mininterval=pace, maxinterval=max(pace, 10.0), **options)

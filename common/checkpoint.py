@@ -1,13 +1,12 @@
-"""Checkpoints of model, optimizer, step and random states, which are complete or absent.
+"""Checkpoints of model, optimizer, step and random states; each is complete or absent.
 
     save(run / "checkpoints", step, model, optimizer, extra={"config": to_dict(config)})
     state = load(run / "checkpoints", model, optimizer)    # {"step": ..., "config": ...}, or None
 
-The tensors are written by torch.distributed.checkpoint under the model's own names, each rank its shards, so a run may
-go on with another number of ranks and another layout (one process, DDP, FSDP2, HSDP). Under a process group every rank
-must call `save` and `load`, and all must see one file system. Folders are kept whole by checkpoint_folder.py, and
-compared with their checksums by manifest.py. Nothing is executed on reading: tensors are read as such, everything else
-is JSON in the manifest.
+torch.distributed.checkpoint writes the tensors under their names in the model, each rank its shards, so a run can be
+resumed on another number of ranks and in another layout (one process, DDP, FSDP2, HSDP). Under a process group every
+rank must call `save` and `load`, and all must share one file system. checkpoint_folder.py writes the folders
+atomically, manifest.py verifies checksums. Reading executes no code: all but the tensors is JSON in the manifest.
 """
 
 import contextlib
@@ -36,12 +35,12 @@ from common.manifest import verify_manifest
 from common.random_states import random_states, set_random_states
 from common.tensor_reader import TensorReader, refuse_objects, refuse_unlisted
 
-FAILURES = (Exception, CheckpointException)  # torch's CheckpointException is no Exception
+FAILURES = (Exception, CheckpointException)  # torch's CheckpointException is a BaseException
 Groups = list[dict[str, Any]]  # an optimizer's param groups, with names as "params"
 
 
 class CheckpointError(UserError, RuntimeError):
-    """A checkpoint that was not written, or that does not fit the model or optimizer; its message is one line."""
+    """A checkpoint that could not be written, or does not match the model or optimizer; the message is one line."""
 
 
 def save(
@@ -55,12 +54,11 @@ def save(
 ) -> Path:
     """Write folder/step-<step>, then remove all but the last `keep` checkpoints; returns the new folder.
 
-    `extra` is anything that JSON can hold. Checkpoints of later steps are removed too: they belong to a run that was
-    left behind when this one started over, or resumed from before them. `checksums`: hash every file, which rank 0
-    does for all, at about 1 GB/s per core.
+    `extra` must be JSON-serializable. Checkpoints of later steps are removed too: they are of an abandoned run, since
+    this one restarted, or resumed before them. `checksums`: hash every file, on rank 0, at about 1 GB/s per core.
 
-    Raises CheckpointError when it cannot be written (a full disk); nothing saved before is touched then. Raises
-    ValueError for keep < 1, TypeError for an `extra` or an option of the optimizer that JSON cannot hold.
+    Raises CheckpointError when it cannot be written (a full disk); earlier checkpoints are then untouched. Raises
+    ValueError for keep < 1, TypeError for an `extra` or an optimizer's option that is not JSON-serializable.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
@@ -70,7 +68,7 @@ def save(
     try:
         json.dumps(contents)
     except (TypeError, ValueError) as error:  # before anything is written
-        raise type(error)(f"extra and the optimizer's options must be what JSON can hold: {error}") from None
+        raise type(error)(f"extra and the optimizer's options must be JSON-serializable: {error}") from None
     state = {**tensors, **_random_tensors()}
     partial = None
     try:
@@ -85,7 +83,7 @@ def save(
             on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
         raise CheckpointError(
             f"the checkpoint of step {step} was not saved in {folder}: {reason}; "
-            f"the ones before are untouched: {_remedy(error)}, and resume"
+            f"earlier ones are untouched: {_remedy(error)}, and resume"
         ) from error
     on_main(lambda: remove_old(folder, step, keep))
     return final
@@ -99,12 +97,12 @@ def load(
     checksums: bool = True,
     step: int | None = None,
 ) -> dict[str, Any] | None:
-    """Restore the newest whole checkpoint and the random states; returns {"step": step, **extra}, or None without one.
+    """Restore the newest complete checkpoint with its random states; returns {"step": step, **extra}, None without one.
 
-    A damaged checkpoint is passed over with a warning. Everything is checked, and read into copies, before the first
-    tensor is changed. The optimizer's hyperparameters become those of the checkpoint, as in torch; its state
-    keeps the dtype it was built with. A rank that the saving run did not have keeps its own random state. `checksums`:
-    hash every file before it is read, and compare. `step`: take the checkpoint of this step alone.
+    A damaged checkpoint is skipped with a warning. Everything is checked and read into copies before the first tensor
+    changes. The optimizer's hyperparameters are restored, as in torch; its state keeps the dtype it was built with. A
+    rank that the saving run did not have keeps its random state. `checksums`: verify every file before it is read.
+    `step`: load only the checkpoint of this step.
 
     Raises CheckpointError, and changes nothing, when the checkpoint is of another model or optimizer (naming the
     first three differences), or when there are checkpoints but none can be read.
@@ -115,7 +113,7 @@ def load(
     for path, manifest in whole:
         live, groups = _collect(model, optimizer, make_state=any(map(_is_optimizer_key, manifest["tensors"])))
         try:
-            on_main(lambda path=path: verify_manifest(path, checksums) and None)  # the manifest need not be sent
+            on_main(lambda path=path: verify_manifest(path, checksums) and None)  # no broadcast of the manifest
             _refuse_mismatch(path, manifest, live, groups)
             saved_groups = decode(manifest["groups"])
             staged, random_tensors = _read(path, manifest, live)
@@ -126,7 +124,7 @@ def load(
                 raise
             reason = _cause(error)
             damaged.append(f"{path}: {reason}")
-            on_main(lambda path=path, reason=reason: warn(f"checkpoint {path} is damaged and passed over: {reason}"))
+            on_main(lambda path=path, reason=reason: warn(f"checkpoint {path} is damaged and skipped: {reason}"))
             continue
         for key, tensor in live.items():
             _local(tensor).copy_(_local(staged[key]))
@@ -142,7 +140,7 @@ def load(
 
 
 def read_extra(folder: str | Path) -> dict[str, Any] | None:
-    """Return {"step": step, **extra} of the newest whole checkpoint without reading a tensor, or None without one."""
+    """Return {"step": step, **extra} of the newest complete checkpoint, reading no tensor; None without one."""
     whole, _ = survey(Path(folder))
     return {"step": whole[0][1]["step"], **whole[0][1]["extra"]} if whole else None
 
@@ -155,8 +153,8 @@ def _collect(
 ) -> tuple[dict[str, Tensor], Groups]:
     """Return the live tensors by key, and the optimizer's groups.
 
-    torch makes the state of an optimizer that has none by a step that leaves the weights alone, but that AdamW
-    counts. That state is kept only where a checkpoint is about to overwrite it (`make_state`).
+    torch creates missing optimizer state by a step that leaves the weights unchanged, but that AdamW counts. That
+    state is kept only if a checkpoint is about to overwrite it (`make_state`).
     """
     tensors: dict[str, Any] = {f"model.{name}": tensor for name, tensor in get_model_state_dict(model).items()}
     groups = []
@@ -171,7 +169,7 @@ def _collect(
         groups = [{"rule": type(optimizer).__name__, **group} for group in state["param_groups"]]
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"only tensors can be saved, and {key} is a {type(tensor).__name__}")
+            raise CheckpointError(f"{key} must be a tensor to be saved, got {type(tensor).__name__}")
     return tensors, groups
 
 
@@ -204,15 +202,15 @@ def _random_prefix() -> str:
 
 
 def _refuse_mismatch(path: Path, manifest: dict[str, Any], live: dict[str, Tensor], groups: Groups) -> None:
-    """Raise CheckpointError where the checkpoint differs from the live model, or from the optimizer if there is one."""
+    """Raise CheckpointError if the checkpoint differs from the live model, or from the optimizer if there is one."""
     saved, here = manifest["tensors"], _shapes(live)
     _refuse_difference(path, "model", _without_optimizer(saved), _without_optimizer(here))
     if groups:
-        # The rules first: another rule says more than the other state that follows from it.
+        # Rules first: a different rule explains the differences of state.
         _refuse_difference(path, "optimizer", _rules(manifest["groups"]), _rules(groups))
         _refuse_difference(path, "optimizer", saved, here)
         if _layout(manifest["groups"]) != _layout(groups):
-            raise CheckpointError(f"checkpoint {path} has other param groups; build those that it was saved with")
+            raise CheckpointError(f"checkpoint {path} has other param groups; build those it was saved with")
 
 
 def _without_optimizer(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
@@ -237,7 +235,7 @@ def _read(path: Path, manifest: dict[str, Any], live: dict[str, Tensor]) -> tupl
     """Read a checkpoint into copies of the live tensors, and this rank's random states by generator."""
     reader = TensorReader(path)
     staged = {key: _copy(tensor.detach()) for key, tensor in live.items()}
-    # Read once for all: a failure on one rank alone would leave the others waiting for it.
+    # Read on rank 0 for all: a failure on one rank alone would leave the others waiting.
     metadata = on_main(reader.read_metadata)
     refuse_objects(metadata.state_dict_metadata, metadata)
     refuse_unlisted(metadata, manifest["files"])
@@ -248,14 +246,14 @@ def _read(path: Path, manifest: dict[str, Any], live: dict[str, Tensor]) -> tupl
 
 
 def _refuse_missing(partial: Path) -> None:
-    """Raise OSError where a rank on another machine wrote its part to a disk of its own."""
+    """Raise OSError if a rank on another machine wrote its shards to a local disk."""
     for item in TensorReader(partial).read_metadata().storage_data.values():
         if not (partial / item.relative_path).is_file():
-            raise OSError(f"another rank's {item.relative_path} is not there: all ranks must share one file system")
+            raise OSError(f"another rank's {item.relative_path} is missing: all ranks must share one file system")
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """Copy into host memory, which is larger; a shard, which is small, stays on the device that its mesh is of."""
+    """Copy a tensor to host memory, which is larger; a DTensor, whose shard is small, stays on its mesh's device."""
     return tensor.clone() if isinstance(tensor, DTensor) else tensor.to("cpu", copy=True)
 
 
@@ -268,7 +266,7 @@ def _cause(error: BaseException) -> str:
 
 
 def _first_error(error: BaseException) -> BaseException:
-    """Return the first failure: torch hides a full disk behind an assertion about positions in its file."""
+    """Return the root cause: torch hides a full disk behind an assertion about file positions."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     while error.__context__ is not None and not isinstance(error, OSError | UserError):
@@ -278,12 +276,12 @@ def _first_error(error: BaseException) -> BaseException:
 
 def _remedy(error: BaseException) -> str:
     full = getattr(_first_error(error), "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return "make room, or name another folder" if full else "mend that, or name another folder"
+    return "free some space, or name another folder" if full else "fix that, or name another folder"
 
 
 @contextlib.contextmanager
 def _no_warning() -> Iterator[None]:
-    """Silence torch's remark that there is no process group, which is how a single process runs here."""
+    """Silence torch's warning about a missing process group: a single process has none."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield

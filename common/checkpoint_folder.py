@@ -1,11 +1,11 @@
-"""The folders that checkpoints live in: each whole or absent, whatever happens while it is written.
+"""Checkpoint folders: complete or absent, even after a crash during the write.
 
-    folder/step-00001000/            whole: written aside, forced to disk, then renamed
-        manifest.json                its contents, and the sizes and SHA-256 of its other files
+    folder/step-00001000/            complete: written under another name, synced to disk, then renamed
+        manifest.json                contents, and the sizes and SHA-256 of the other files
         .metadata, __0_0.distcp...   the tensors, by torch.distributed.checkpoint
-    folder/.partial-step-00002000/   being written, or left by a killed process and swept away by the next save
+    folder/.partial-step-00002000/   in progress, or left by a killed process and removed by the next save
 
-Where there are several processes, rank 0 alone calls these functions.
+With several processes, only rank 0 calls these functions.
 """
 
 import os
@@ -27,9 +27,9 @@ class CheckpointConfig:
     """Checkpoints of a run."""
 
     every: int = 1000
-    """Steps between checkpoints, and one at the end; 0 writes none."""
+    """Steps between checkpoints; one more is written at the end. 0 writes none."""
     keep: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
 
     def __post_init__(self):
         at_least(0, self, "every")
@@ -37,9 +37,9 @@ class CheckpointConfig:
 
 
 def survey(folder: Path) -> tuple[list[tuple[Path, Manifest]], list[str]]:
-    """Return the checkpoints with their manifests, newest first, and a line about each damaged one (also warned of).
+    """Return the checkpoints with their manifests, newest first, and one line per damaged one, also printed as warning.
 
-    Manifests and sizes are checked here; the contents of files by `verify_manifest`, for the one that is loaded.
+    Only manifests and sizes are checked; `verify_manifest` checks the contents of the checkpoint that is loaded.
     """
     whole, damaged = [], []
     for step, path in sorted(_numbered(folder), reverse=True):
@@ -49,12 +49,12 @@ def survey(folder: Path) -> tuple[list[tuple[Path, Manifest]], list[str]]:
             whole.append((path, manifest))
         except Damaged as error:
             damaged.append(f"{path}: {error}")
-            warn(f"checkpoint {path} is damaged and passed over: {error}")
+            warn(f"checkpoint {path} is damaged and skipped: {error}")
     return whole, damaged
 
 
 def _refuse_misshapen(manifest: Manifest, step: int) -> None:
-    """Raise Damaged where `checkpoint.load` would not find in a manifest what `checkpoint.save` writes."""
+    """Raise Damaged for a manifest without the fields that `checkpoint.save` writes."""
     if manifest.get("step") != step:
         raise Damaged(f"its {MANIFEST} is of step {manifest.get('step')}")
     tensors, groups, extra = (manifest.get(key) for key in ("tensors", "groups", "extra"))
@@ -87,7 +87,7 @@ def prepare(folder: Path, step: int) -> Path:
 
 
 def finish(partial: Path, step: int, contents: dict[str, Any], checksums: bool = True) -> Path:
-    """Write the manifest into a written folder and give the folder its name, in place of an older one of that step."""
+    """Write the manifest, then give the folder its final name, replacing an older one of that step."""
     write_manifest(partial, {"step": step, **contents}, checksums)
     _sync(partial)
     final = partial.with_name(_name(step))
@@ -110,7 +110,7 @@ def remove_old(folder: Path, step: int, keep: int) -> None:
 
 
 def free_space(folder: Path) -> str:
-    """Return the free space of the disk that `folder` is on, or would be, for a message."""
+    """Return the free space on the disk of `folder`, which need not exist, as text."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return f"{shutil.disk_usage(existing).free / 2**20:.0f} MiB free there"
 

@@ -25,14 +25,14 @@ Config = TypeVar("Config")
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration that cannot be used; its message is one line."""
+    """An invalid configuration; the message is one line."""
 
 
 def parse_config(config_class: type[Config], argv: list[str] | None = None) -> Config:
     """Build `config_class` from `[CONFIG.toml ...] [--section.key value ...]`; later ones win.
 
     `argv` defaults to the command line. Every field of `config_class`, sections included, needs a default.
-    `--help` describes each knob by its docstring or comment, with the value from the files as its default.
+    `--help` describes each option by its docstring or comment, with the value from the files as its default.
 
     Raises ConfigError for a missing file, an unknown key or flag (naming the nearest), or a value of a wrong type.
     """
@@ -45,7 +45,7 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None) -> C
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Turn a config into plain dicts, lists, strings and numbers that JSON can hold."""
+    """Convert a config to JSON-serializable dicts, lists, strings and numbers."""
     return _plain(dataclasses.asdict(config))
 
 
@@ -60,9 +60,9 @@ def from_dict(config_class: type[Config], mapping: dict[str, Any]) -> Config:
 def refuse_changes(
     was: dict[str, Any], now: dict[str, Any], names: Sequence[str], but: Sequence[str] = (), flag: str = "--resume"
 ) -> None:
-    """Refuse to resume a run (`was`, a to_dict of its config) with other settings (`now`); raises UserError.
+    """Raise UserError if a resumed run's settings (`now`) differ from the checkpoint's (`was`); both from `to_dict`.
 
-    names: of settings ("clip", "eval.images") and of whole sections ("model"). but: those of them that may change.
+    names: settings ("clip", "eval.images") and sections ("model") to compare; but: exceptions among them.
     """
     old, new = _flat(was), _flat(now)
     for name in names:
@@ -70,12 +70,12 @@ def refuse_changes(
             if (key == name or key.startswith(f"{name}.")) and key not in but and old.get(key) != new[key]:
                 raise UserError(
                     f"{flag} needs the {key} of the checkpoint, {old.get(key)}; got {new[key]}; set it back, or start "
-                    f"anew without {flag}"
+                    f"over without {flag}"
                 )
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Name each setting of a section "section.key"."""
+    """Flatten sections: each setting is named "section.key"."""
     flat = {}
     for key, value in config.items():
         flat |= {f"{key}.{inner}": each for inner, each in value.items()} if isinstance(value, dict) else {key: value}
@@ -91,7 +91,7 @@ def _plain(value: Any) -> Any:
 
 
 def at_least(least: float, section: Any, *names: str) -> None:
-    """Raise ConfigError for a field of a config that is below `least`, infinite or NaN; for a __post_init__."""
+    """Raise ConfigError for a field of a config that is below `least`, infinite or NaN; called in __post_init__."""
     for name in names:
         value = getattr(section, name)
         if not least <= value < math.inf:
@@ -112,7 +112,7 @@ def _read_toml(config_class: type, path: Path, children: tuple[Path, ...] = ()) 
         raise
     except FileNotFoundError:
         raise ConfigError(f"config file not found: {path}; name an existing TOML file") from None
-    except (OSError, ValueError, RuntimeError) as error:  # a loop of links and deep nesting are RuntimeErrors
+    except (OSError, ValueError, RuntimeError) as error:  # symlink loops and deep nesting raise RuntimeError
         raise ConfigError(f"{path}: not a readable TOML file: {one_line(error)}") from None
     parent = mapping.pop("extends", None)
     values = _checked(config_class, mapping, source=str(path))
@@ -175,7 +175,7 @@ def _convert(value: Any, wanted: Any) -> Any:
         return [_convert(entry, arguments[0]) for entry in value]
     elif origin is dict and isinstance(value, dict):
         return {key: _convert(entry, arguments[1]) for key, entry in value.items()}
-    elif wanted is Any or type(value) is wanted:  # exactly: True is an int to isinstance
+    elif wanted is Any or type(value) is wanted:  # not isinstance: True is an int
         return value
     elif wanted is float and type(value) is int:
         return float(value)
@@ -185,7 +185,7 @@ def _convert(value: Any, wanted: Any) -> Any:
 
 
 def _replace(config: Config, values: dict[str, Any]) -> Config:
-    """Return `config` with checked values put in, sections one by one."""
+    """Return `config` with checked values, section by section."""
     fields = {}
     for key, value in values.items():
         section = getattr(config, key)
@@ -216,7 +216,7 @@ def _nearest(name: str, known: list[str]) -> str:
     """Return the hint that ends an unknown-key error: the same leaf in another section, else the closest spelling."""
     leaf = name.rpartition(".")[2]
     found = [key for key in known if key.rpartition(".")[2] == leaf]
-    found = found or difflib.get_close_matches(name, known, n=1, cutoff=0.75)  # below, it is another word
+    found = found or difflib.get_close_matches(name, known, n=1, cutoff=0.75)  # below that, an unrelated word
     if not found:
         leaves = {key.rpartition(".")[2]: key for key in known}
         found = [leaves[near] for near in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
@@ -229,7 +229,7 @@ def _nearest(name: str, known: list[str]) -> str:
 def _take_table_entries(config_class: type, arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Split off each `--section.table.key VALUE` of a dict field, since tyro knows only the keys that exist already.
 
-    VALUE is written as in TOML; what is not TOML is a string.
+    VALUE has TOML syntax; anything else is a string.
     """
     entries: dict[str, Any] = {}
     rest = []
@@ -264,7 +264,7 @@ def _toml_value(text: str) -> Any:
 
 
 def _override(config: Config, arguments: list[str]) -> Config:
-    import tyro  # here, so that figures can read configs without it
+    import tyro  # here: figures read configs without it
 
     errors = io.StringIO()
     try:

@@ -1,4 +1,4 @@
-"""Text that experiments train on: which files, and which part of them is for validation."""
+"""Training text: source files, and their split into training and validation."""
 
 import hashlib
 import json
@@ -11,13 +11,13 @@ import numpy as np
 
 from common.text_rows import texts
 
-# Tests are no code that one reads; pydoc_data is generated prose, and longer than all else in validation.
+# Tests are atypical code; pydoc_data is generated prose, longer than the rest of the validation set.
 NOT_LIBRARY = {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dist-packages"}
 TABLES = (".jsonl", ".parquet")  # files of many documents, one per row
-PIECE_BYTES = 2**22  # a longer text is read by pieces: bounded memory, and work for every thread
-CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # UTF-8: all bytes of a character but its first
+PIECE_BYTES = 2**22  # longer texts are read in pieces: bounded memory, and work for every thread
+CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # UTF-8: all bytes of a character but the first
 
-Part = tuple[Path, int, int | None]  # a file, and the range in it of documents (of bytes, in plain text)
+FileSpan = tuple[Path, int, int | None]  # a file and a range of its documents (of its bytes, for plain text)
 
 
 def library_files() -> tuple[Path, list[Path]]:
@@ -30,11 +30,11 @@ def library_files() -> tuple[Path, list[Path]]:
 
 
 def local_files(source: Path) -> tuple[Path, list[Path]]:
-    """List a file, or all that a folder holds but hidden and empty files."""
+    """List a single file, or a folder's files except hidden and empty ones."""
     if source.is_file():
         return source.parent, [source]
     if not source.is_dir():
-        raise FileNotFoundError(f"the source must be a file, a folder or a name that --help lists: no {source} here")
+        raise FileNotFoundError(f"the source must be a file, a folder or a name that --help lists, got {source}")
     files = [path for path in source.rglob("*") if path.is_file() and path.stat().st_size]
     files = [path for path in files if not any(p.startswith(".") for p in path.relative_to(source).parts)]
     if not files:
@@ -43,14 +43,14 @@ def local_files(source: Path) -> tuple[Path, list[Path]]:
 
 
 def fingerprint(root: Path, files: list[Path]) -> str:
-    """Hash the names, sizes and times of files: quick, and different once a file has changed."""
+    """Hash the names, sizes and modification times of files, to detect changes without reading them."""
     stats = [(path.relative_to(root).as_posix(), path.stat()) for path in files]
     listing = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 def is_readable(path: Path) -> bool:
-    """Tell whether a file is parquet, or UTF-8 throughout."""
+    """Return whether a file is named .parquet or holds valid UTF-8."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             while path.suffix != ".parquet" and file.read(PIECE_BYTES):
@@ -60,25 +60,25 @@ def is_readable(path: Path) -> bool:
     return True
 
 
-def split_files(root: Path, files: list[Path], val_fraction: float) -> dict[str, list[Part]]:
-    """Divide files by a hash of their path, which others do not change; one alone into its head and tail."""
+def split_files(root: Path, files: list[Path], val_fraction: float) -> dict[str, list[FileSpan]]:
+    """Split files by a hash of each path, so that added files move no other; a single file into head and tail."""
     if len(files) == 1:
         cut = tail_start(files[0], val_fraction)
         return {"train": [(files[0], 0, cut)], "val": [(files[0], cut, None)]}
 
-    def place(path: Path) -> float:  # uniform in [0, 1)
+    def hash_fraction(path: Path) -> float:  # uniform in [0, 1)
         return int(hashlib.sha256(path.relative_to(root).as_posix().encode()).hexdigest()[:12], 16) / 16**12
 
-    places = sorted(place(path) for path in files)
-    bound = min(max(val_fraction, np.nextafter(places[0], 1)), places[-1])  # a file on either side at least
-    parts: dict[str, list[Part]] = {"train": [], "val": []}
+    fractions = sorted(hash_fraction(path) for path in files)
+    bound = min(max(val_fraction, np.nextafter(fractions[0], 1)), fractions[-1])  # at least one file per split
+    parts: dict[str, list[FileSpan]] = {"train": [], "val": []}
     for path in files:
-        parts["val" if place(path) < bound else "train"].append((path, 0, None))
+        parts["val" if hash_fraction(path) < bound else "train"].append((path, 0, None))
     return parts
 
 
 def tail_start(path: Path, val_fraction: float) -> int:
-    """Place the cut of a single file: before a document, or in plain text before a character."""
+    """Return where a single file's validation tail starts: at a document or, in plain text, at a character."""
     size = sum(1 for _ in texts(path)) if path.suffix in TABLES else path.stat().st_size
     cut = max(size - max(1, round(size * val_fraction)), 0)
     if path.suffix in TABLES:
@@ -89,9 +89,9 @@ def tail_start(path: Path, val_fraction: float) -> int:
     return cut + len(tail) - len(tail.lstrip(CONTINUATION_BYTES))
 
 
-def pieces(part: Part) -> Iterator[tuple[str, bool]]:
-    """Read a part of a file: texts, and whether each ends there; long plain text is cut at ends of lines."""
-    path, start, stop = part
+def pieces(span: FileSpan) -> Iterator[tuple[str, bool]]:
+    """Yield (text, whether its document ends there) of a span; long plain text is cut at line ends."""
+    path, start, stop = span
     if path.suffix in TABLES:
         yield from ((text, True) for text in islice(texts(path), start, stop))
         return

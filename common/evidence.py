@@ -1,4 +1,4 @@
-"""Whether a difference between optimizers exceeds the noise between seeds."""
+"""Statistics that tell a difference between optimizers from the noise between seeds."""
 
 import math
 import statistics
@@ -21,7 +21,7 @@ class Paired:
 
     @property
     def is_beyond_noise(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether the interval excludes 0."""
         return abs(self.mean) > self.half_width
 
 
@@ -54,9 +54,9 @@ def paired_difference(losses: Mapping[int, float], others: Mapping[int, float]) 
 
 
 def digits_of(spread: float) -> int:
-    """Return the decimals that a value with this spread deserves, 0 to 4; 3 for no spread.
+    """Return the number of decimals to print of a value with this spread, 0 to 4; 3 without a spread.
 
-    The spread keeps two digits up to 3.5 of its unit, as 0.0011 or 0.16, and one above, as 0.006.
+    A spread whose leading digits are below 3.5 keeps two of them (0.0011, 0.16), any other keeps one (0.006).
     """
     if not spread > 0 or not math.isfinite(spread):
         return 3

@@ -1,4 +1,4 @@
-"""The look of this project's figures and tables: one colour and marker per optimizer, labels at the ends of lines."""
+"""Style of figures and tables: one colour and marker per optimizer, labels at line ends."""
 
 import statistics
 import zlib
@@ -19,9 +19,9 @@ class Style(NamedTuple):
     weight: str = "normal"
 
 
-# One look per optimizer in every figure of the project. OLion has Okabe and Ito's vermilion; the others were searched
-# around that set's hues for colours that stay apart (27 or more in CIELAB) under Machado, Oliveira and Fernandes'
-# simulations (2009) of the three kinds of colour blindness, and read on white. Markers serve grey print.
+# One style per optimizer in all figures. OLion has Okabe and Ito's vermilion. The others, near that palette's hues,
+# differ by 27 or more in CIELAB under the simulations of the three kinds of colour blindness by Machado, Oliveira and
+# Fernandes (2009), and are legible on white. Markers are for greyscale print.
 STYLES = {
     "olion": Style("OLion", "#D55E00", "o", 3.2, "bold"),
     "muon": Style("Muon", "#0A48C8", "s"),
@@ -29,26 +29,26 @@ STYLES = {
     "lion": Style("Lion", "#B04FAE", "D"),
     "adamw": Style("AdamW", "#2B2B2B", "v"),
 }
-OTHERS = ("#A6761D", "#332288", "#7A9A01", "#882255")  # rules added later, until they get a line above
+OTHERS = ("#A6761D", "#332288", "#7A9A01", "#882255")  # of rules without a line above
 INK, FAINT = "#222222", "#6E6E6E"
 
 
 def style_of(optimizer: str) -> Style:
-    """The look of an optimizer, the same in every figure; a rule without one gets a colour by its name."""
+    """Return an optimizer's style; a rule without one gets a colour by its name."""
     fallback = Style(optimizer, OTHERS[zlib.crc32(optimizer.encode()) % len(OTHERS)], "P")
     return STYLES.get(optimizer.lower(), fallback)
 
 
 def rate(lr: float | None) -> str:
-    """A learning rate as people write it: 6e-4, 1.6e-2."""
+    """Format a learning rate: 6e-4, 1.6e-2."""
     return "–" if lr is None else shortest(lr)
 
 
 def push_apart(positions: list[float], gap: float) -> np.ndarray:
-    """Moves labels apart along one axis until neighbours are `gap` away, keeping their order."""
+    """Move labels apart along one axis until neighbours are `gap` apart, keeping their order."""
     order = np.argsort(positions, kind="stable")
     placed = np.array(positions, dtype=float)[order]
-    for _ in range(300):  # each pass halves an overlap; a dozen labels settle well before
+    for _ in range(300):  # each pass halves an overlap; a dozen labels converge much sooner
         overlap = np.maximum(gap - np.diff(placed), 0) / 2
         placed[:-1] -= overlap
         placed[1:] += overlap
@@ -56,7 +56,7 @@ def push_apart(positions: list[float], gap: float) -> np.ndarray:
 
 
 def pyplot():
-    """matplotlib.pyplot without a display; imported when something is drawn, since it takes a second."""
+    """Import matplotlib.pyplot without a display; only when a figure is drawn, since it takes a second."""
     import matplotlib
 
     matplotlib.use("Agg")  # before pyplot: no display on a training machine
@@ -66,7 +66,7 @@ def pyplot():
 
 
 def new_figure(title: str, subtitle: str, rows: int = 1, sharey: bool = False):
-    """A figure in the project's look: (figure, [panel, ...]); legible at 800 pixels, half of what is saved."""
+    """Return (figure, [panel, ...]) in the project's style, legible at 800 pixels, half the saved width."""
     plt = pyplot()
     plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 12, "axes.edgecolor": FAINT})
     height = 1.0 + 3.8 * rows  # inches
@@ -83,14 +83,14 @@ def new_figure(title: str, subtitle: str, rows: int = 1, sharey: bool = False):
 
 
 def label_ends(panel, ends: list[tuple[float, float, str, str]]) -> None:
-    """Writes (x, y, text, optimizer) right of the panel, apart from each other, tied to the line's end."""
+    """Write labels (x, y, text, optimizer) right of the panel without overlap, each connected to its line's end."""
     longest = max(len(text) for _, _, text, _ in ends)
     room = max(0.5, 0.945 - 0.0108 * longest)  # a letter is about 1 % of the width
     panel.figure.subplots_adjust(right=min(room, panel.figure.subplotpars.right))  # another panel's may be longer
     bottom, top = panel.get_ylim()
     heights = [min(max(y, bottom), top) for _, y, _, _ in ends]
     places = push_apart(heights, gap=(top - bottom) * 0.072)  # a line of text
-    # relpos: to the text's left edge; towards its middle the line would cross other texts
+    # relpos: connect to the text's left edge; a line to its middle would cross other labels
     tie = {"arrowstyle": "-", "linewidth": 0.7, "alpha": 0.6, "shrinkA": 1, "relpos": (0, 0.5)}
     for (x, _, text, optimizer), height, place in zip(ends, heights, places, strict=True):
         style = style_of(optimizer)
@@ -114,7 +114,7 @@ def save(figure, out: Path) -> None:
 
 
 def mean_and_spread(values: list[float]) -> str:
-    """'1.678 ± 0.004 (3 seeds)': the mean and the sample standard deviation, in the decimals that its spread leaves."""
+    """Format mean and sample standard deviation with the decimals that the latter leaves: '1.678 ± 0.004 (3 seeds)'."""
     mean = statistics.fmean(values)
     if len(values) == 1:
         return f"{mean:.3f}"
@@ -124,7 +124,7 @@ def mean_and_spread(values: list[float]) -> str:
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table that is also aligned as plain text."""
+    """Return a Markdown table that is also aligned as plain text."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     body = [header, ["-" * width for width in widths], *rows]
     return "\n".join(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def encode(value: Any) -> Any:
-    """Return a value that JSON holds and `decode` turns back; TypeError, naming the type, for anything else."""
+    """Return a JSON-serializable value that `decode` inverts; raises TypeError, naming an unsupported type."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list):
@@ -24,12 +24,12 @@ def encode(value: Any) -> Any:
         return {"$tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
     raise TypeError(
         f"an optimizer's options must be numbers, strings, lists, tuples, dtypes or small tensors, to be saved; got "
-        f"{type(value).__name__}: take it out of the param group"
+        f"{type(value).__name__}: remove it from the param group"
     )
 
 
 def decode(value: Any) -> Any:
-    """Return the value that `encode` was given; ValueError for another."""
+    """Invert `encode`; raises ValueError for an unknown dtype."""
     if isinstance(value, list):
         return [decode(each) for each in value]
     if not isinstance(value, dict):

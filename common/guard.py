@@ -1,9 +1,9 @@
-"""Plain ends of programs: errors for the user in one line, Ctrl-C too, and no abort after a process group.
+"""Program exits: one line for user errors and for Ctrl-C, and no abort after a process group.
 
     if __name__ == "__main__":
         main_guard(main)
 
-Nothing heavy is imported here: a program guards itself first, then imports torch inside `main`.
+No heavy imports here: a program installs the guard first, then imports torch inside `main`.
 """
 
 import os
@@ -17,21 +17,21 @@ from typing import Any, NoReturn
 from common import UserError, one_line
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-STOPPED = "stopped; the same command does what is left"
-# As torch words an allocation that fails on a CPU, and a tensor whose size is no 64-bit number.
+STOPPED = "stopped; the same command continues"
+# torch's messages for an allocation that fails on a CPU, and for a tensor size beyond 64 bits.
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed", "integer overflow")
 
 _left_a_group = False  # whether this process has been in a process group that launch.stop destroyed
 
 
 def group_was_left() -> None:
-    """Note that this process was in a process group, so that it ends by `leave`."""
+    """Record that this process was in a process group, so that it exits through `leave`."""
     global _left_a_group
     _left_a_group = True
 
 
 def leave(status: int = 0) -> NoReturn:
-    """End this process with `status` once its output is written, without the interpreter's own shutdown.
+    """Flush the output and exit with `status`, without the interpreter's shutdown.
 
     A DeviceMesh in DTensor's caches keeps gloo threads alive after the group is destroyed; a thread that frees a
     tensor during the shutdown aborts the process (6 of 115 runs of one test on a loaded machine).
@@ -42,13 +42,12 @@ def leave(status: int = 0) -> NoReturn:
 
 
 def main_guard(main: Callable[[], None], resume: str = "--resume") -> None:
-    """Run a program; an error that the user can act on becomes one `error: ...` line and its exit_status, or 1.
+    """Run a program; a user error becomes one `error: ...` line and exit status 1, or the error's `exit_status`.
 
-    Such errors are UserError, OSError (files, network), a ValueError of a `raise` statement of this repository, a
-    package that is not installed, too little memory, and a rank that no longer answers. Any other exception is a bug
-    and keeps its traceback, a ValueError of `int()` or `zip(strict=True)` among them; `python -X dev` shows the
-    traceback of every one. Ctrl-C becomes one line too, and status 130, as shells have it. A process that has been in a
-    process group ends by `leave`.
+    User errors are UserError, OSError (files, network), a ValueError of a `raise` statement of this repository, a
+    missing package, insufficient memory, and a lost rank. Any other exception is a bug and keeps its traceback, as does
+    a ValueError of `int()` or `zip(strict=True)`; `python -X dev` shows all tracebacks. Ctrl-C becomes one line and
+    status 130, as in shells. A process that was in a process group exits through `leave`.
     """
     try:
         _with_plain_errors(main, resume)
@@ -64,7 +63,7 @@ def main_guard(main: Callable[[], None], resume: str = "--resume") -> None:
 
 
 def plain_interrupt() -> None:
-    """Make Ctrl-C one line from here on, where no main_guard runs yet: a program imports for seconds."""
+    """Make Ctrl-C one line before main_guard runs: imports take seconds."""
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -88,7 +87,7 @@ def _with_plain_errors(main: Callable[[], None], resume: str) -> None:
         if sys.flags.dev_mode or not package or (REPOSITORY / package).is_dir():
             raise
         _end(
-            f"error: need the package {package}, as requirements.txt has it ({one_line(error)}): "
+            f"error: need the package {package} of requirements.txt ({one_line(error)}): "
             "pip install -r requirements.txt"
         )
     except (UserError, OSError, ValueError) as error:
@@ -111,23 +110,23 @@ def _end(line: str, status: int = 1) -> NoReturn:
 def _of_memory(error: Exception) -> str | None:
     if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
         return None
-    return f"error: need more memory than there is ({one_line(error)[:200]}): lower the batch, the count or the model"
+    return f"error: out of memory ({one_line(error)[:200]}): use a smaller batch, count or model"
 
 
 def _of_lost_rank(error: Exception, resume: str) -> str | None:
-    """Tell a failed collective: NCCL's and the store's errors are DistErrors; gloo's only name its source files."""
+    """Describe a failed collective: NCCL and the store raise DistError, gloo's errors only name its source files."""
     kind = getattr(_distributed(), "DistError", ())
     if not isinstance(error, kind) and "/gloo/" not in str(error):
         return None
     rank = _distributed().get_rank() if _is_in_a_group() else 0
     return (
-        f"error: rank {rank} lost another rank, which ended or hangs: see that rank's own error, then the same command "
-        f"with {resume} goes on from the last checkpoint, on any number of ranks ({one_line(error)})"
+        f"error: rank {rank} lost another rank, which exited or hangs: see that rank's error; the same command with "
+        f"{resume} continues from the last checkpoint, on any number of ranks ({one_line(error)})"
     )
 
 
 def _distributed() -> Any:
-    """Return torch.distributed if it has been imported: until then there is no process group."""
+    """Return torch.distributed if it is imported: without it there is no process group."""
     return sys.modules.get("torch.distributed")
 
 
@@ -141,9 +140,9 @@ def _was_in_a_group() -> bool:
 
 
 def _raised_here(error: Exception) -> bool:
-    """Whether a `raise` statement of this repository raised `error`, not a library or a builtin that it called.
+    """Return whether a `raise` statement of this repository raised `error`, rather than a library or a builtin.
 
-    The optimizers raise ValueError, as torch's do: they know no UserError.
+    The optimizers raise ValueError, as torch's do: they do not import UserError.
     """
     last = traceback.extract_tb(error.__traceback__)[-1]
     raised_in = Path(last.filename).resolve()

@@ -1,10 +1,10 @@
-"""One reader for the JSON files that this repository writes: an object of the expected shape, or one line.
+"""Reader of this repository's JSON files: returns an object of the expected shape, or raises a one-line error.
 
     END = {"step": int, "val_loss": (float, None), "diverged": bool}
     end = read_object(folder / "finished.json", END, "remove it, and run again")
 
-A shape is a type; None for null; a tuple of alternatives; [shape] for an array of them; {key: shape} for an object,
-which may hold more keys, and may lack a "key?". An int is a float too, and a bool is neither.
+A shape is a type; None for null; a tuple of alternatives; [shape] for an array; {key: shape} for an object, in which
+further keys are allowed and a "key?" is optional. An int passes as a float; a bool passes as neither.
 """
 
 import json
@@ -27,7 +27,7 @@ _WORDS = {
 
 
 def read_object(path: str | Path, shape: Mapping[str, Shape], remedy: str) -> dict[str, Any]:
-    """Return the JSON object in a file; UserError, naming the file, the key and the remedy, for anything else."""
+    """Return the JSON object in a file; raises UserError, naming file, key and remedy, for anything else."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -46,13 +46,13 @@ def parse_object(text: str, source: str, shape: Mapping[str, Shape], remedy: str
 
 
 def check(value: Any, source: str, shape: Mapping[str, Shape], remedy: str) -> None:
-    """Raise UserError where a value is not of this shape; `source` is its name in the error."""
+    """Raise UserError if a value does not have this shape; `source` is its name in the error."""
     if difference := _difference(value, shape, ""):
         raise UserError(f"{source} must hold {difference}: {remedy}")
 
 
 def is_json(text: str) -> bool:
-    """Tell whether a text is JSON."""
+    """Return whether a text is JSON."""
     try:
         json.loads(text)
     except (ValueError, RecursionError):
@@ -61,7 +61,7 @@ def is_json(text: str) -> bool:
 
 
 def _difference(value: Any, shape: Shape, place: str) -> str | None:
-    """Return the first difference of a value from its shape, as "key as a number, got text"; None without one."""
+    """Return a value's first difference from its shape, as "key as a number, got text"; None without one."""
     if isinstance(shape, Mapping):
         if not isinstance(value, dict):
             return _said(value, shape, place)

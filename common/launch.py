@@ -1,4 +1,4 @@
-"""Where a run executes: processes, device, seeds, signals; the same with torchrun and without it."""
+"""Processes, devices, seeds and signals of a run, with torchrun or without."""
 
 import os
 import random
@@ -27,11 +27,11 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 @dataclass(frozen=True)
-class Launch:
-    """This process among all processes of the run, and the device that it computes on."""
+class Process:
+    """This process's rank, the number of ranks, and its device."""
 
     rank: int
-    local_rank: int  # the rank on this machine, which is also the index of the GPU
+    local_rank: int  # rank on this machine, and index of the GPU
     world_size: int
     device: torch.device
     local_world_size: int = 1  # ranks on this machine
@@ -42,14 +42,14 @@ class Launch:
         return self.rank == 0
 
 
-def start(device: str = "auto", timeout_s: float = 600) -> Launch:
-    """Join the process group that torchrun prepared, or run as a single process without one.
+def start(device: str = "auto", timeout_s: float = 600) -> Process:
+    """Join torchrun's process group, or run as a single process without one.
 
     `device` "auto" takes CUDA, then MPS, then the CPU. The backend is NCCL on CUDA and gloo on CPUs. A collective
     that takes longer than `timeout_s` seconds ends the run instead of hanging it.
 
-    Raises UserError when the device is unknown, not on this machine or not usable, when the launcher's variables do
-    not name a rank, and when another program has the ranks' port.
+    Raises UserError for a device that is unknown, missing or unusable, for invalid launcher variables, and for a port
+    that another program uses.
     """
     gpu.set_allocator()
     rank, local_rank, world_size, local_world_size = read_environment()
@@ -62,9 +62,9 @@ def start(device: str = "auto", timeout_s: float = 600) -> Launch:
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             timeout=timedelta(seconds=timeout_s),
-            device_id=chosen if on_gpu else None,  # NCCL connects now, and knows the GPU of a barrier
+            device_id=chosen if on_gpu else None,  # NCCL connects now, and barriers know their GPU
         )
-    return Launch(rank, local_rank, world_size, chosen, local_world_size)
+    return Process(rank, local_rank, world_size, chosen, local_world_size)
 
 
 def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
@@ -77,7 +77,7 @@ def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
         name = "cuda" if gpus else "mps" if mps else "cpu"
     if name == "cuda":
         if not gpus:
-            raise UserError("device 'cuda' was asked for, but torch sees no GPU here; use device cpu or auto")
+            raise UserError("device 'cuda' needs a GPU, but torch sees none; use device cpu or auto")
         if local_rank >= gpus:
             raise UserError(
                 f"local rank {local_rank} needs a GPU of its own, but torch sees {gpus}; start fewer processes (NGPU)"
@@ -88,21 +88,21 @@ def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
     return torch.device(name)
 
 
-def device_mesh(launch: Launch, replicate: int, shard: int) -> DeviceMesh:
+def device_mesh(process: Process, replicate: int, shard: int) -> DeviceMesh:
     """Arrange all ranks as `replicate` replicas of a model, each sharded over `shard` neighbouring ranks.
 
     A single replica is a mesh of one dimension, "shard"; several are ("replicate", "shard"), as FSDP2 takes them. Every
-    rank must call it. Raises UserError where the two do not make up the number of ranks.
+    rank must call it. Raises UserError unless replicate * shard is the number of ranks.
     """
-    if replicate * shard != launch.world_size:
+    if replicate * shard != process.world_size:
         raise UserError(
-            f"a mesh of {replicate} copies on {shard} ranks each needs {replicate * shard} ranks; got "
-            f"{launch.world_size}: start as many, or change the mesh"
+            f"a mesh of {replicate} replicas on {shard} ranks each needs {replicate * shard} ranks; got "
+            f"{process.world_size}: start as many, or change the mesh"
         )
     shape, names = (replicate, shard), ("replicate", "shard")
     if replicate == 1:
         shape, names = shape[1:], names[1:]
-    return init_device_mesh(launch.device.type, shape, mesh_dim_names=names)
+    return init_device_mesh(process.device.type, shape, mesh_dim_names=names)
 
 
 def stop() -> None:
@@ -119,15 +119,15 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def all_reduce_sum(values: list[float], launch: Launch) -> list[float]:
+def all_reduce_sum(values: list[float], process: Process) -> list[float]:
     """Sum each value over the ranks in float64; every rank must call it with as many values."""
     if not dist.is_initialized():
         return list(values)
-    return sum_over_ranks(torch.tensor(values, dtype=torch.float64, device=launch.device)).tolist()
+    return sum_over_ranks(torch.tensor(values, dtype=torch.float64, device=process.device)).tolist()
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum a tensor over the ranks in float64, where the device has it; the host does not wait for the result."""
+    """Sum a tensor over the ranks, in float64 where the device has it; the host does not wait for the result."""
     values = values if values.device.type == "mps" else values.double()
     if dist.is_initialized():
         dist.all_reduce(values)
@@ -135,7 +135,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def on_main(function: Callable[[], Result]) -> Result:
-    """Run `function` on rank 0 alone, and give its result, or raise its failure, on every rank."""
+    """Run `function` on rank 0 only; return its result, or raise its exception, on every rank."""
     result: Any = None
     failure: Exception | None = None
     if process_rank() == 0:
@@ -157,16 +157,16 @@ def process_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def refuse_differences(facts: dict[str, Any], launch: Launch) -> None:
-    """Compare facts (JSON's types) and library versions over the ranks; every rank must call it at the same place.
+def refuse_differences(facts: dict[str, Any], process: Process) -> None:
+    """Compare facts (of JSON's types) and library versions across ranks; a collective call.
 
     Raises UserError, on all ranks, naming the first fact that differs, its values and their ranks.
     """
-    if launch.world_size == 1 or not dist.is_initialized():
+    if process.world_size == 1 or not dist.is_initialized():
         return
     versions = {"python": sys.version.split()[0], "numpy": np.__version__, "torch": torch.__version__}
     mine = dict(_flatten({**facts, **versions}))
-    of_ranks: list[dict[str, Any]] = [{}] * launch.world_size
+    of_ranks: list[dict[str, Any]] = [{}] * process.world_size
     dist.all_gather_object(of_ranks, mine)
     for key in dict.fromkeys(key for each in of_ranks for key in each):
         values = [repr(each.get(key, "absent")) for each in of_ranks]
@@ -174,9 +174,9 @@ def refuse_differences(facts: dict[str, Any], launch: Launch) -> None:
             ranks = {
                 value: [rank for rank, other in enumerate(values) if other == value] for value in dict.fromkeys(values)
             }
-            said = "; ".join(f"{value} on rank {', '.join(map(str, which))}" for value, which in ranks.items())
+            found = "; ".join(f"{value} on rank {', '.join(map(str, theirs))}" for value, theirs in ranks.items())
             raise UserError(
-                f"all ranks must have the same {key}; got {said}: start them with the same command and files"
+                f"all ranks must have the same {key}; got {found}: start them with the same command and files"
             )
 
 
@@ -189,14 +189,14 @@ def _flatten(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 class StopRequest:
-    """Turn the first Ctrl-C or SIGTERM into a question that the training loop asks between two steps.
+    """Record the first Ctrl-C or SIGTERM, for the training loop to ask about between steps.
 
-    A second signal acts as usual. torchrun passes Ctrl-C on to its workers and kills them after 30 seconds, so
-    save at once.
+    A second signal acts as usual. torchrun forwards Ctrl-C to its workers and kills them after 30 seconds, so save at
+    once.
 
     Example:
         with StopRequest() as stop_request:
-            while step < steps and not stop_request.agreed(launch):
+            while step < steps and not stop_request.agreed(process):
                 ...
     """
 
@@ -225,22 +225,21 @@ class StopRequest:
             self.__exit__()
             signal.raise_signal(number)
 
-    def agreed(self, launch: Launch) -> bool:
-        """Whether any rank was asked to stop; every rank must call it, and all get the same answer."""
+    def agreed(self, process: Process) -> bool:
+        """Return, on all ranks alike, whether any rank was signalled to stop; a collective call."""
         if not dist.is_initialized():
             return self.requested
-        return sum_over_ranks(self.as_tensor(launch.device)).item() > 0
+        return sum_over_ranks(self.as_tensor(process.device)).item() > 0
 
     def as_tensor(self, device: torch.device) -> Tensor:
-        """Return 1 if this rank was asked to stop, else 0, (1,), for a sum over the ranks; nothing is copied."""
+        """Return 1 if this rank was signalled to stop, else 0, (1,), without a copy from the host."""
         return torch.full((1,), float(self.requested), device=device)
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Return the most memory this process has used, in MiB: allocated on the GPU, or resident on a CPU.
+    """Return this process's peak memory in MiB: allocated on the GPU, or resident on a CPU.
 
-    Without pages of files, where Linux tells them apart: those of a memory-mapped corpus are the page cache's, which
-    gives them up when memory runs short.
+    On Linux without pages of files: those of a memory-mapped corpus are page cache, which the kernel can reclaim.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20

@@ -1,9 +1,9 @@
-"""Manifests: the files of a folder with their sizes and SHA-256, so that a damaged or exchanged file is seen.
+"""Manifests: sizes and SHA-256 of a folder's files, to detect damaged or exchanged ones.
 
     write_manifest(folder, {"step": 1000})       # folder/manifest.json, over every file of the folder
-    manifest = verify_manifest(folder)           # or Damaged, with each file that differs
+    manifest = verify_manifest(folder)           # or Damaged, naming each file that differs
 
-The manifest has a SHA-256 of its own. Damage is seen, forgery is not: anyone can write a manifest that fits.
+The manifest includes its own SHA-256. It detects damage, not forgery: anyone can write a matching manifest.
 """
 
 import hashlib
@@ -17,22 +17,22 @@ from common import UserError, one_line
 from common.whole import write_json
 
 MANIFEST = "manifest.json"
-FORMAT = 2  # to be raised when this code would misread a newer one
+FORMAT = 2  # incremented when older code would misread newer manifests
 
-_THREADS = 8  # hashlib lets go of the interpreter; a disk seldom feeds more
+_THREADS = 8  # hashlib releases the GIL; a disk seldom feeds more
 
 
 class Damaged(UserError, ValueError):
-    """A folder that is not as it was written; its message is one line."""
+    """A folder that differs from its manifest; the message is one line."""
 
 
 def write_manifest(folder: str | Path, contents: dict[str, Any] | None = None, checksums: bool = True) -> dict:
     """Write folder/manifest.json over all files that the folder holds; returns the manifest.
 
     Args:
-        folder: complete, and written to by nobody else.
-        contents: more to record, anything that JSON can hold.
-        checksums: hash the files (about 1 GB/s per core); without it only sizes are recorded.
+        folder: complete; no other process may write to it.
+        contents: further fields, JSON-serializable.
+        checksums: hash the files (about 1 GB/s per core); otherwise only sizes are recorded.
     """
     folder = Path(folder)
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
@@ -47,17 +47,14 @@ def write_manifest(folder: str | Path, contents: dict[str, Any] | None = None, c
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Return a folder's manifest, checked against its own SHA-256, and its files against their sizes.
-
-    Raises Damaged.
-    """
+    """Return a folder's manifest; raises Damaged if its own SHA-256 or the size of a file differs."""
     folder = Path(folder)
     try:
         written = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise Damaged(f"its {MANIFEST} cannot be read: {one_line(error)}") from error
     if isinstance(written, dict) and written.get("format") == 1:
-        raise Damaged(f"it is of format 1, of an older version of this code, which reads format {FORMAT}")
+        raise Damaged(f"it has format 1, of an older version of this code, which reads format {FORMAT}")
     if not isinstance(written, dict) or not isinstance(written.get("manifest"), dict):
         raise Damaged(f"its {MANIFEST} must hold a manifest and its sha256, got {_shown(written)}")
     manifest = written["manifest"]
@@ -74,9 +71,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def verify_manifest(folder: str | Path, checksums: bool = True) -> dict[str, Any]:
-    """Return a folder's manifest once every file is as it was written; raises Damaged, with each file that is not.
+    """Return a folder's manifest after checking every file; raises Damaged, naming each file that differs.
 
-    checksums: read and hash the files too, where the manifest has their SHA-256; without it sizes alone are compared.
+    checksums: also hash the files whose SHA-256 the manifest has; otherwise only sizes are compared.
     """
     folder, manifest = Path(folder), read_manifest(folder)
     hashed = {name: file["sha256"] for name, file in manifest["files"].items() if checksums and file["sha256"]}

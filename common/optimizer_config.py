@@ -1,4 +1,4 @@
-"""The section of a config that chooses the optimizer; the choice is made by `optimizers.build_optimizer`.
+"""The [optimizer] section of a config: arguments of `optimizers.build_optimizer`.
 
 optimizer = build_optimizer(model, settings.optimizer.name, **settings.optimizer.arguments())
 """
@@ -12,26 +12,26 @@ from common.optimizer_help import options_help
 
 
 def _list_options(config: type) -> None:
-    """Describe every rule's options in --help, which shows a section's docstring but no table without entries."""
+    """Add every rule's options to the docstring: --help shows no table without entries."""
     config.__doc__ = f"{config.__doc__ or config.__name__}\n\n{options_help()}"
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer; an option that the named rule does not have is an error when it is built."""
+    """The optimizer; its options are checked when it is built."""
 
     name: str = "olion"
-    """Rule of the hidden matrices: olion, muon, adamuon, lion, adamw or a registered rule of your own."""
+    """Rule of the hidden matrices: olion, muon, adamuon, lion, adamw or another registered rule."""
     lr: float | None = None
-    """Peak rate of the matrices; None takes this optimizer's from `tuned_lr`."""
+    """Peak learning rate of the matrices; None takes this optimizer's from `tuned_lr`."""
     tuned_lr: dict[str, float] = field(default_factory=dict)
-    """Rate of each optimizer where `lr` is not given: the best of a sweep (python -m scripts.sweep)."""
+    """Learning rate per optimizer where `lr` is None: the best of a sweep (python -m scripts.sweep)."""
     adamw_lr: float | None = None
-    """Peak rate of embeddings, head and norms, which AdamW trains for every rule; None is the matrices' rate."""
+    """Peak learning rate of embeddings, head and vectors, which AdamW trains for every rule; None: the matrices'."""
     weight_decay: float = 0.1
-    """Decoupled, on every tensor of two or more dimensions."""
+    """Decoupled weight decay of every tensor of two or more dimensions."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Options of the rule by name (a table [optimizer.options] in TOML), over the paper's."""
+    """Options of the rule by name (table [optimizer.options] in TOML)."""
 
     def __init_subclass__(cls):
         _list_options(cls)
@@ -46,7 +46,7 @@ class OptimizerConfig:
                 raise ConfigError(f"{name} must be 0 or more; got {rate}")
 
     def peak_lr(self) -> float:
-        """Return the peak rate of the matrices: the one asked for, or the optimizer's tuned one."""
+        """Return the matrices' peak learning rate: `lr`, or the optimizer's tuned one."""
         lr = self.tuned_lr.get(self.name) if self.lr is None else self.lr
         if lr is None:
             raise ConfigError(
@@ -55,7 +55,7 @@ class OptimizerConfig:
         return lr
 
     def arguments(self) -> dict[str, Any]:
-        """Return what `build_optimizer` takes beside model and name: the rates, and every option that is set."""
+        """Return the keyword arguments of `build_optimizer`."""
         rates = {"lr": self.peak_lr(), "adamw_lr": self.adamw_lr, "weight_decay": self.weight_decay}
         if twice := rates.keys() & self.options.keys():
             name = min(twice)

@@ -37,7 +37,7 @@ def _classes() -> dict[str, tuple[list[str], dict[str, str]]]:
 
 
 def _docs_in(docstring: str) -> dict[str, str]:
-    """Return the text of each argument under "Args:"; "a, b: text" is of both."""
+    """Return the text of each argument under "Args:"; "a, b: text" documents both."""
     section = re.search(r"^Args:\n(.*?)(?=\n\S|\Z)", docstring, re.S | re.M)
     docs: dict[str, str] = {}
     for entry in re.findall(r"^ {4}(\S.*(?:\n {5,}.*)*)", section[1] if section else "", re.M):

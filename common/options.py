@@ -1,8 +1,8 @@
-"""Command lines of the programs without a TOML file: a frozen dataclass of options, read by tyro.
+"""Command lines of programs without a TOML file: a frozen dataclass of options, read by tyro.
 
     options = parse_options(Options, "python -m SIT.sample", __doc__)
 
-A mistake is one line, as everywhere; `--help` needs nothing but the dataclass.
+Errors are one line; `--help` needs only the dataclass.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ def parse_options(
 ) -> Options:
     """Read a command line (`argv`, by default the program's own) into a dataclass, or one of a union of them.
 
-    Raises UserError, in one line, for an unknown option or a value of another type; ends the program after --help.
+    Raises UserError for an unknown option or a value of the wrong type; exits after --help.
     """
     import tyro  # here, so that a module can be imported without it
 
@@ -39,7 +39,7 @@ def parse_options(
 
 
 def _nearest(message: str, kind: Any) -> str:
-    """Return the hint at the nearest option, where the message begins with an unknown one."""
+    """Return a hint with the nearest option, if the message is about an unknown one."""
     unknown = re.match(r"Unrecognized options: --([\w-]+)", message)
     known = [field.name.replace("_", "-") for each in get_args(kind) or (kind,) for field in dataclasses.fields(each)]
     near = difflib.get_close_matches(unknown[1].replace("_", "-"), known, n=1) if unknown else []
@@ -47,11 +47,11 @@ def _nearest(message: str, kind: Any) -> str:
 
 
 def message_in(box: str) -> str:
-    """Return the message out of tyro's box, which is drawn for a screen: the lines between its first two rules."""
+    """Return the message in tyro's box: the lines between its first two horizontal rules."""
     parts: list[list[str]] = [[]]
     for line in box.splitlines():
         text = line.strip("│╭╮╰╯ ")
-        if text.startswith(("──", "-----", "─ ")):  # a rule; without Unicode it is of hyphens, below the title
+        if text.startswith(("──", "-----", "─ ")):  # a horizontal rule; without Unicode, hyphens below the title
             parts.append([])
         elif text:
             parts[-1].append(text)

@@ -1,4 +1,4 @@
-"""The states of Python's, NumPy's and torch's generators as tensors, which are read without unpickling anything."""
+"""States of Python's, NumPy's and torch's generators as tensors, which can be read without unpickling."""
 
 import random
 from typing import cast
@@ -10,7 +10,7 @@ from torch import Tensor
 
 def random_states() -> dict[str, Tensor]:
     """Return this process's random states by generator: python, numpy, torch and, once CUDA is in use, cuda."""
-    version, words, gauss = random.getstate()  # 624 words and a position; a normal draw kept for the next call
+    version, words, gauss = random.getstate()  # 624 words and a position; a cached normal draw
     python = [version, *words, gauss is not None, gauss or 0.0]
     _, keys, *position = cast(tuple, np.random.get_state())
     states = {

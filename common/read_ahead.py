@@ -1,4 +1,4 @@
-"""Batches that a thread reads while the network computes."""
+"""Batches read by a thread while the network computes."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -15,13 +15,13 @@ def read_ahead(
     depth: int = 1,
     device: torch.device | str = "cpu",
 ) -> Iterator[Any]:
-    """Yield function(argument) for each argument in turn, while a thread already works on the next `depth` of them.
+    """Yield function(argument) for each argument in order, while a thread computes the next `depth` of them.
 
-    device: of the network. For a GPU the thread pins what it read, a tensor or a dict of tensors, so that a copy with
-    `non_blocking` does not wait.
+    device: the network's. For a GPU the thread pins its results, a tensor or a dict of tensors, so that `non_blocking`
+    copies do not wait.
 
-    Let `function` compute with numpy or by single threads: in another thread torch's OpenMP would start a second set of
-    its own, for which the first one's then wait asleep: on two cores each training step took 1.6 times as long.
+    `function` should use numpy or a single thread: called from another thread, torch's OpenMP starts a second pool of
+    threads that competes with the first; on two cores each training step took 1.6 times as long.
 
     Example: `for fetched in read_ahead(lambda step: batch(items, step=step, ...), range(start, steps)): ...`
     """
@@ -31,7 +31,7 @@ def read_ahead(
         result = function(argument)
         return pinned(result) if device.type == "cuda" else result
 
-    # The current GPU of a new thread is the first one, on every rank, and pinning would make a context there.
+    # A new thread's current GPU is the first one, on every rank, and pinning would create a context there.
     set_device = torch.cuda.set_device if device.type == "cuda" else (lambda _: None)
     pool, pending = ThreadPoolExecutor(1, "read ahead", set_device, (device,)), deque()
     try:

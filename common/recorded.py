@@ -1,4 +1,4 @@
-"""Runs as they were recorded, read for tables and pictures: each file's shape is checked, each fault is one line."""
+"""Recorded runs, read for tables and figures; a malformed file is a one-line error."""
 
 import glob
 import json
@@ -17,8 +17,8 @@ from common import UserError, json_files
 from common.figure import rate, style_of
 from common.runlog import METRICS_FILE, read_metrics
 
-DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))  # several lines of one optimizer
-COLUMNS = {  # of the table -> heading, digits after the point
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))  # for several lines of one optimizer
+COLUMNS = {  # metric -> heading in the table, digits after the point
     "val/loss": ("val loss", 3),
     "val/bits_per_byte": ("bits per byte", 3),
     "val/exact_match": ("exact match", 3),
@@ -29,13 +29,13 @@ COLUMNS = {  # of the table -> heading, digits after the point
     "optimizer_ms": ("ms in the optimizer", 2),
     "optimizer_state_mb": ("optimizer state MB", 2),
 }
-# Settings that make no other method: runs that differ in these alone are repetitions of one.
+# Runs that differ only in these settings are repetitions of one method.
 BOOKKEEPING = {"seed", "resume", "wandb", "checkpoint", "device", "out", "probe"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run recorded: points to draw, figures for the table, and where they come from."""
+    """The record of one run: points to draw, numbers for the table, and their origin."""
 
     name: str
     experiment: str
@@ -44,7 +44,7 @@ class Run:
     machine: Any
     config: dict
     summary: dict  # column of the table -> number
-    points: dict[str, dict[str, list[float]]]  # metric -> {"x": [...], "y": [...]}, of the metrics that it has
+    points: dict[str, dict[str, list[float]]]  # metric -> {"x": [...], "y": [...]}, without missing metrics
 
     @property
     def optimizer(self) -> str:
@@ -52,13 +52,13 @@ class Run:
 
     @property
     def length(self) -> float:
-        """The last x at which anything was drawn."""
+        """The largest x of any metric."""
         return max(max(points["x"]) for points in self.points.values())
 
 
 @dataclass(frozen=True)
 class Line:
-    """Runs that differ in their seed alone, drawn as one line."""
+    """Runs that differ only in their seed, drawn as one line."""
 
     optimizer: str
     label: str
@@ -74,18 +74,18 @@ class Line:
         return replace(self, runs=[run for run in self.runs if metric in run.points])
 
     def points(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """x (points,) at which every run has a value, and y (runs, points)."""
+        """Return x (points,), at which every run has a value, and y (runs, points)."""
         drawn = [run.points[metric] for run in self.runs]
         curves = [dict(zip(points["x"], points["y"], strict=True)) for points in drawn]
         shared = sorted(set.intersection(*map(set, curves)))
         if not shared:
             names = ", ".join(run.name for run in self.runs)
-            raise UserError(f"a mean needs points that all seeds share; {names} share no {metric}: draw them apart")
+            raise UserError(f"a mean needs points that all seeds share; {names} share no {metric}: draw them singly")
         return np.array(shared), np.array([[curve[x] for x in shared] for curve in curves])
 
 
 def read_object(path: Path) -> dict:
-    """The object in a JSON file; UserError where the file holds anything else."""
+    """Return the object in a JSON file; raises UserError for anything else."""
     return json_files.read_object(path, {}, "restore the file or remove it")
 
 
@@ -99,7 +99,7 @@ def is_number(value: Any) -> bool:
 
 
 def method(config: dict, prefix: str = "") -> dict[str, Any]:
-    """The settings that make a method, flat: {"optimizer": {"lr": 1}, "seed": 2} -> {"optimizer.lr": 1}"""
+    """Return the settings that define a method: {"optimizer": {"lr": 1}, "seed": 2} -> {"optimizer.lr": 1}"""
     flat = {}
     for key, value in config.items():
         if prefix or key not in BOOKKEEPING:
@@ -108,13 +108,13 @@ def method(config: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict:
-    """A run's config.json, the learning rate that was used standing in `optimizer.lr`; {} where there is none."""
+    """Return a run's config.json with the learning rate used as `optimizer.lr`; {} without a file."""
     path = folder / "config.json"
     record = read_object(path) if path.exists() else {}
     config = record.get("config", {})
     require(isinstance(config, dict), path, "an object as config", config)
     if isinstance(optimizer := config.get("optimizer", {}), dict):
-        tuned = optimizer.pop("tuned_lr", {})  # the rates that stand in for one that was not asked for
+        tuned = optimizer.pop("tuned_lr", {})  # replaces an lr that was not set
         require(isinstance(tuned, dict), path, "an object as optimizer.tuned_lr", tuned)
         if optimizer.get("lr") is None:
             optimizer["lr"] = tuned.get(optimizer.get("name"))
@@ -127,7 +127,7 @@ def read_config(folder: Path) -> dict:
 
 
 def values_of(lines: Iterable[dict], key: str) -> list[float | None]:
-    """A quantity at each line; None where it was not measured, or is not finite."""
+    """Return a metric's value on each line; None where it is missing or not finite."""
     values = [line.get(key) for line in lines]
     for value in values:
         require(value is None or is_number(value), f"each {key} in {METRICS_FILE}", "a number", value)
@@ -135,13 +135,13 @@ def values_of(lines: Iterable[dict], key: str) -> list[float | None]:
 
 
 def find_runs(patterns: tuple[str, ...]) -> list[Path]:
-    """Run folders named by paths, parents or globs; refuses to go on with none, naming what is there instead."""
+    """Return the run folders of paths, parents or globs; raises FileNotFoundError if there are none."""
     found: dict[Path, None] = {}  # a dict keeps the order and drops repetitions
     empty = []
     for pattern in patterns:
         paths = [Path(pattern)] if Path(pattern).exists() else sorted(map(Path, glob.glob(pattern)))
         runs = [metrics.parent for path in paths for metrics in sorted(path.rglob("metrics.jsonl"))]
-        runs = [run for run in runs if not run.parent.name.endswith(".old")]  # what a later run moved aside
+        runs = [run for run in runs if not run.parent.name.endswith(".old")]  # moved aside by a later run
         if not runs:
             there = sorted(entry.name for path in paths if path.is_dir() for entry in path.iterdir())
             held = ", ".join(there[:8] + ["..."] * (len(there) > 8)) or "nothing"
@@ -151,13 +151,13 @@ def find_runs(patterns: tuple[str, ...]) -> list[Path]:
         found |= dict.fromkeys(runs)
     if not found:
         raise FileNotFoundError(empty[0] if empty else "name the runs to draw, such as runs/nanogpt/default")
-    for line in empty:  # a shell's * also names folders of logs
+    for line in empty:  # a shell's * also matches folders of logs
         print(f"left out: {line}", file=sys.stderr)
     return list(found)
 
 
 def summarize(lines: list[dict]) -> dict[str, float]:
-    """The table's numbers: the last of what is a result, the median of what is a time."""
+    """Return the table's numbers: the last value of each result, the median of each time."""
 
     def values(key: str) -> list[float]:
         return [value for value in values_of(lines, key) if value is not None]
@@ -167,7 +167,7 @@ def summarize(lines: list[dict]) -> dict[str, float]:
 
 
 def distribution(lines: list[dict], metric: str) -> dict[str, list[float]] | None:
-    """The last recorded distribution of this name, its quantiles against their share; None where it is none."""
+    """Return a metric's last distribution as quantiles (y) against their levels (x); None if it has none."""
     values = next((line[metric] for line in reversed(lines) if isinstance(line.get(metric), list)), None)
     if not values:
         return None
@@ -175,7 +175,7 @@ def distribution(lines: list[dict], metric: str) -> dict[str, list[float]] | Non
 
 
 def read_run(folder: Path, metrics: tuple[str, ...], x: str) -> Run | None:
-    """One run, or None when it has no point to draw; what it lacks is said on stderr."""
+    """Read one run; None if it has no point to draw. Missing metrics are reported on stderr."""
     lines, points = read_metrics(folder), {}
     for metric in metrics:
         if quantiles := distribution(lines, metric):
@@ -199,7 +199,7 @@ def read_run(folder: Path, metrics: tuple[str, ...], x: str) -> Run | None:
 
 
 def read_record(path: Path) -> dict:
-    """The record of a figure, as `collect` makes it; UserError for another shape."""
+    """Read the record of a figure, as scripts.figures writes it; raises UserError for another shape."""
     record = read_object(path)
     texts = [record.get("title"), record.get("x"), *(metric := record.get("metric") or [None])]
     require(
@@ -222,7 +222,7 @@ def read_record(path: Path) -> dict:
 
 
 def group_lines(runs: list[Run]) -> list[Line]:
-    """One line for the runs that differ in their seed alone; its label says what sets it apart from its likes."""
+    """Group runs that differ only in their seed; a label names the settings that distinguish an optimizer's lines."""
     lines = []
     in_order = sorted(runs, key=lambda run: run.optimizer)  # sorted() is stable
     for optimizer, its_runs in groupby(in_order, key=lambda run: run.optimizer):
@@ -243,12 +243,12 @@ def group_lines(runs: list[Run]) -> list[Line]:
 
 
 def seeds_of(lines: list[Line]) -> str:
-    """The seeds of the runs in words; see `seeds_in_words`."""
+    """Return the seeds of the runs in words, as `seeds_in_words`."""
     return seeds_in_words(run.config.get("seed", "unknown") for line in lines for run in line.runs)
 
 
 def seeds_in_words(seeds: Iterable[Any]) -> str:
-    """'seed 1337', 'seeds 1, 3' or, of consecutive ones, 'seeds 1337 to 1339'."""
+    """Return 'seed 1337', 'seeds 1, 3' or, for consecutive ones, 'seeds 1337 to 1339'."""
     distinct = sorted(set(seeds), key=lambda seed: (isinstance(seed, str), seed))
     if len(distinct) > 2 and distinct == list(range(distinct[0], distinct[0] + len(distinct))):
         return f"seeds {distinct[0]} to {distinct[-1]}"

@@ -1,4 +1,4 @@
-"""Where the processes of a run meet: the launcher's variables and the port, checked before anything waits for them."""
+"""Rendezvous of a run's processes: checks the launcher's variables and the port, before anything waits for them."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ ANSWER_S = 30.0  # a store answers a client within milliseconds, on a loaded mac
 
 
 def read_environment() -> tuple[int, int, int, int]:
-    """Return rank, rank on this machine, number of ranks and of this machine's ranks, from torchrun's variables.
+    """Return rank, local rank, world size and local world size from torchrun's environment variables.
 
     Raises UserError for variables that are absent, not whole numbers, or out of range.
     """
@@ -24,7 +24,7 @@ def read_environment() -> tuple[int, int, int, int]:
     absent = [name for name in NEEDED if name not in os.environ]
     if absent and (world_size > 1 or "RANK" in os.environ):
         raise UserError(
-            f"WORLD_SIZE={world_size} needs {', '.join(absent)} too, and the environment has none: start through "
+            f"WORLD_SIZE={world_size} also needs {', '.join(absent)} in the environment, got none: start through "
             "torchrun, or unset WORLD_SIZE and RANK"
         )
     rank, local_rank = _whole_number("RANK", 0), _whole_number("LOCAL_RANK", 0)
@@ -41,14 +41,14 @@ def _whole_number(name: str, default: int, least: int = 0) -> int:
 
 
 def refuse_taken_port(rank: int, timeout_s: float, answer_s: float = ANSWER_S) -> None:
-    """Raise UserError, on every rank, where another program listens on the port of the ranks.
+    """Raise UserError, on every rank, if another program listens on the ranks' port.
 
-    torch itself would wait for that program's answer, without end. Rank 0 must find nobody there, for it is about to
-    listen; any other rank must get a store's answer within `answer_s` seconds after someone listens.
+    torch would wait for that program's answer forever. Rank 0 must find the port free, since it is about to listen; any
+    other rank must get a store's answer within `answer_s` seconds after someone listens.
     """
     address, port = os.environ["MASTER_ADDR"], _whole_number("MASTER_PORT", 0)
     if port == 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return  # a free port is taken, or torchrun listens there, and has checked it
+        return  # torchrun chooses a free port, or listens there and has checked it
     if rank == 0:
         if _someone_listens(address, port):
             raise _taken(address, port)
@@ -57,17 +57,17 @@ def refuse_taken_port(rank: int, timeout_s: float, answer_s: float = ANSWER_S) -
 
 
 def refuse_foreign_listener(address: str, port: int, answer_s: float = ANSWER_S) -> None:
-    """Raise UserError where a program that is no store listens on a port; nobody there, or a store, is well."""
+    """Raise UserError if a program other than a store listens on a port."""
     if _someone_listens(address, port):
         _wait_for_store(address, port, answer_s, answer_s)
 
 
 def _wait_for_store(address: str, port: int, timeout_s: float, answer_s: float) -> None:
-    """Return once a store answers, or after `timeout_s` seconds in which nobody listens; raises UserError otherwise."""
+    """Return when a store answers, or after `timeout_s` seconds without a listener; raises UserError otherwise."""
     answered = threading.Event()
 
     def ask() -> None:
-        with contextlib.suppress(RuntimeError):  # the group's own attempt names what it is
+        with contextlib.suppress(RuntimeError):  # init_process_group reports the cause
             dist.TCPStore(address, port, timeout=timedelta(seconds=timeout_s), wait_for_workers=False).num_keys()
             answered.set()
 
@@ -84,8 +84,8 @@ def _wait_for_store(address: str, port: int, timeout_s: float, answer_s: float) 
 
 def _taken(address: str, port: int) -> UserError:
     return UserError(
-        f"the ranks' port, {address}:{port}, must be free for them; another program listens on it: choose another, for "
-        "all ranks alike (MASTER_PORT; torchrun --master-port; RDZV_ENDPOINT)"
+        f"the ranks' port, {address}:{port}, must be free; another program listens on it: choose another, the same for "
+        "all ranks (MASTER_PORT; torchrun --master-port; RDZV_ENDPOINT)"
     )
 
 

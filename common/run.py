@@ -1,6 +1,6 @@
 """A training run: its folder, step, counters, log, progress bar, checkpoints, requests to stop, and end.
 
-    with Run(settings, ranks, ...) as run:
+    with Run(settings, process, ...) as run:
         for step in run.steps():
             ...                                    # the experiment's own: losses and gradient norm, then
             (loss,), norm = run.read(losses, norm)
@@ -35,12 +35,12 @@ from common.schedule import multiplier
 from common.timer import Timer
 
 RUNS_AFTER = "RUNS_AFTER"  # set by run scripts: the number of runs that follow this one
-MAX_SKIPPED = 10  # non-finite steps in a row after which a run is lost; fp16's loss scale recovers within these
-EXTRA = {"config": dict, "scaler": dict, "skipped": int, "in_a_row": int}  # a checkpoint's, beside its tensors
+MAX_SKIPPED = 10  # non-finite steps in a row that end a run; fp16's loss scale recovers within fewer
+EXTRA = {"config": dict, "scaler": dict, "skipped": int, "in_a_row": int}  # a checkpoint's fields besides tensors
 
 
-def execute(train: Callable[[Any, launch.Launch], bool], settings: Any) -> None:
-    """Call `train(settings, ranks)` in the process group of the launcher; a run asked to stop exits as by SIGTERM."""
+def execute(train: Callable[[Any, launch.Process], bool], settings: Any) -> None:
+    """Call `train(settings, process)` in the launcher's process group; a stopped run exits with SIGTERM's status."""
     finished = train(settings, launch.start(settings.device))
     launch.stop()  # not after a failure: it waits for ranks that may be waiting for this one
     if not finished:
@@ -48,7 +48,7 @@ def execute(train: Callable[[Any, launch.Launch], bool], settings: Any) -> None:
 
 
 class Run:
-    """One run of an experiment, new or resumed; a context manager, whose end closes log, bar and signal handlers.
+    """One run of an experiment, new or resumed; a context manager that closes log, bar and signal handlers.
 
     settings: a RunConfig with an [optimizer] and, in `eval.every`, the steps between validations.
     model, optimizer: saved in checkpoints, and restored where `settings.resume` asks for it.
@@ -56,13 +56,13 @@ class Run:
     unit, units_per_step: name of the unit of data ("tokens"), and units per step over all ranks.
     fixed, free: settings and sections that a resumed run must share with its checkpoint, and exceptions among them.
 
-    Raises UserError where the checkpoint is of another experiment.
+    Raises UserError if the checkpoint is of another experiment.
     """
 
     def __init__(
         self,
         settings: Any,
-        ranks: launch.Launch,
+        process: launch.Process,
         *,
         experiment: str,
         model: nn.Module,
@@ -73,7 +73,7 @@ class Run:
         fixed: Sequence[str],
         free: Sequence[str],
     ) -> None:
-        self.settings, self.ranks, self.timer = settings, ranks, Timer(ranks.device)
+        self.settings, self.process, self.timer = settings, process, Timer(process.device)
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
         self._unit, self._units_per_step = unit, units_per_step
         self._lr = settings.optimizer.peak_lr()
@@ -87,7 +87,7 @@ class Run:
         self._validation: dict[str, float] = {}
         if settings.resume:
             self._restore(fixed, free)
-        if self.step == 0 and ranks.is_main:
+        if self.step == 0 and process.is_main:
             move_aside(self.folder)
         record = config.to_dict(settings)
         record["optimizer"]["lr"] = self._lr  # resolved: a sweep's plots need the rate that was used
@@ -100,7 +100,7 @@ class Run:
             tags=[settings.optimizer.name],
             wandb_mode=settings.wandb,
             resume_step=self.step or None,
-            is_main=ranks.is_main,
+            is_main=process.is_main,
         )
         self._open = contextlib.ExitStack()
 
@@ -119,12 +119,12 @@ class Run:
     def steps(self) -> Iterator[int]:
         """Yield the number of each step, from 0, with its learning rates set, until the end or a request to stop.
 
-        Raises Diverged, on all ranks, where the last validation is not finite.
+        Raises Diverged, on all ranks, if the last validation is not finite.
         """
         total, warmup = self.settings.steps, self.settings.schedule.warmup
-        if warmup > total and self.ranks.is_main:  # fit for a trial of few steps, and for nothing else
+        if warmup > total and self.process.is_main:  # useful only for a short trial
             warn(f"the rate never reaches its peak: schedule.warmup is {warmup} and steps {total}; lower the warm-up")
-        bar = progress(total=total, initial=self.step, desc=self.name, is_main=self.ranks.is_main)
+        bar = progress(total=total, initial=self.step, desc=self.name, is_main=self.process.is_main)
         self._bar = self._open.enter_context(bar)
         self._stop = self._open.enter_context(launch.StopRequest())
         while not (self.finished or self._stop_agreed):
@@ -137,13 +137,13 @@ class Run:
                 self._end()
             self._bar.update()
         self._open.close()
-        if self.ranks.is_main:
-            print(self._last_words())
+        if self.process.is_main:
+            print(self._end_message())
 
     def read(self, losses: Tensor, norm: Tensor) -> tuple[list[float], float]:
-        """Return a step's losses, (k,) on each rank, summed over the ranks, and its gradient norm, which all have.
+        """Return a step's losses, (k,) on each rank, summed over the ranks, and its gradient norm.
 
-        Here, once per step, the host waits for the device, and the ranks agree on a request to stop.
+        This is where, once per step, the host waits for the device and the ranks agree on a request to stop.
         """
         sums = launch.sum_over_ranks(torch.cat([losses.reshape(-1), self._stop.as_tensor(losses.device)]))
         *totals, asked, norm_read = torch.cat([sums, norm.reshape(1)]).tolist()
@@ -181,11 +181,11 @@ class Run:
             "step_ms": step_ms,
             "optimizer_ms": optimizer_ms,
             f"{self._unit}_per_second": self._units_per_step / step_ms * 1000,
-            "peak_memory_mb": launch.peak_memory_mb(self.ranks.device),
+            "peak_memory_mb": launch.peak_memory_mb(self.process.device),
         }
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Record metrics of this step, if there are any; the losses are shown beside the progress bar."""
+        """Record this step's metrics, if any; losses are also shown beside the progress bar."""
         if not metrics:
             return
         self._runlog.log(self.step, {self._unit: self.step * self._units_per_step, **metrics})
@@ -196,18 +196,18 @@ class Run:
             self._bar.set_postfix(self._shown | self._end_of_all(), refresh=False)
 
     def save_if_due(self) -> None:
-        """Save a checkpoint when one is due, or a stop was asked for; never of weights or steps that are not finite.
+        """Save a checkpoint when due or stopping, unless the step, the weights or the state are not finite.
 
-        A checkpoint that was left out for that reason is made up for after the next finite step.
+        A checkpoint skipped for that reason is saved after the next finite step.
         """
         every = self.settings.checkpoint.every
-        if self.ranks.world_size == 1:  # many leave after the step in which they agreed on it
+        if self.process.world_size == 1:  # many leave after the step in which they agreed on it
             self._stop_agreed = self._stop.requested
         if not every or not (self._save_owed or self._stop_agreed or self.is_due(every)):
             return
         owed_before, self._save_owed = self._save_owed, not self._is_finite()
         if self._save_owed:
-            if self.ranks.is_main and not owed_before:
+            if self.process.is_main and not owed_before:
                 warn(f"no checkpoint at step {self.step}: {self._unsound}; {self._last_checkpoint()}")
             return
         extra = {"config": config.to_dict(self.settings), "scaler": self._scaler.state_dict()}
@@ -227,11 +227,11 @@ class Run:
             self.step, self._skipped, self._in_a_row = saved["step"], saved["skipped"], saved["in_a_row"]
             self._saved_step = self.step
             self._scaler.load_state_dict(saved["scaler"])
-        elif self.ranks.is_main:
+        elif self.process.is_main:
             print(f"no checkpoint in {self.folder}: starting at step 0")
 
     def _is_finite(self) -> bool:
-        """Return whether last step, validation, weights and optimizer state are finite, on all ranks alike."""
+        """Return, on all ranks alike, whether last step, validation, weights and optimizer state are finite."""
         self._unsound = ""
         if self._in_a_row:
             self._unsound = "the last step's loss or gradient is not finite"
@@ -240,7 +240,7 @@ class Run:
         else:
             state = [value for buffers in self._optimizer.state.values() for value in buffers.values()]
             tensors = [*self._model.state_dict().values(), *state]
-            if launch.all_reduce_sum([float(not all_finite(tensors))], self.ranks)[0]:
+            if launch.all_reduce_sum([float(not all_finite(tensors))], self.process)[0]:
                 self._unsound = "weights or optimizer state are not finite"
         return not self._unsound
 
@@ -250,25 +250,25 @@ class Run:
         return f"the last checkpoint is of step {self._saved_step}, and finite"
 
     def _diverge(self, reason: str) -> None:
-        if self.ranks.is_main:
+        if self.process.is_main:
             write_end(self.folder, self.step, {})
         raise Diverged(
-            f"training needs finite losses and gradients, and {reason}; start anew with a lower learning rate "
+            f"training needs finite losses and gradients, and {reason}; start over with a lower learning rate "
             f"({self._last_checkpoint()})"
         )
 
     def _end(self) -> None:
-        """Write finished.json; a last validation that is not finite is a divergence."""
+        """Write finished.json; raises Diverged if the last validation is not finite."""
         loss = self._validation.get("val/loss", math.nan)
         if not math.isfinite(loss):
             self._diverge(f"the validation after the last step, {self.step}, had loss {loss}")
-        if self.ranks.is_main:
+        if self.process.is_main:
             write_end(self.folder, self.step, self._validation)
 
     def _end_of_all(self) -> dict[str, str]:
-        """Return the time at which the runs after this one will be done too, where a run script says their number."""
+        """Return the expected end of this run and those after it, if a run script gives their number."""
         after = os.environ.get(RUNS_AFTER, "")
-        if not self.ranks.is_main or not after.isdecimal() or int(after) == 0:  # other ranks' bars count nothing
+        if not self.process.is_main or not after.isdecimal() or int(after) == 0:  # bars of other ranks are disabled
             return {}
         taken = self._bar.n - self._bar.initial
         if taken < 1:
@@ -278,7 +278,7 @@ class Run:
         end = time.time() + left * self._bar.format_dict["elapsed"] / taken
         return {"all done": time.strftime("%H:%M", time.localtime(end))}
 
-    def _last_words(self) -> str:
+    def _end_message(self) -> str:
         if self.finished:
             return f"{self.folder}: {self.step} steps, " + ", ".join(
                 f"{key} {text}" for key, text in self._shown.items()
@@ -289,7 +289,7 @@ class Run:
 
 
 def all_finite(tensors: Sequence[Any]) -> bool:
-    """Return whether this rank's parts of all floating-point tensors are finite; other values are passed over."""
+    """Return whether this rank's shards of all floating-point tensors are finite; other values are ignored."""
     locals_ = [each.to_local() if isinstance(each, DTensor) else each for each in tensors if isinstance(each, Tensor)]
     checks = [each.isfinite().all().cpu() for each in locals_ if each.is_floating_point()]
     return bool(torch.stack(checks).all()) if checks else True

@@ -1,4 +1,4 @@
-"""Settings that the training loops share; an experiment's config adds its own. No import of torch: --help is quick."""
+"""Settings shared by the training loops; experiments add their own. torch is not imported, to keep --help fast."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,27 +9,27 @@ from common.config import ConfigError, at_least
 from common.probe_config import ProbeConfig
 from common.schedule import ScheduleConfig
 
-MOST_SEEDS = 2**31  # numpy's generators take 32 bits, and each rank adds its number
+MOST_SEEDS = 2**31  # numpy takes 32-bit seeds, and each rank adds its rank
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """The layout over the ranks; the result does not depend on it, nor does a checkpoint."""
+    """Layout over the ranks; results and checkpoints do not depend on it."""
 
     mode: Literal["ddp", "fsdp", "hsdp"] = "ddp"
-    """ddp: each rank holds all, fastest where it fits; fsdp: each holds its part; hsdp: fsdp in groups, ddp between."""
+    """ddp: one copy per rank, fastest if it fits; fsdp: one shard per rank; hsdp: fsdp in groups, ddp between them."""
     shard: int = 0
-    """Ranks of a group of hsdp, neighbours, which share one copy; 0 is one machine's, as its own links are fastest."""
+    """Number of neighbouring ranks that shard one copy (hsdp); 0: those of one machine, whose links are fastest."""
 
     def __post_init__(self):
         at_least(0, self, "shard")
         if self.shard and self.mode != "hsdp":
-            raise ConfigError(f"parallel.shard is of mode hsdp; got {self.shard} with {self.mode}: leave it 0")
+            raise ConfigError(f"parallel.shard needs mode hsdp; got {self.shard} with {self.mode}: leave it 0")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Settings that every experiment has; an experiment adds [optimizer], [eval] and its own."""
+    """Settings of every experiment, which adds [optimizer], [eval] and its own."""
 
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -38,9 +38,9 @@ class RunConfig:
     steps: int = 20_000
     """Optimizer steps."""
     clip: float = 1.0
-    """Largest global norm of the gradient; 0 leaves it as it is."""
+    """Largest global norm of the gradient; 0 disables clipping."""
     seed: int = 1337
-    """Seeds the weights and, with the step, batches and all that is drawn for them."""
+    """Seed of the weights and, with the step, of batches and their random draws."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
@@ -50,7 +50,7 @@ class RunConfig:
     compile: bool = False
     """Run the model through torch.compile: a minute of compiling, then faster steps on a GPU."""
     log_every: int = 10
-    """Steps between lines of metrics."""
+    """Steps between logged metrics."""
     group: str = "default"
     """Folder of the run below `out`, and its group in Weights & Biases."""
     out: str = "runs"
@@ -58,7 +58,7 @@ class RunConfig:
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases: auto is online with a login, else offline (`wandb sync` uploads it later)."""
     resume: bool = False
-    """Continue from the newest checkpoint of this run; without it, an earlier run's folder is moved aside."""
+    """Continue from the newest checkpoint of this run; otherwise an earlier run's folder is moved aside."""
 
     def __post_init__(self):
         at_least(1, self, "steps", "log_every")

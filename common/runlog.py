@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl in its folder, always, and Weights & Biases beside it, when it can."""
+"""The log of a run: metrics.jsonl in its folder, and Weights & Biases where available."""
 
 import contextlib
 import itertools
@@ -24,16 +24,16 @@ WANDB_TIMEOUT_S = 30  # wandb waits 90 s for its server, which is most of a shor
 
 
 def run_name(optimizer: str, lr: float, seed: int, adamw_lr: float | None = None) -> str:
-    """Name a run after what is varied: "olion-lr6e-4-s1337", or "olion-lr6e-4-adamw2e-3-s1337".
+    """Return a run's name: "olion-lr6e-4-s1337", or "olion-lr6e-4-adamw2e-3-s1337".
 
-    `adamw_lr` is the rate of the AdamW part (embeddings, head, norms), named where it differs from `lr`.
+    `adamw_lr`, the rate of the AdamW part (embeddings, head, vectors), is included if it differs from `lr`.
     """
     rest = "" if adamw_lr is None or adamw_lr == lr else f"-adamw{shortest(adamw_lr)}"
     return f"{optimizer}-lr{shortest(lr)}{rest}-s{seed}"
 
 
 def shortest(value: float) -> str:
-    """Write 0.016 as 1.6e-2: one spelling for a rate, short, and the same on every machine."""
+    """Format 0.016 as 1.6e-2: one short spelling per rate, the same on every machine."""
     if not value:
         return "0"
     number = Decimal(repr(float(value)))
@@ -42,7 +42,7 @@ def shortest(value: float) -> str:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """Read the metrics of a run, one dict per logged step, without a last line that a killed run left half-written.
+    """Return the metrics of a run, one dict per logged step; a half-written last line of a killed run is dropped.
 
     Raises UserError for any other line that is not an object with a step, FileNotFoundError without a file.
     """
@@ -60,7 +60,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def move_aside(folder: Path) -> None:
-    """Keep what an earlier run of this name left: its folder becomes GROUP.old/NAME.1, .2 and so on."""
+    """Rename the folder of an earlier run of this name to GROUP.old/NAME.1, .2 and so on."""
     if not (folder / METRICS_FILE).exists():
         return
     old = folder.parent.with_name(folder.parent.name + ".old")
@@ -71,7 +71,7 @@ def move_aside(folder: Path) -> None:
 
 
 def write_end(folder: Path, step: int, metrics: dict[str, float]) -> None:
-    """Mark a run as over, with its last validation; as diverged where that is missing or not finite."""
+    """Mark a run as finished, with its last validation; as diverged if that is missing or not finite."""
     loss, bits = (_number(metrics.get(key)) for key in ("val/loss", "val/bits_per_byte"))
     write_json(folder / END, {"step": step, "val_loss": loss, "bits_per_byte": bits, "diverged": loss is None})
 
@@ -82,7 +82,7 @@ class RunLog:
     `experiment` "nanogpt" is the wandb project "olion-nanogpt". `wandb_mode` "auto" is online where there is a
     login and offline elsewhere (`wandb sync` uploads later); the environment's WANDB_MODE wins over "auto".
     `resume_step` k keeps the metrics up to step k and the wandb run; None starts both afresh. Where `is_main` is
-    False (every rank but 0) nothing is done. Trouble with wandb is one warning, never the end of a run.
+    False (every rank but 0) nothing is done. A failure of wandb is a warning, never the end of a run.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class RunLog:
         self._file.flush()
         if self._wandb_run is not None:
             try:
-                # With a step given, wandb drops what a resumed run repeats instead of doubling it.
+                # With an explicit step, wandb drops the steps that a resumed run repeats.
                 self._wandb_run.log(record, step=step)
             except Exception as error:
                 self._give_up_wandb(error)
@@ -143,7 +143,7 @@ class RunLog:
             self._wandb_run = None
 
     def _drop_after(self, step: int) -> None:
-        """Remove metrics after `step`; a warning where those before it are not all there, which no error can mend."""
+        """Remove metrics after `step`; warn if earlier ones are missing."""
         path = self._folder / METRICS_FILE
         try:
             kept = [record for record in read_metrics(self._folder) if record["step"] <= step]
@@ -182,12 +182,10 @@ class RunLog:
                 self._give_up_wandb(error)
 
     def _tell_offline_folders(self) -> None:
-        """Name the command that uploads a resumed run, whose parts lie in several folders."""
+        """Print the command that uploads a resumed run, which has several folders."""
         folders = sorted((self._folder / "wandb").glob("offline-run-*"))
         if len(folders) > 1:
-            print(
-                f"wandb has {len(folders)} folders of this run; all at once: wandb sync {' '.join(map(str, folders))}"
-            )
+            print(f"wandb has {len(folders)} folders of this run; to upload: wandb sync {' '.join(map(str, folders))}")
 
     def _give_up_wandb(self, error: Exception) -> None:
         self._wandb_run = None
@@ -208,7 +206,7 @@ def _wandb_mode(mode: str) -> str:
 
 
 def _has_login() -> bool:
-    """Look where `wandb login` leaves its key, without importing wandb, which would ask for one."""
+    """Look for the key of `wandb login` without importing wandb, which would ask for one."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     server = os.environ.get("WANDB_BASE_URL")
@@ -223,7 +221,7 @@ def machine() -> dict[str, Any]:
     import torch  # here: it takes a second, and reading metrics can do without it
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    # The cores given to this process, which Linux can tell from those of the machine.
+    # On Linux the cores available to this process, which may be fewer than the machine's.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine = {"cpu": _cpu_name(), "cores": cores, "gpus": gpus}
     return {"torch": torch.__version__, "python": platform.python_version(), "machine": machine}

@@ -1,4 +1,4 @@
-"""Learning-rate schedule: step -> multiplier of the peak rate; and its section of a config."""
+"""Learning-rate schedule: step -> multiplier of the peak rate; and the [schedule] section of a config."""
 
 import math
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ def multiplier(step: int, *, steps: int, warmup: int, decay: str = "cosine", flo
 
     Warm-up is linear over `warmup` steps, from 1 / warmup at step 0 (a rate of zero would waste the step) to 1.
     Then the rate decays from 1 to `floor`, a fraction of the peak, at `steps`, and stays there. "constant" stays
-    at 1. A fraction of the peak, not a rate, is returned so that a swept learning rate scales its whole schedule.
+    at 1. It returns a fraction of the peak, not a rate, so that a swept learning rate scales its whole schedule.
 
     Raises ValueError for an unknown decay, a floor outside [0, 1], a negative warm-up, and no steps.
 

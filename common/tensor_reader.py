@@ -1,9 +1,9 @@
-"""A reader of torch.distributed.checkpoint that executes nothing: tensors and their metadata, and no other object.
+"""A reader of torch.distributed.checkpoint that executes no code: it reads tensors and their metadata only.
 
     dcp.load(tensors, storage_reader=TensorReader(folder))
 
-torch unpickles a checkpoint's `.metadata` freely, and its entries that are no tensors (`planner.load_bytes`), and a
-pickle may call anything. Tensors are read with `weights_only`.
+torch unpickles a checkpoint's `.metadata` and its non-tensor entries (`planner.load_bytes`) without restriction, and a
+pickle can call any function. Tensors are read with `weights_only`.
 """
 
 import pickle
@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from common import one_line
 from common.manifest import Damaged
 
-# Every class and function that torch's metadata of tensors is made of.
+# The classes and functions of torch's metadata of tensors.
 _ALLOWED = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
@@ -42,12 +42,12 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not (dtype or name in _ALLOWED.get(module, ())):
-            raise Damaged(f".metadata must be of torch.distributed.checkpoint, and asks for {module}.{name}")
+            raise Damaged(f".metadata must be of torch.distributed.checkpoint, got {module}.{name}")
         return super().find_class(module, name)
 
 
 class TensorReader(FileSystemReader):
-    """Reads tensors of a checkpoint; raises Damaged for metadata that is anything else, before anything is read."""
+    """Reads a checkpoint's tensors; raises Damaged for other or invalid metadata, before any tensor is read."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return the metadata, with plain file names inside the folder."""
@@ -57,7 +57,7 @@ class TensorReader(FileSystemReader):
                 metadata = _MetadataUnpickler(file).load()
         except (Damaged, OSError):
             raise
-        except Exception as error:  # pickle raises whatever its bytes make it raise
+        except Exception as error:  # a damaged pickle can raise anything
             raise Damaged(f".metadata cannot be read: {one_line(error)}") from error
         _refuse_misshapen(metadata)
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
@@ -66,14 +66,14 @@ class TensorReader(FileSystemReader):
 
 
 def refuse_objects(keys: Iterable[str], metadata: Metadata) -> None:
-    """Raise Damaged where one of these keys, to be read as a tensor, holds another object."""
+    """Raise Damaged if one of these keys holds anything but a tensor."""
     saved = metadata.state_dict_metadata
     if objects := [key for key in keys if isinstance(saved.get(key), BytesStorageMetadata)]:
         raise Damaged(f"{objects[0]} must be a tensor, and is a pickled object, which is not read")
 
 
 def refuse_unlisted(metadata: Metadata, files: Iterable[str]) -> None:
-    """Raise Damaged where tensors are in files other than these, whose contents were not compared."""
+    """Raise Damaged if tensors are in files other than these, which the manifest has not verified."""
     if unlisted := {each.relative_path for each in metadata.storage_data.values()} - set(files):
         raise Damaged(f".metadata reads {min(unlisted)}, which the manifest does not list")
 

@@ -1,9 +1,9 @@
-"""Rows of text from .jsonl and .parquet files: each row is checked, and a fault names its file and row.
+"""Rows of text from .jsonl and .parquet files: each row is checked, and an error names its file and row.
 
     for text in texts(Path("train.jsonl")): ...
     text_of(row.get("text"), "train.jsonl, row 7")    # the same check for rows that another library has read
 
-Nothing is converted: a null, a number or text that UTF-8 cannot hold would be trained on in silence.
+Nothing is converted: a null, a number or invalid Unicode would silently be trained on.
 """
 
 import json
@@ -15,11 +15,11 @@ from common import UserError, one_line
 
 KEY = "text"
 REMEDY = "correct the file, or leave it out"
-PARQUET_ROWS = 256  # read at once
+PARQUET_ROWS = 256  # per read
 
 
 def texts(path: Path) -> Iterator[str]:
-    """Read the text of each row, in order; rows are counted from 1, as the lines of a .jsonl are.
+    """Yield the text of each row, in order; rows are counted from 1, like the lines of a .jsonl.
 
     Raises UserError for a file that cannot be read, or a row without text.
     """
@@ -43,7 +43,7 @@ def text_of(value: Any, place: str) -> str:
 
 
 def require_key(columns: list[str], place: str) -> None:
-    """Refuse a table without a column of text; the error names the columns that it has."""
+    """Raise UserError, naming the columns, for a table without a column of text."""
     if KEY not in columns:
         raise UserError(f"{place} must have a column {KEY!r}, has {', '.join(columns) or 'none'}: {REMEDY}")
 
@@ -61,7 +61,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
                             f"{path}, row {number} must have its text under the key {KEY!r}, has {found}: {REMEDY}"
                         )
                     yield number, row[KEY]
-    except UnicodeDecodeError as error:  # of a block of the file, so the row is not known
+    except UnicodeDecodeError as error:  # of a block of lines: the row is unknown
         raise UserError(f"{path} must be UTF-8, is not after row {number} ({one_line(error)}): {REMEDY}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}, row {number} must be JSON, is not ({one_line(error)}): {REMEDY}") from error

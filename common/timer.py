@@ -10,8 +10,7 @@ import torch
 class Timer:
     """Times of training steps and of their optimizer steps, in ms.
 
-    On a GPU the device's own clock is read as it reaches the beginning and end of each, so that the host does not wait
-    for it before the times are asked for.
+    On a GPU they are measured by CUDA events, so that the host waits for the device only in `medians`.
 
     Example:
         timer.start(); backward(); timer.optimizer(); optimizer.step(); timer.stop()
@@ -43,7 +42,7 @@ class Timer:
         return whole, updates
 
     def _now(self) -> Any:
-        """Return a moment: an event of the GPU's current stream, or the host's seconds."""
+        """Return a time: an event on the GPU's current stream, or the host's seconds."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

@@ -1,4 +1,4 @@
-"""torchrun that ends as the rank ended that failed first, with its exit status, and that names a taken port at once.
+"""torchrun with the exit status of the rank that failed first, and an immediate error for a port in use.
 
 python -m common.torchrun --standalone --nproc-per-node 2 -m nanoGPT.train nanoGPT/configs/stdlib.toml
 """
@@ -16,10 +16,10 @@ def main() -> None:
     """Run torchrun's command line."""
     address, port = meeting_point(sys.argv[1:])
     if port:
-        refuse_foreign_listener(address, port)  # torchrun would wait for its answer without end
+        refuse_foreign_listener(address, port)  # torchrun would wait for its answer forever
     try:
         run.main()
-    except ChildFailedError as error:  # the rank has said itself what was wrong
+    except ChildFailedError as error:  # the rank has printed its error
         _, failure = error.get_first_failure()
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)  # negative: a signal
 

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: written aside, then renamed, so that a killed process leaves no half."""
+"""Atomic writes: files and folders are written under another name, then renamed, so none is ever half-written."""
 
 import fcntl
 import json
@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any], sync: bool = False) -> None:
-    """Make or replace a file, and its folder, with the content that `write` writes.
+    """Create or replace a file with the content that `write` writes; creates its folder too.
 
     sync: force the content to disk before the rename, so that a crash of the machine cannot undo it; slow for a
     million small files.
@@ -30,18 +30,18 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any], sync: bool = False
 
 
 def write_text(path: Path, text: str) -> None:
-    """Make or replace a text file, in UTF-8."""
+    """Create or replace a text file, in UTF-8."""
     write_whole(path, lambda file: file.write(text.encode()), sync=True)
 
 
 def write_json(path: Path, record: Any, indent: int | None = None) -> None:
-    """Make or replace a JSON file; raises ValueError for NaN or infinity, which JSON does not have."""
+    """Create or replace a JSON file; raises ValueError for NaN or infinity, which JSON does not have."""
     write_text(path, json.dumps(record, indent=indent, allow_nan=False) + "\n")
 
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """Give a folder to write to, which takes the place of `folder` once the block has ended without an error."""
+    """Yield an empty folder that replaces `folder` when the block ends without an error."""
     partial, old = (folder.parent / f".{kind}-{folder.name}" for kind in ("partial", "old"))
     try:
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
@@ -53,14 +53,14 @@ def written_aside(folder: Path) -> Iterator[Path]:
         partial.rename(folder)
     finally:
         if old.exists() and not folder.exists():
-            old.rename(folder)  # the new one did not get its name: back to the one before
+            old.rename(folder)  # the rename failed: restore the old folder
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time make `folder`: a second one waits here, and then finds it."""
+    """Let one process at a time create `folder`: a second one waits here, then finds it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f".{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 from common import one_line
-from common.corpus import Part, fingerprint, is_readable, library_files, local_files, pieces, split_files
+from common.corpus import FileSpan, fingerprint, is_readable, library_files, local_files, pieces, split_files
 from common.guard import main_guard
 from common.options import parse_options
 from common.text_rows import require_key, text_of
@@ -51,7 +51,7 @@ class Prepare:
     """How many threads (for openwebtext, processes) encode."""
 
 
-def encode(parts: list[Part], name: str, workers: int) -> Iterator[Encoded]:
+def encode(parts: list[FileSpan], name: str, workers: int) -> Iterator[Encoded]:
     """Encode parts of files in order, on threads: tiktoken works without Python's lock."""
     encoding = tokenizer(name)
     end_of_text = np.array([encoding.eot_token], dtype=np.uint32)

@@ -37,24 +37,24 @@ def main() -> None:
     execute(train, fit_vocabulary(parse_config(Config)))
 
 
-def train(settings: Config, ranks: launch.Launch) -> bool:
+def train(settings: Config, process: launch.Process) -> bool:
     """Train until `settings.steps`, or until asked to stop; returns whether the end was reached."""
     for name in (settings.optimizer.name, *settings.optimizer.tuned_lr):
         rule_named(name)  # an unknown one fails now, before any data is touched
     settings.optimizer.peak_lr()
-    corpus = open_corpus(settings, ranks)
+    corpus = open_corpus(settings, process)
     launch.refuse_differences(
-        {"config": config.to_dict(settings), "corpus": data.read_meta(settings.data.folder)}, ranks
+        {"config": config.to_dict(settings), "corpus": data.read_meta(settings.data.folder)}, process
     )
     launch.seed_all(settings.seed)
-    model, network = build_model(settings, ranks)
+    model, network = build_model(settings, process)
     optimizer = build(settings.optimizer, network)
     watch = Probe(optimizer, model=model, **settings.probe.options())
-    launch.seed_all(settings.seed + ranks.rank)  # the weights are drawn; dropout differs from rank to rank
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision(settings.dtype, ranks) == torch.float16)
+    launch.seed_all(settings.seed + process.rank)  # the weights are drawn; dropout differs from rank to rank
+    scaler = torch.amp.GradScaler(process.device.type, enabled=precision(settings.dtype, process) == torch.float16)
     run = Run(
         settings,
-        ranks,
+        process,
         experiment="nanogpt",
         model=model,
         optimizer=optimizer,
@@ -67,10 +67,10 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
     with run:
         if run.step == 0:
             state = {"optimizer_state_mb": optimizer.state_size() / 1e6}
-            run.log(state | evaluate(network, corpus["val"], settings, ranks))
-        batches = read_batches(corpus["train"], range(run.step, settings.steps), settings, ranks)
+            run.log(state | evaluate(network, corpus["val"], settings, process))
+        batches = read_batches(corpus["train"], range(run.step, settings.steps), settings, process)
         for step in run.steps():
-            loss = accumulate_gradient(network, scaler, batches, settings, ranks)
+            loss = accumulate_gradient(network, scaler, batches, settings, process)
             scaler.unscale_(optimizer)
             norm = clip_gradient(model, settings.clip or math.inf)
             (loss,), norm = run.read(loss, norm)
@@ -86,11 +86,11 @@ def train(settings: Config, ranks: launch.Launch) -> bool:
 
             if run.is_due(settings.log_every):
                 metrics |= {"train/loss": loss, **run.measurements()}
-                metrics |= utilization(metrics["tokens_per_second"], model, ranks)
-                if ranks.world_size > 1:
+                metrics |= utilization(metrics["tokens_per_second"], model, process)
+                if process.world_size > 1:
                     metrics["optimizer_mb_received"] = traffic.total_received / 1e6
             if run.is_due(settings.eval.every):
-                metrics |= evaluate(network, corpus["val"], settings, ranks)
+                metrics |= evaluate(network, corpus["val"], settings, process)
             run.log(metrics)
             run.save_if_due()
     return run.finished
@@ -102,14 +102,14 @@ def fit_vocabulary(settings: Config) -> Config:
     return replace(settings, model=data.fit_vocabulary(settings.model, meta))
 
 
-def open_corpus(settings: Config, ranks: launch.Launch) -> dict[str, data.TokenFile]:
+def open_corpus(settings: Config, process: launch.Process) -> dict[str, data.TokenFile]:
     """Open both splits, checked against the model and the batch."""
-    if settings.data.batch_size < ranks.world_size:
+    if settings.data.batch_size < process.world_size:
         raise UserError(
-            f"data.batch_size must be a sequence per rank or more, for {ranks.world_size} ranks; "
+            f"data.batch_size must be a sequence per rank or more, for {process.world_size} ranks; "
             f"got {settings.data.batch_size}; raise it or set NGPU"
         )
-    verify = ranks.local_rank == 0  # one per machine: each may have its own copy
+    verify = process.local_rank == 0  # one per machine: each may have its own copy
     corpus = {split: data.load(settings.data.folder, split, verify=verify) for split in ("train", "val")}
     for tokens in corpus.values():
         data.check_length(tokens, settings.model.context)
@@ -117,7 +117,7 @@ def open_corpus(settings: Config, ranks: launch.Launch) -> dict[str, data.TokenF
     return corpus
 
 
-def build_model(settings: Config, ranks: launch.Launch) -> tuple[GPT, nn.Module]:
+def build_model(settings: Config, process: launch.Process) -> tuple[GPT, nn.Module]:
     """Return the model, and the network that trains it: the model compiled and distributed, as asked."""
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, for what autocast leaves in fp32
     torch.set_flush_denormal(True)  # saturated attention is subnormal: at too high a rate CPU steps took twice as long
@@ -127,10 +127,10 @@ def build_model(settings: Config, ranks: launch.Launch) -> tuple[GPT, nn.Module]
         model = GPT(settings.model)
     if settings.init_from and model.config != settings.model:
         raise UserError(f"[model] must describe {settings.init_from}: {model.config}; got {settings.model}")
-    dtype = precision(settings.dtype, ranks)
+    dtype = precision(settings.dtype, process)
     if dtype == torch.float64:
         model = model.double()
-    return model, distribute(model, settings.parallel, ranks, dtype, settings.compile)
+    return model, distribute(model, settings.parallel, process, dtype, settings.compile)
 
 
 def build(settings: GPTOptimizerConfig, network: nn.Module) -> RuleOptimizer:
@@ -140,18 +140,18 @@ def build(settings: GPTOptimizerConfig, network: nn.Module) -> RuleOptimizer:
 
 
 def read_batches(
-    tokens: data.TokenFile, steps: range, settings: Config, ranks: launch.Launch
+    tokens: data.TokenFile, steps: range, settings: Config, process: launch.Process
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Give inputs and targets (b, T) of each piece of each step; a thread reads ahead."""
     batch_size = settings.data.batch_size
     return data.read_batches(
         tokens,
         steps,
-        [sequences for sequences, _ in cut_batch(batch_size, settings.data.micro_batch, ranks)],
+        [sequences for sequences, _ in cut_batch(batch_size, settings.data.micro_batch, process)],
         seed=settings.seed,
         global_batch=batch_size,
         context=settings.model.context,
-        device=ranks.device,
+        device=process.device,
     )
 
 
@@ -160,17 +160,17 @@ def accumulate_gradient(
     scaler: torch.amp.GradScaler,
     batches: Iterator[tuple[Tensor, Tensor]],
     settings: Config,
-    ranks: launch.Launch,
+    process: launch.Process,
 ) -> Tensor:
     """Leave the gradient of the global batch's mean loss in the parameters, and return this rank's share of it, ()."""
     network.train()
-    batch_size, shares = settings.data.batch_size, ranks.world_size
-    mine = cut_batch(batch_size, settings.data.micro_batch, ranks)
+    batch_size, shares = settings.data.batch_size, process.world_size
+    mine = cut_batch(batch_size, settings.data.micro_batch, process)
     total = 0.0  # becomes a tensor of the loss's own dtype: a float32 zero would round the losses of a float64 run
     for number, (_, count) in enumerate(mine, start=1):
         inputs, targets = next(batches)  # (b, T) each
         with synchronizing(network, number == len(mine)):  # the ranks' gradients meet once per step
-            with autocast(precision(settings.dtype, ranks), ranks):
+            with autocast(precision(settings.dtype, process), process):
                 _, loss = network(inputs, targets)
             loss = loss * (count * shares / batch_size)  # the gradients' mean over the ranks is taken
             scaler.scale(loss).backward()
@@ -179,28 +179,28 @@ def accumulate_gradient(
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, tokens: data.TokenFile, settings: Config, ranks: launch.Launch) -> dict[str, float]:
+def evaluate(network: nn.Module, tokens: data.TokenFile, settings: Config, process: launch.Process) -> dict[str, float]:
     """Return the mean loss in nats per token over the validation windows, shared by the ranks, and bits per byte."""
     network.eval()
     context = settings.model.context
     offsets = data.validation_windows(tokens, count=settings.eval.windows, context=context)
-    together = settings.data.micro_batch * ranks.world_size
+    together = settings.data.micro_batch * process.world_size
     total = 0.0
     for start in range(0, len(offsets), together):
-        mine = offsets[start : start + together][ranks.rank :: ranks.world_size]
+        mine = offsets[start : start + together][process.rank :: process.world_size]
         taken = mine if len(mine) else offsets[:1]  # FSDP needs every rank in every pass
-        inputs, targets = data.windows(tokens, taken, context, ranks.device)
-        with autocast(precision(settings.dtype, ranks), ranks):
+        inputs, targets = data.windows(tokens, taken, context, process.device)
+        with autocast(precision(settings.dtype, process), process):
             _, loss = network(inputs, targets)
         total += loss.item() * len(mine)
-    loss = launch.all_reduce_sum([total], ranks)[0] / len(offsets)
+    loss = launch.all_reduce_sum([total], process)[0] / len(offsets)
     return {"val/loss": loss, "val/bits_per_byte": loss / math.log(2) / tokens.bytes_per_token}
 
 
-def utilization(tokens_per_second: float, model: GPT, ranks: launch.Launch) -> dict[str, float]:
+def utilization(tokens_per_second: float, model: GPT, process: launch.Process) -> dict[str, float]:
     """Return the share of the devices' peak FLOPS (MFU) that the model takes, where that peak is known."""
-    peak = gpu.peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
-    return {"mfu": tokens_per_second * model.flops_per_token() / (peak * ranks.world_size)} if peak else {}
+    peak = gpu.peak_flops(torch.cuda.get_device_name(process.device)) if process.device.type == "cuda" else None
+    return {"mfu": tokens_per_second * model.flops_per_token() / (peak * process.world_size)} if peak else {}
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from optimizers.layout import local_of
 from scripts.bench_optimizers import matrix_shapes
 from scripts.plan import Mesh, gradient_traffic
 
-FACES = {"AdamW": AdamW, "Muon": Muon, "OLion": OLion}
+CONSTRUCTORS = {"AdamW": AdamW, "Muon": Muon, "OLion": OLion}
 AXES = {"ddp": "replicate", "fsdp": "shard"}  # what the ranks of a layout are to each other
 
 
@@ -73,7 +73,7 @@ class Contestant:
             param.grad = place(gradient)
         group = dist.group.WORLD if layout == "ddp" else None
         options = {} if name == "AdamW" else {"ns_dtype": dtype}
-        self.optimizer: RuleOptimizer = FACES[name](self.params, process_group=group, **options)
+        self.optimizer: RuleOptimizer = CONSTRUCTORS[name](self.params, process_group=group, **options)
 
     def step(self) -> float:
         """Step once, together with the other ranks; returns the milliseconds it took."""
@@ -112,7 +112,7 @@ def measure(rank: int, ranks: int, options: Options, folder: str) -> None:
     torch.manual_seed(0)  # the same gradients on all ranks, as after averaging
     gradients = [torch.randn(shape) for shape in matrix_shapes("gpt2_small", options.layers)]
     dtype = getattr(torch, options.dtype)
-    contestants = [Contestant(layout, name, gradients, dtype) for name in FACES for layout in (*AXES, "local")]
+    contestants = [Contestant(layout, name, gradients, dtype) for name in CONSTRUCTORS for layout in (*AXES, "local")]
     rows = [{"layout": each.layout, "optimizer": each.name, **each.warm_up()} for each in contestants]
     rounds = [[each.step() for each in contestants] for _ in range(options.repeats)]
     for row, milliseconds in zip(rows, zip(*rounds, strict=True), strict=True):

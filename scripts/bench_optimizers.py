@@ -70,9 +70,9 @@ def matrix_shapes(name: str, layers: int | None) -> list[tuple[int, int]]:
 def contestants(dtype: str) -> dict[str, Build]:
     """Return how to build each row of the table, ours first."""
     rows: dict[str, Build] = {}
-    for face in (OLion, Muon, AdaMuon):
+    for constructor in (OLion, Muon, AdaMuon):
         for name in DTYPES if dtype == "both" else [dtype]:
-            rows[f"{face.__name__} {name}"] = partial(face, ns_dtype=DTYPES[name])
+            rows[f"{constructor.__name__} {name}"] = partial(constructor, ns_dtype=DTYPES[name])
     rows |= {
         "Lion": Lion,
         "AdamW": AdamW,

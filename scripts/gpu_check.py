@@ -111,12 +111,12 @@ def check_layouts(folder: Path) -> None:
 
     from optimizers import RULES, build_optimizer
 
-    ranks = launch.start()
+    process = launch.start()
 
     def model() -> nn.Module:
         torch.manual_seed(0)
         layers = [nn.Linear(48, 96, bias=False), nn.Tanh(), nn.Linear(96, 40, bias=False)]
-        return nn.Sequential(*layers).to(ranks.device, torch.float64)
+        return nn.Sequential(*layers).to(process.device, torch.float64)
 
     def trained(network: nn.Module, rule: str) -> list[Tensor]:
         # In the precision of the weights: in bfloat16 layouts differ by its rounding.
@@ -124,28 +124,28 @@ def check_layouts(folder: Path) -> None:
         optimizer = build_optimizer(network, rule, lr=0.05, roles={"*": "matrix"}, **exact)
         for step in range(3):
             generator = torch.Generator().manual_seed(step)
-            data = torch.randn(32, 48, generator=generator, dtype=torch.float64).to(ranks.device)
+            data = torch.randn(32, 48, generator=generator, dtype=torch.float64).to(process.device)
             network(data).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
         wholes = (param.detach() for param in network.parameters())
         return [whole.full_tensor() if isinstance(whole, DTensor) else whole for whole in wholes]
 
-    count = ranks.world_size
+    count = process.world_size
     differences = {}
     for rule in RULES:
         alone = trained(model(), rule)
-        ddp = DistributedDataParallel(model(), device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
+        ddp = DistributedDataParallel(model(), device_ids=[process.device] if process.device.type == "cuda" else None)
         networks = {"ddp": ddp}
         for replicas in [1] + [2] * (count >= 4 and count % 2 == 0):
-            mesh = launch.device_mesh(ranks, replicas, count // replicas)
+            mesh = launch.device_mesh(process, replicas, count // replicas)
             networks["fsdp" if replicas == 1 else "hsdp"] = fully_shard(model(), mesh=mesh)
         for layout, network in networks.items():
             pairs = zip(trained(network, rule), alone, strict=True)
             differences[f"{rule}, {layout}"] = max((a - b).abs().max().item() for a, b in pairs)
     if wrong := {name: each for name, each in differences.items() if not each < 1e-9}:
         raise RuntimeError(f"weights differ from one device's by more than 1e-9: {wrong}")
-    if ranks.is_main:
+    if process.is_main:
         (folder / "layouts.json").write_text(json.dumps(differences))
     dist.barrier()
 
@@ -214,7 +214,7 @@ def gpt2(device: torch.device) -> Rows:
     tokens = torch.randint(50257, (batch, shape.context + 1), device=device)
 
     def step() -> None:
-        with autocast(network, torch.float32 if toy else torch.bfloat16, launch.start()):
+        with autocast(torch.float32 if toy else torch.bfloat16, launch.start()):
             _, loss = network(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         adamw.step()
@@ -236,7 +236,7 @@ def sit(device: torch.device) -> Rows:
     t, y = torch.rand(batch, device=device), torch.zeros(batch, dtype=torch.long, device=device)
 
     def step(network: nn.Module) -> None:
-        with autocast(network, torch.float32 if toy else torch.bfloat16, launch.start()):
+        with autocast(torch.float32 if toy else torch.bfloat16, launch.start()):
             prediction, projected = network(x, t, y)
             loss = prediction.square().mean() + 0 * projected.square().mean()
         loss.backward()

@@ -447,7 +447,7 @@ def test_save_that_fails_at_any_stage_keeps_the_old_checkpoint(tmp_path, monkeyp
     save(tmp_path, 1, model, optimizer, {})
     target = checkpoint.dcp.FileSystemWriter if stage == "write_data" else checkpoint
     monkeypatch.setattr(target, stage, no_space)
-    with pytest.raises(CheckpointError, match=r"No space left on device.*ones before are untouched"):
+    with pytest.raises(CheckpointError, match=r"No space left on device.*earlier ones are untouched"):
         save(tmp_path, 2, model, optimizer, {})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert load(tmp_path, model, optimizer) == {"step": 1}

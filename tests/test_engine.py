@@ -749,7 +749,7 @@ def test_a_loaded_option_out_of_range_refuses_and_changes_nothing():
     assert optimizer.param_groups[0]["ns_steps"] == 5
 
 
-@pytest.mark.parametrize("face", [OLion, AdamW])
-def test_what_is_no_process_group_refuses(face):
+@pytest.mark.parametrize("constructor", [OLion, AdamW])
+def test_process_group_of_another_type_is_refused(constructor):
     with pytest.raises(ValueError, match="process_group"):
-        face(matrices((6, 4)), process_group="nonsense")
+        constructor(matrices((6, 4)), process_group="nonsense")

@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 
 from common import UserError, gpu, launch, parallel
-from common.launch import Launch
+from common.launch import Process
 from Llama.checks import fit_precision
 from Llama.config import JobConfig
 from optimizers import polar
 
 GPU = torch.device("cuda", 0)
-A_GPU = Launch(0, 0, 1, GPU)
+A_GPU = Process(0, 0, 1, GPU)
 A_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 

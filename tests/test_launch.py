@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from common import UserError, launch, progress, warn
 from common.launch import (
-    Launch,
+    Process,
     StopRequest,
     all_reduce_sum,
     device_mesh,
@@ -31,7 +31,7 @@ from common.launch import (
 from tests.ranks import spawn
 
 ROOT = Path(__file__).parents[1]
-SINGLE = Launch(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+SINGLE = Process(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def test_start_without_torchrun_is_one_process_without_a_group():
@@ -52,7 +52,7 @@ def test_start_refuses_a_device_that_is_not_here(device, message, monkeypatch):
 
 def test_start_refuses_cuda_without_a_gpu_and_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="torch sees no GPU"):
+    with pytest.raises(UserError, match="torch sees none"):
         start("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -62,8 +62,8 @@ def test_start_refuses_cuda_without_a_gpu_and_more_processes_than_gpus(monkeypat
 
 
 def test_device_mesh_refuses_sizes_that_do_not_make_up_the_ranks():
-    with pytest.raises(UserError, match="a mesh of 2 copies on 3 ranks each needs 6 ranks; got 4"):
-        device_mesh(Launch(0, 0, 4, torch.device("cpu")), replicate=2, shard=3)
+    with pytest.raises(UserError, match="a mesh of 2 replicas on 3 ranks each needs 6 ranks; got 4"):
+        device_mesh(Process(0, 0, 4, torch.device("cpu")), replicate=2, shard=3)
 
 
 def test_seed_all_repeats_every_generator():
@@ -129,25 +129,27 @@ def fail(*_):
 def on_each_rank(rank, port, folder):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    launch = start("cpu", timeout_s=60)
-    results = {"launch": [launch.rank, launch.local_rank, launch.world_size, launch.is_main, launch.local_world_size]}
-    meshes = [device_mesh(launch, replicate=1, shard=2), device_mesh(launch, replicate=2, shard=1)]
+    process = start("cpu", timeout_s=60)
+    results = {
+        "process": [process.rank, process.local_rank, process.world_size, process.is_main, process.local_world_size]
+    }
+    meshes = [device_mesh(process, replicate=1, shard=2), device_mesh(process, replicate=2, shard=1)]
     results["meshes"] = [[list(mesh.mesh_dim_names), list(mesh.shape), mesh.mesh.flatten().tolist()] for mesh in meshes]
     del meshes  # with them go the threads of their groups, which might abort the end of this process
     # 1 is lost beside 1e9 in float32, not in float64.
-    results["sum"] = all_reduce_sum([1e9 if rank else 1.0, 2.0], launch)
+    results["sum"] = all_reduce_sum([1e9 if rank else 1.0, 2.0], process)
     results["on_main"] = on_main(lambda: f"from {rank}")
     with pytest.raises(OSError, match="rank 0 failed"):
         on_main(fail)
-    refuse_differences({"config": {"lr": 1.0, "eval": {"every": 2}}}, launch)
+    refuse_differences({"config": {"lr": 1.0, "eval": {"every": 2}}}, process)
     with pytest.raises(UserError) as refusal:
-        refuse_differences({"config": {"lr": 1.0, "eval": {"every": 2 + rank}}, "corpus": rank}, launch)
+        refuse_differences({"config": {"lr": 1.0, "eval": {"every": 2 + rank}}, "corpus": rank}, process)
     results["refused"] = str(refusal.value)
     with StopRequest() as stop_request:
-        results["agreed"] = [stop_request.agreed(launch)]
+        results["agreed"] = [stop_request.agreed(process)]
         if rank == 1:
             signal.raise_signal(signal.SIGTERM)
-        results["agreed"].append(stop_request.agreed(launch))
+        results["agreed"].append(stop_request.agreed(process))
     stop()
     assert not dist.is_initialized()
     (folder / f"{rank}.json").write_text(json.dumps(results))
@@ -160,7 +162,7 @@ def test_two_ranks_agree_on_sums_results_failures_and_stopping(tmp_path):
     spawn(on_each_rank, (port, tmp_path), 2)
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
-            "launch": [rank, rank, 2, rank == 0, 1],
+            "process": [rank, rank, 2, rank == 0, 1],
             "meshes": [[["shard"], [2], [0, 1]], [["replicate", "shard"], [2, 1], [0, 1]]],
             "sum": [1e9 + 1, 4.0],
             "on_main": "from 0",
@@ -240,7 +242,7 @@ def test_main_guard_turns_too_little_memory_into_one_line(capsys):
             launch.main_guard(main)
         line = capsys.readouterr().err
         assert exit_request.value.code == 1
-        assert line.startswith("error: need more memory than there is (") and line.count("\n") == 1
+        assert line.startswith("error: out of memory (") and line.count("\n") == 1
 
 
 def test_main_guard_leaves_bugs_their_traceback():

@@ -391,7 +391,7 @@ def test_damaged_newest_checkpoint_is_passed_over_and_named(folder, tmp_path, ca
     capsys.readouterr()
     assert find_step(newest.parent) == 1
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"checkpoint {newest} is damaged and passed over" in said
+    assert said.count("\n") == 1 and f"checkpoint {newest} is damaged and skipped" in said
     with pytest.raises(UserError, match=r"a checkpoint must be as it was written; none in .* is"):
         find_step(newest.parent, 2)
     shutil.rmtree(newest.with_name("step-1"))
@@ -498,5 +498,5 @@ def test_a_rank_refuses_a_port_that_another_program_has(monkeypatch):
         monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
         for name, value in there.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(UserError, match=f"port, 127.0.0.1:{port}, must be free for them"):
+        with pytest.raises(UserError, match=f"port, 127.0.0.1:{port}, must be free"):
             main()

@@ -18,7 +18,7 @@ from tiny_gpt import ROOT, write_config, write_corpus
 
 from common import UserError, launch
 from common.config import parse_config
-from common.launch import Launch
+from common.launch import Process
 from common.parallel import ParallelConfig, autocast, distribute
 from common.runlog import read_metrics
 from nanoGPT import train as training
@@ -74,7 +74,7 @@ def train(rank: int, config: Path, layout: str, out: Path, *arguments: str) -> N
         store = f"file://{out}/store"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     settings = parse_config(Config, [str(config), "--out", str(out), *flags, *arguments])
-    training.train(training.fit_vocabulary(settings), Launch(rank, rank, size, torch.device("cpu"), size))
+    training.train(training.fit_vocabulary(settings), Process(rank, rank, size, torch.device("cpu"), size))
     launch.stop()
 
 
@@ -114,7 +114,7 @@ def losses(out: Path, after: int = -1) -> dict[str, float]:
 
 def gradients_in_bfloat16(kind: str, mode: str) -> tuple[set[str], float, dict[str, torch.Tensor]]:
     """The dtypes of the blocks' inputs, a loss, and gradients, of a model with random weights on this rank's batch."""
-    ranks = Launch(dist.get_rank(), 0, dist.get_world_size(), torch.device("cpu"), dist.get_world_size())
+    process = Process(dist.get_rank(), 0, dist.get_world_size(), torch.device("cpu"), dist.get_world_size())
     torch.manual_seed(1)
     if kind == "gpt":
         model, inputs = GPT(GPTConfig(4, 2, 32, 16, 64)), (torch.randint(64, (3, 16)),) * 2
@@ -123,10 +123,10 @@ def gradients_in_bfloat16(kind: str, mode: str) -> tuple[set[str], float, dict[s
     for name, weight in model.named_parameters():  # norms' weights stay at one: of them alone FSDP rounds the use
         if "ln_" not in name:
             torch.nn.init.normal_(weight, std=0.2)
-    network, dtypes = distribute(model.train(), ParallelConfig(mode), ranks, torch.bfloat16), set()
+    network, dtypes = distribute(model.train(), ParallelConfig(mode), process, torch.bfloat16), set()
     for block in model.blocks:
         block.register_forward_pre_hook(lambda _, given: dtypes.add(str(given[0].dtype)))
-    with autocast(torch.bfloat16, ranks):
+    with autocast(torch.bfloat16, process):
         outputs = network(*inputs)
     loss = outputs[1] if kind == "gpt" else outputs[0].float().square().mean() + outputs[1].float().square().mean()
     loss.backward()
@@ -239,26 +239,26 @@ def test_killed_rank_ends_the_job_and_resume_goes_on_with_fewer(tiny):
     ("arguments", "said"),
     [
         ({"mode": "hsdp", "shard": 3}, "parallel.shard must divide the number of ranks, 4; got 3"),
-        ({"mode": "fsdp", "shard": 2}, "parallel.shard is of mode hsdp; got 2 with fsdp"),
+        ({"mode": "fsdp", "shard": 2}, "parallel.shard needs mode hsdp; got 2 with fsdp"),
         ({"mode": "hsdp", "shard": -1}, "shard must be 0 or more; got -1"),
     ],
 )
 def test_layout_that_cannot_be_refuses_in_one_line(arguments, said):
-    ranks = Launch(0, 0, 4, torch.device("cpu"), local_world_size=4)
+    process = Process(0, 0, 4, torch.device("cpu"), local_world_size=4)
     with pytest.raises(UserError) as refusal:
-        distribute(GPT(GPTConfig(1, 1, 8, 8, 64)), ParallelConfig(**arguments), ranks, torch.float32)
+        distribute(GPT(GPTConfig(1, 1, 8, 8, 64)), ParallelConfig(**arguments), process, torch.float32)
     assert said in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_hsdp_on_machines_of_unequal_size_refuses_their_rank_count():
-    ranks = Launch(0, 0, 6, torch.device("cpu"), local_world_size=4)
+    process = Process(0, 0, 6, torch.device("cpu"), local_world_size=4)
     with pytest.raises(UserError, match="must divide the number of ranks, 6; got 4"):
-        distribute(GPT(GPTConfig(1, 1, 8, 8, 64)), ParallelConfig("hsdp"), ranks, torch.float32)
+        distribute(GPT(GPTConfig(1, 1, 8, 8, 64)), ParallelConfig("hsdp"), process, torch.float32)
 
 
 @pytest.mark.parametrize("mode", ["fsdp", "hsdp"])
 def test_single_process_of_any_mode_matches_the_plain_model(mode):
     model = GPT(GPTConfig(1, 1, 8, 8, 64))
-    ranks = Launch(0, 0, 1, torch.device("cpu"))
-    assert distribute(model, ParallelConfig(mode), ranks, torch.float32) is model
+    process = Process(0, 0, 1, torch.device("cpu"))
+    assert distribute(model, ParallelConfig(mode), process, torch.float32) is model
     assert type(model) is GPT

@@ -12,7 +12,7 @@ from tiny_sit_run import train as train_sit
 from tiny_sit_run import write_config as write_sit_config
 
 from common.config import ConfigError, parse_config
-from common.launch import Launch
+from common.launch import Process
 from common.runlog import read_metrics
 from nanoGPT import train as training
 from nanoGPT.train import Config
@@ -27,7 +27,7 @@ def corpus(tmp_path_factory):
 
 def train(config, *arguments: str, rank: int = 0, size: int = 1) -> None:
     settings = parse_config(Config, command_line(config, *arguments))
-    training.train(training.fit_vocabulary(settings), Launch(rank, rank, size, torch.device("cpu"), size))
+    training.train(training.fit_vocabulary(settings), Process(rank, rank, size, torch.device("cpu"), size))
 
 
 def train_on_rank(config, arguments: tuple[str, ...]) -> None:

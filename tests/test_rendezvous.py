@@ -79,7 +79,7 @@ def test_environment_refuses_variables_that_name_no_rank(variables, values, said
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_rank_refuses_a_port_that_another_program_has(variables, taken_port, rank):
     variables(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(taken_port))
-    with pytest.raises(UserError, match=f"port, 127.0.0.1:{taken_port}, must be free for them; another program"):
+    with pytest.raises(UserError, match=f"port, 127.0.0.1:{taken_port}, must be free; another program"):
         refuse_taken_port(rank, timeout_s=60, answer_s=1)
 
 

@@ -217,4 +217,4 @@ def test_wandb_is_told_the_minimum_of_val_loss_and_the_user_how_to_sync_a_resume
         start(tmp_path, wandb_mode="offline", resume_step=part).finish()
     assert fake.metrics["val/loss"] == {"step_metric": "step", "summary": "min"}
     folders = " ".join(f"{tmp_path}/wandb/offline-run-{part}" for part in (1, 2))
-    assert capsys.readouterr().out == f"wandb has 2 folders of this run; all at once: wandb sync {folders}\n"
+    assert capsys.readouterr().out == f"wandb has 2 folders of this run; to upload: wandb sync {folders}\n"

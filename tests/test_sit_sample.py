@@ -16,7 +16,7 @@ from tiny_sit_run import ONE, random_model
 from torch import Tensor, nn
 
 from common import UserError, checkpoint, launch
-from common.launch import Launch
+from common.launch import Process
 from SIT import sample as program
 from SIT import sampling
 from SIT.data import to_images
@@ -61,7 +61,7 @@ def drawn(model: SiT, numbers: list[int], sampler: Sampler = SAMPLERS[1], seed: 
 
 def sample_on_ranks(options: Options) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
-    sample(options, Launch(rank, rank, size, CPU, size))
+    sample(options, Process(rank, rank, size, CPU, size))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

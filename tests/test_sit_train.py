@@ -20,7 +20,7 @@ from tiny_sit_run import ONE, ROOT, curves, random_model, run_folder, settings_o
 
 from common import Diverged, UserError, launch
 from common.config import parse_config
-from common.launch import Launch
+from common.launch import Process
 from common.runlog import read_metrics
 from common.schedule import ScheduleConfig
 from scripts.curvature.subjects import open_run
@@ -61,7 +61,7 @@ def tiny(tmp_path) -> Path:
 def train_on_ranks(config: Path, out: Path, arguments: tuple[str, ...]) -> None:
     """Train on the ranks that there are; runs on each of them."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    training.train(settings_of(config, *arguments, out=out), Launch(rank, rank, size, torch.device("cpu"), size))
+    training.train(settings_of(config, *arguments, out=out), Process(rank, rank, size, torch.device("cpu"), size))
 
 
 @pytest.fixture(scope="module")
@@ -455,7 +455,7 @@ def test_misspelt_key_of_a_file_refuses_with_the_nearest(tiny):
 
 def test_fewer_images_than_ranks_refuses(tiny):
     with pytest.raises(UserError, match="an image per rank or more, for 8 ranks; got 5"):
-        training.train(settings_of(tiny), Launch(0, 0, 8, torch.device("cpu"), 8))
+        training.train(settings_of(tiny), Process(0, 0, 8, torch.device("cpu"), 8))
 
 
 def test_import_leaves_the_heavy_libraries_out():

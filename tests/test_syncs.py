@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from common.config import parse_config
-from common.launch import Launch
+from common.launch import Process
 from common.timer import Timer
 from nanoGPT import train as gpt
 from SIT import train as sit
@@ -44,7 +44,7 @@ def waits_of_a_step(experiment: str, config: Path, *arguments: str) -> float:
         settings = parse_config(program.Config, command)
         settings = program.fit_vocabulary(settings) if program is gpt else settings
         with Waits() as waits:
-            program.train(settings, Launch(rank, rank, size, device))
+            program.train(settings, Process(rank, rank, size, device))
         counts.append(waits.count)
     return (counts[1] - counts[0]) / 3
 

@@ -17,7 +17,7 @@ from tiny_gpt import ROOT, write_config, write_corpus
 
 from common import Diverged, UserError
 from common.config import parse_config
-from common.launch import Launch
+from common.launch import Process
 from common.runlog import read_metrics
 from nanoGPT import train as training
 from nanoGPT.data import load
@@ -62,7 +62,7 @@ def command_line(config: Path, *arguments: str) -> list[str]:
 def train(config: Path, *arguments: str) -> None:
     """Train in this process: a process of its own takes seconds to start."""
     settings = parse_config(Config, command_line(config, *arguments))
-    training.train(training.fit_vocabulary(settings), Launch(0, 0, 1, torch.device("cpu")))
+    training.train(training.fit_vocabulary(settings), Process(0, 0, 1, torch.device("cpu")))
 
 
 def run_folder(config: Path) -> Path:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from common import checkpoint
 from common.config import parse_config
-from common.launch import Launch
+from common.launch import Process
 from common.runlog import read_metrics
 from SIT import train as training
 from SIT.digits import ENCODER_FILE, DigitsCNN, save_digits_cnn
@@ -15,7 +15,7 @@ from SIT.model import ModelConfig, SiT
 from SIT.train import Config
 
 ROOT = Path(__file__).resolve().parents[1]
-ONE = Launch(0, 0, 1, torch.device("cpu"))  # a single process
+ONE = Process(0, 0, 1, torch.device("cpu"))  # a single process
 CONFIG = """
 log_every = 1
 wandb = "disabled"

@@ -25,7 +25,7 @@ from common.json_files import read_object
 from optimizers import roles_of
 
 REMEDY = "name the folder of a run of nanoGPT, Llama or SIT, with config.json and its checkpoints"
-ONE = launch.Launch(0, 0, 1, torch.device("cpu"))
+ONE = launch.Process(0, 0, 1, torch.device("cpu"))
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ OPTIONS: dict[str, tuple] = {  # of optimizers: option -> values that cannot be
     "process_group": ("gloo", 5),
     "nosuch": (1,),
 }
-FACES = ("OLion", "Muon", "AdaMuon", "Lion", "AdamW")
+CONSTRUCTORS = ("OLion", "Muon", "AdaMuon", "Lion", "AdamW")
 
 
 def cases(runs: Runs, quick: bool) -> Cases:
@@ -72,35 +72,35 @@ def _judge(outcome: Outcome) -> str | None:
 
 
 def _all(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
-    for face in FACES:
+    for constructor in CONSTRUCTORS:
         for option, values in OPTIONS.items():
-            if not _ignored(face, option):
+            if not _ignored(constructor, option):
                 for value in values:
-                    yield f"{face}({option}={value!r})", partial(_stepped, face, {option: value})
+                    yield f"{constructor}({option}={value!r})", partial(_stepped, constructor, {option: value})
         for name, params in _bad_params().items():
-            yield f"{face}({name})", partial(_stepped, face, {}, params)
+            yield f"{constructor}({name})", partial(_stepped, constructor, {}, params)
     yield from _builds()
     yield from _states()
     yield from _functions(folder)
 
 
-def _ignored(face: str, option: str) -> bool:
+def _ignored(constructor: str, option: str) -> bool:
     """Tell whether an option is none of an optimizer's, where any value is as bad; one such value is tried."""
     import inspect
 
     import optimizers
 
-    return option not in inspect.signature(getattr(optimizers, face)).parameters and option != "nosuch"
+    return option not in inspect.signature(getattr(optimizers, constructor)).parameters and option != "nosuch"
 
 
-def _stepped(face: str, options: dict[str, Any], params: Callable[[], Any] | None = None) -> None:
+def _stepped(constructor: str, options: dict[str, Any], params: Callable[[], Any] | None = None) -> None:
     import torch
 
     import optimizers
 
     torch.manual_seed(0)
     given = params() if params else [torch.nn.Parameter(torch.randn(4, 8))]
-    optimizer = getattr(optimizers, face)(given, **options)
+    optimizer = getattr(optimizers, constructor)(given, **options)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.ones_like(parameter)
@@ -187,27 +187,27 @@ def _states() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     import optimizers
 
-    def built(face: str) -> tuple[torch.nn.Parameter, Any]:
+    def built(constructor: str) -> tuple[torch.nn.Parameter, Any]:
         parameter = torch.nn.Parameter(torch.randn(4, 8))
-        optimizer = getattr(optimizers, face)([parameter])
+        optimizer = getattr(optimizers, constructor)([parameter])
         parameter.grad = torch.ones_like(parameter)
         optimizer.step()
         return parameter, optimizer
 
-    def load(face: str, change: Callable[[dict], Any]) -> None:
-        _, optimizer = built(face)
+    def load(constructor: str, change: Callable[[dict], Any]) -> None:
+        _, optimizer = built(constructor)
         state = copy.deepcopy(optimizer.state_dict())
         changed = change(state)
         optimizer.load_state_dict(state if changed is None else changed)
 
-    def resized(face: str) -> None:
-        parameter, optimizer = built(face)
+    def resized(constructor: str) -> None:
+        parameter, optimizer = built(constructor)
         parameter.data = torch.zeros(2, 3)
         parameter.grad = torch.ones(2, 3)
         optimizer.step()
 
-    def other_gradient(face: str) -> None:
-        parameter, optimizer = built(face)
+    def other_gradient(constructor: str) -> None:
+        parameter, optimizer = built(constructor)
         parameter.grad = None
         parameter.data = torch.zeros(8, 8)
         parameter.grad = torch.ones(8, 8)
@@ -230,11 +230,11 @@ def _states() -> Iterator[tuple[str, Callable[[], Any]]]:
         "text for a buffer": lambda state: first(state).update(dict.fromkeys(first(state), "x")),
         "a negative lr": lambda state: state["param_groups"][0].update(lr=-1.0),
     }
-    for face in FACES:
+    for constructor in CONSTRUCTORS:
         for name, change in changes.items():
-            yield f"{face}.load_state_dict({name})", partial(load, face, change)
-        yield f"{face}: a resized parameter", partial(resized, face)
-        yield f"{face}: a larger parameter", partial(other_gradient, face)
+            yield f"{constructor}.load_state_dict({name})", partial(load, constructor, change)
+        yield f"{constructor}: a resized parameter", partial(resized, constructor)
+        yield f"{constructor}: a larger parameter", partial(other_gradient, constructor)
 
 
 def _functions(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -76,7 +76,7 @@ class Reader:
         step = self._known.get(outcome.out.strip())
         if step is None:
             return "accepted, with other tensors"
-        if step == OLDER and "is damaged and passed over" not in outcome.err:
+        if step == OLDER and "is damaged and skipped" not in outcome.err:
             return "passed over without a warning"
         return None
 
