@@ -100,7 +100,7 @@ def is_up_to_date(folder: Path, request: dict) -> bool:
     for key in ("source", "vocab_size", "val_fraction", "document_length"):
         if meta.get(key) != request[key]:
             raise ValueError(
-                f"{folder} was made with {key} = {meta.get(key)}, asked for is {request[key]}: remove it or choose "
+                f"{folder} was made with {key} = {meta.get(key)}, requested is {request[key]}: remove it or choose "
                 "another --out"
             )
     return meta.get("content") == request["content"]

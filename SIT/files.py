@@ -27,7 +27,7 @@ def claim(folder: Path, request: dict) -> None:
     for key, value in request.items():
         if found.get(key) != value:
             raise UserError(
-                f"all of {folder} must have one {key}, it was made with {found.get(key)}, asked for is {value}: remove "
+                f"all of {folder} must have one {key}, it was made with {found.get(key)}, requested is {value}: remove "
                 "it, or name another folder"
             )
 

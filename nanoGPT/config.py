@@ -1,4 +1,4 @@
-"""Settings of a GPT run, each with its default and the reason for it. No import of torch: --help is quick."""
+"""Settings of a GPT run, with their defaults. torch is not imported, to keep --help fast."""
 
 from dataclasses import dataclass, field
 
@@ -9,22 +9,22 @@ from common.run_config import RunConfig
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT; the defaults are GPT-2 small."""
+    """Shape of a GPT; the defaults are GPT-2 small."""
 
     n_layer: int = 12
-    """Blocks."""
+    """Number of blocks."""
     n_head: int = 12
-    """Attention heads of a block."""
+    """Attention heads per block."""
     n_embd: int = 768
     """Width C, a multiple of n_head."""
     context: int = 1024
     """Longest sequence, in tokens."""
     vocab_size: int = 50304
-    """Tokens: GPT-2's 50,257 up to a multiple of 64, a fast shape; 0 stands for the corpus', padded likewise."""
+    """GPT-2's 50,257 tokens, padded to a multiple of 64, a fast shape; 0: the corpus' vocabulary, padded likewise."""
     bias: bool = False
-    """Biases in layers and norms: OpenAI's own weights have them, the paper's do not."""
+    """Biases in layers and norms: in OpenAI's weights, not in the paper's models."""
     dropout: float = 0.0
-    """Part of the activations dropped in training."""
+    """Fraction of the activations dropped in training."""
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "n_embd", "context"):
@@ -38,14 +38,14 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The corpus and how it is cut."""
+    """The corpus and its batches."""
 
     folder: str = "data/openwebtext"
     """Folder that `python -m nanoGPT.prepare` wrote."""
     batch_size: int = 480
     """Sequences per step, over all ranks and micro-batches: 480 x 1,024 tokens in the paper."""
     micro_batch: int = 40
-    """Most sequences that one rank takes through the model at once; lower it if memory runs out, the result stays."""
+    """Largest number of sequences per forward pass of a rank; lower it if memory runs out: the result is the same."""
 
     def __post_init__(self):
         at_least(1, self, "batch_size", "micro_batch")
@@ -53,10 +53,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class GPTOptimizerConfig(OptimizerConfig):
-    """The optimizer, and what it is told about a GPT-2."""
+    """The optimizer; its options are checked when it is built."""
 
     split_qkv: bool = False
-    """Orthogonalize the query, key and value blocks of the fused weight apart; lion and adamw have nothing to split."""
+    """Orthogonalize the query, key and value blocks of the fused weight separately; no effect on lion and adamw."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class EvalConfig:
     """Validation, always on the same windows."""
 
     every: int = 500
-    """Steps between validations; there is one at step 0 and one at the end."""
+    """Steps between validations; two more are at step 0 and at the end."""
     windows: int = 1000
     """Windows of one context each, evenly spaced over val.bin."""
 
@@ -74,13 +74,13 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    """Every knob of a run; the defaults are the paper's GPT-2 small on OpenWebText."""
+    """Settings of a run; the defaults are the paper's GPT-2 small on OpenWebText."""
 
     model: GPTConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: GPTOptimizerConfig = field(default_factory=GPTOptimizerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     init_from: str = ""
-    """A Hugging Face GPT-2 to start from ("gpt2", "gpt2-medium", a folder); empty is a random start."""
+    """A Hugging Face GPT-2 to start from ("gpt2", "gpt2-medium", a folder); empty: random weights."""
     out: str = "runs/nanogpt"
     """Folder of all runs."""

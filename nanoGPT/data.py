@@ -1,7 +1,7 @@
-"""Corpora on disk: how one is written, and how batches and validation windows are read from it.
+"""Corpora on disk: writing them, and reading batches and validation windows.
 
-A corpus is a folder of token files, train.bin and val.bin (raw little-endian uint16 or uint32, one text after the
-other, each followed by an end-of-text token), and meta.json:
+A corpus is a folder of token files, train.bin and val.bin (raw little-endian uint16 or uint32, each text followed by an
+end-of-text token), and meta.json:
 
     {"tokenizer": "bytes", "vocab_size": 257, "dtype": "uint16", "source": "stdlib",
      "files": {"train.bin": {"tokens": 9, "text_bytes": 8, "sha256": "..."}, "val.bin": {...}}}
@@ -43,7 +43,7 @@ class TokenFile:
 
 
 class Encoded(NamedTuple):
-    """Tokens (n,) to be written, and the UTF-8 bytes of the text they stand for."""
+    """Tokens (n,) to write, and the number of UTF-8 bytes of their text."""
 
     tokens: np.ndarray
     text_bytes: int
@@ -53,15 +53,15 @@ class Encoded(NamedTuple):
 
 
 def tokenizer(name: str) -> Any:
-    """Make the tiktoken Encoding of a corpus: "bytes" (256 bytes and end-of-text) or "gpt2".
+    """Return the tiktoken Encoding of a corpus: "bytes" (256 bytes and end-of-text) or "gpt2".
 
-    Raises FileNotFoundError when gpt2's merges are neither in tiktoken's cache nor to be downloaded.
+    Raises FileNotFoundError if gpt2's merges are not in tiktoken's cache and cannot be downloaded.
     """
-    import tiktoken  # training sees tokens only, and goes without
+    import tiktoken  # training does not need it
 
     if name == "bytes":
         ranks = {bytes([value]): value for value in range(256)}
-        lines = r"[^\n]*\n|[^\n]+"  # no merges, so any pattern gives the same tokens; lines are quick
+        lines = r"[^\n]*\n|[^\n]+"  # without merges any pattern gives the same tokens; lines are fast
         return tiktoken.Encoding(
             name, pat_str=lines, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256}, explicit_n_vocab=257
         )
@@ -71,7 +71,7 @@ def tokenizer(name: str) -> Any:
         return tiktoken.get_encoding("gpt2")
     except OSError as error:  # the errors of `requests` are OSErrors
         raise FileNotFoundError(
-            f"tiktoken's gpt2 is not in its cache and cannot be fetched ({one_line(error)[:200]}): where there is "
+            f"tiktoken's gpt2 is not in its cache and cannot be downloaded ({one_line(error)[:200]}): where there is "
             "internet, run "
             "`TIKTOKEN_CACHE_DIR=FOLDER python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\"`, then copy "
             "FOLDER here and set TIKTOKEN_CACHE_DIR to it; or use --tokenizer bytes"
@@ -79,7 +79,7 @@ def tokenizer(name: str) -> Any:
 
 
 def read_meta(folder: str | Path) -> dict:
-    """Read a corpus' meta.json; raises FileNotFoundError where there is none, UserError for a damaged one."""
+    """Read a corpus' meta.json; raises FileNotFoundError if it is missing, UserError if it is damaged."""
     path = Path(folder) / "meta.json"
     if not path.is_file():
         source = path.parent.name if path.parent.name in ("stdlib", "openwebtext") else "FILE_OR_FOLDER"
@@ -94,10 +94,10 @@ def read_meta(folder: str | Path) -> dict:
 
 
 def load(folder: str | Path, split: str, *, verify: bool = True) -> TokenFile:
-    """Map the "train" or the "val" tokens of a corpus.
+    """Memory-map the "train" or the "val" tokens of a corpus.
 
-    verify: compare the file's SHA-256 with meta.json's too (about a second per GB).
-    Raises FileNotFoundError when it is missing, ValueError when it is empty or not the file that was prepared.
+    verify: also compare the file's SHA-256 with meta.json's (about a second per GB).
+    Raises FileNotFoundError if the file is missing, ValueError if it is empty or differs from meta.json.
     """
     meta, path = read_meta(folder), Path(folder) / f"{split}.bin"
     remedy = f"remove {path.parent} and run `python -m nanoGPT.prepare` again"
@@ -115,23 +115,23 @@ def load(folder: str | Path, split: str, *, verify: bool = True) -> TokenFile:
 
 
 def sha256(path: Path) -> str:
-    """Hash a file without holding all of it in memory."""
+    """Hash a file, block by block."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def padded_vocabulary(meta: dict, multiple: int = 64) -> int:
-    """Round a corpus' vocabulary up, to a shape that hardware likes: 64 turns GPT-2's 50,257 into 50,304."""
+    """Round a corpus' vocabulary up to a multiple that is fast on GPUs: GPT-2's 50,257 becomes 50,304."""
     return -(-meta["vocab_size"] // multiple) * multiple
 
 
 def fit_vocabulary(shape: Any, meta: dict) -> Any:
-    """Set a model config's vocabulary of 0 to the corpus', padded."""
+    """Replace a model config's vocabulary of 0 by the corpus', padded."""
     return shape if shape.vocab_size else replace(shape, vocab_size=padded_vocabulary(meta))
 
 
 def check_vocabulary(meta: dict, vocab_size: int) -> None:
-    """Refuse a model whose vocabulary is smaller than its corpus'."""
+    """Raise ValueError if the model's vocabulary is smaller than the corpus'."""
     if vocab_size < meta["vocab_size"]:
         raise ValueError(
             f"the corpus' {meta['tokenizer']} tokens need a vocabulary of {meta['vocab_size']}, the model has "
@@ -151,8 +151,8 @@ def batch(
 ) -> "tuple[Tensor, Tensor]":
     """Draw the rows `sequences` of a step's global batch: inputs (b, T) and targets (b, T), int64.
 
-    (seed, step) fixes the windows of the whole global batch, so that it is the same however many ranks and
-    accumulation steps share it, and a resumed run continues with the batches it would have had.
+    (seed, step) determines the windows of the global batch, so that it depends neither on the number of ranks and
+    micro-batches nor on a resume.
     """
     offsets = batch_offsets(tokens, seed, step, global_batch, context)
     return windows(tokens, offsets[sequences], context, device)
@@ -174,13 +174,13 @@ def read_batches(
     context: int,
     device: "torch.device | str" = "cpu",
 ) -> "Iterator[tuple[Tensor, Tensor]]":
-    """Give `batch` of each of these pieces of the sequences of each step, while a thread reads the next one."""
+    """Yield the `batch` of each of these pieces of each step, while a thread reads the next one."""
     import torch
 
     from common.read_ahead import read_ahead  # imports torch, as above
 
-    def read(place: tuple[int, slice]) -> "Tensor":
-        step, sequences = place
+    def read(step_and_piece: tuple[int, slice]) -> "Tensor":
+        step, sequences = step_and_piece
         offsets = batch_offsets(tokens, seed, step, global_batch, context)[sequences]
         return torch.from_numpy(window_rows(tokens, offsets, context))
 
@@ -199,27 +199,27 @@ def validation_windows(tokens: TokenFile, *, count: int, context: int) -> np.nda
 def windows(
     tokens: TokenFile, offsets: Sequence[int] | np.ndarray, context: int, device: "torch.device | str" = "cpu"
 ) -> "tuple[Tensor, Tensor]":
-    """Cut, at each offset, inputs (b, T) and the targets one token later (b, T), int64."""
-    import torch  # takes seconds, and preparing a corpus goes without
+    """Return inputs (b, T) from each offset, and targets (b, T), one token later; int64."""
+    import torch  # takes seconds, and preparing a corpus does not need it
 
     rows = torch.from_numpy(window_rows(tokens, offsets, context))
     return inputs_and_targets(rows.pin_memory() if torch.device(device).type == "cuda" else rows, device)
 
 
 def window_rows(tokens: TokenFile, offsets: Sequence[int] | np.ndarray, context: int) -> np.ndarray:
-    """Cut T + 1 tokens at each offset: (b, T + 1) int64."""
+    """Return T + 1 tokens from each offset: (b, T + 1) int64."""
     rows = np.stack([tokens.tokens[offset : offset + context + 1] for offset in offsets])
     return rows.astype(np.int64)
 
 
 def inputs_and_targets(rows: "Tensor", device: "torch.device | str") -> "tuple[Tensor, Tensor]":
-    """Move windows (b, T + 1) to a device, and part them; of pinned rows the copy is under way when this returns."""
+    """Move windows (b, T + 1) to a device and split them; the copy of pinned rows is asynchronous."""
     rows = rows.to(device, non_blocking=True)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
 def check_length(tokens: TokenFile, context: int) -> None:
-    """Refuse a file that is shorter than one window."""
+    """Raise ValueError if a file is shorter than one window."""
     if len(tokens) <= context:
         raise ValueError(
             f"{tokens.path} must hold a window of context + 1 = {context + 1} tokens, holds {len(tokens)}: "
@@ -231,9 +231,9 @@ def check_length(tokens: TokenFile, context: int) -> None:
 
 
 def write_corpus(folder: Path, splits: dict[str, Iterable[Encoded]], described: dict) -> dict:
-    """Write a whole corpus or none, and return its meta.json: `described` (tokenizer, source, ...) and the rest.
+    """Write a corpus atomically; returns its meta.json, with the fields of `described` (tokenizer, source, ...).
 
-    An older folder of that name is replaced. Raises ValueError when a split comes out empty.
+    An older folder of that name is replaced. Raises ValueError if a split is empty.
     """
     vocab_size = tokenizer(described["tokenizer"]).n_vocab
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
@@ -245,7 +245,7 @@ def write_corpus(folder: Path, splits: dict[str, Iterable[Encoded]], described: 
 
 
 def write_split(path: Path, encoded: Iterable[Encoded], dtype: str) -> dict:
-    """Write one token file, with a progress bar, and return its entry in meta.json."""
+    """Write one token file, with a progress bar; returns its entry in meta.json."""
     digest, tokens, text_bytes = hashlib.sha256(), 0, 0
     with path.open("wb") as file, progress(desc=path.name, unit=" tokens", unit_scale=True) as bar:
         for block in encoded:
@@ -254,6 +254,6 @@ def write_split(path: Path, encoded: Iterable[Encoded], dtype: str) -> dict:
             digest.update(data)
             tokens, text_bytes = tokens + len(block.tokens), text_bytes + block.text_bytes
             bar.update(len(block.tokens))
-    if not text_bytes:  # documents without text still have their end-of-text
-        raise ValueError(f"{path.name} needs text, the source leaves none: add text or change --val-fraction")
+    if not text_bytes:  # documents without text still have an end-of-text
+        raise ValueError(f"{path.name} needs text, got none of the source: add text or change --val-fraction")
     return {"tokens": tokens, "text_bytes": text_bytes, "sha256": digest.hexdigest()}

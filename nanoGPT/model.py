@@ -1,6 +1,6 @@
 """GPT-2 (Radford et al. 2019), with nanoGPT's module names and the logits of Hugging Face's GPT2LMHeadModel.
 
-Letters in the shape comments: B sequences, T tokens, C width, H heads, D = C / H, V vocabulary.
+Shapes: B sequences, T tokens, C width, H heads, D = C / H, V vocabulary.
 """
 
 import math
@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from common import UserError, one_line
 from nanoGPT.config import GPTConfig as GPTConfig
 
-LEAST_TEMPERATURE = 1e-30  # only ties of the likeliest token share here already; near 1e-38 float32 has 0 / 0
+LEAST_TEMPERATURE = 1e-30  # here only the likeliest tokens have a probability above 0; near 1e-38 float32 gives 0 / 0
 
 
 class LayerNorm(nn.LayerNorm):
-    """A LayerNorm in the dtype of its input: the residual stream is in fp32 where FSDP gathers the weights in bf16."""
+    """A LayerNorm in the dtype of its input: the residual stream is fp32 even if FSDP gathers the weights in bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -37,7 +37,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads concatenated
         return F.dropout(self.c_proj(y), self.dropout, self.training)  # (B, T, C)
 
 
@@ -67,7 +67,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT-2, its output head tied to its token embedding.
+    """A GPT-2 whose output head is tied to its token embedding.
 
     Example: `logits, loss = GPT(GPTConfig(n_layer=2))(tokens, targets)`.
     """
@@ -75,7 +75,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         if config.vocab_size < 1:
-            raise ValueError(f"vocab_size must be at least 1, got {config.vocab_size}: fill in the corpus'")
+            raise ValueError(f"vocab_size must be at least 1, got {config.vocab_size}: set it to the corpus'")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.context, config.n_embd)
@@ -87,19 +87,19 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw the weights as GPT-2 did: N(0, 0.02), less for the projections into the residual stream."""
+        """Draw the weights as GPT-2: N(0, 0.02), with a smaller deviation for projections into the residual stream."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding) and module is not self.lm_head:
-                # The stream adds up 2 n_layer projections; the root keeps its variance that of one.
+                # The stream sums 2 n_layer projections; dividing by the root keeps their variance that of one.
                 residual = math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj") else 1.0
                 nn.init.normal_(module.weight, std=0.02 / residual)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Score every next token: logits (B, T, V), and their mean cross-entropy (nats) with targets (B, T).
+        """Return the logits (B, T, V) of every next token, and their mean cross-entropy (nats) with targets (B, T).
 
-        Targets of -1 are left out of the mean. Raises ValueError when T exceeds the context.
+        Targets of -1 are ignored. Raises ValueError if T exceeds the context.
         """
         T = tokens.size(1)
         if T > self.config.context:
@@ -112,12 +112,12 @@ class GPT(nn.Module):
         logits = self.lm_head(self.ln_f(x))  # (B, T, V)
         if targets is None:
             return logits, None
-        # At least in fp32: under autocast the logits are in bf16, and so a loss would have two to three digits.
+        # In fp32 or wider: under autocast the logits are bf16, in which a loss has two to three digits.
         precise = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))  # (B T, V)
         return logits, F.cross_entropy(precise, targets.flatten(), ignore_index=-1)
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """Return the table of the vocabulary, as Hugging Face's models name it: that of positions is no vocabulary."""
+        """Return the token embedding, as Hugging Face's models do; that of positions is not indexed by tokens."""
         return self.wte
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -129,9 +129,9 @@ class GPT(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self) -> int:
-        """Count the floating-point operations per token, forward and backward: 6 N + 12 L C T (PaLM, appendix B).
+        """Return the floating-point operations per token, forward and backward: 6 N + 12 L C T (PaLM, appendix B).
 
-        N leaves out the positions, which are only looked up; the tied embedding is multiplied, as the head.
+        N excludes the position embedding, which is only looked up, and includes the tied embedding, used as the head.
         """
         config = self.config
         multiplied = self.num_parameters() - self.wpe.weight.numel()
@@ -149,10 +149,10 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Continue tokens (B, T) by sampling: (B, T + max_new_tokens).
 
-        temperature: 0 takes the likeliest token. top_k: sample among the k likeliest only. vocab_size: the
-        corpus', where the model's is padded beyond it. Call `eval()` first if there is dropout.
+        temperature: 0 takes the likeliest token. top_k: sample only among the k likeliest. vocab_size: the corpus',
+        if the model's is padded. Call `eval()` first if there is dropout.
 
-        Raises ValueError for a temperature that is negative or not finite, or logits that are not finite.
+        Raises ValueError for a temperature that is negative or not finite, and for logits that are not finite.
         """
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be 0 or more, and finite; got {temperature}")
@@ -160,14 +160,14 @@ class GPT(nn.Module):
             logits, _ = self(tokens[:, -self.config.context :])  # (B, T, V)
             logits = logits[:, -1, :vocab_size].float()  # (B, V)
             if not logits.isfinite().all():
-                raise ValueError("the logits must be finite, are not: the weights have diverged, take an earlier run's")
+                raise ValueError("logits must be finite, are not: the weights have diverged, use those of another run")
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
                 logits = logits.masked_fill(logits < kth, -torch.inf)
             if temperature == 0:
                 next_token = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
             else:
-                below = logits - logits.amax(dim=-1, keepdim=True)  # (B, V), the likeliest 0: so no quotient is inf
+                below = logits - logits.amax(dim=-1, keepdim=True)  # (B, V), at most 0, so no quotient is inf
                 probabilities = F.softmax(below / max(temperature, LEAST_TEMPERATURE), dim=-1)  # (B, V)
                 next_token = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
             tokens = torch.cat([tokens, next_token], dim=1)
@@ -175,10 +175,9 @@ class GPT(nn.Module):
 
     @classmethod
     def from_huggingface(cls, source: Any, dropout: float = 0.0) -> "GPT":
-        """Take over a GPT2LMHeadModel, given itself or by name ("gpt2", "gpt2-medium", a folder).
+        """Convert a GPT2LMHeadModel, given as an object or by name ("gpt2", "gpt2-medium", a folder).
 
-        Raises UserError when it can be loaded neither from here nor from the Hub, ValueError for a model whose
-        arithmetic is not GPT-2's.
+        Raises UserError if it can be loaded neither locally nor from the Hub, ValueError if it is not a plain GPT-2.
         """
         theirs = download(source) if isinstance(source, str) else source
         hf = theirs.config
@@ -198,23 +197,22 @@ class GPT(nn.Module):
 
 
 def download(name: str) -> nn.Module:
-    """Fetch a GPT2LMHeadModel from a folder, Hugging Face's cache, or its Hub."""
+    """Load a GPT2LMHeadModel from a folder, Hugging Face's cache, or the Hub."""
     from transformers import GPT2LMHeadModel  # slow to import, and only needed here
 
     try:
         model, found = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
     except ImportError:
         raise  # a package to install
-    except Exception as error:  # the Hub's failures, damaged files and weights of other shapes share no narrower class
+    except Exception as error:  # Hub errors, damaged files and mismatched shapes have no narrower common class
         raise UserError(
             f"GPT-2 {name!r} cannot be loaded from a folder, HF_HOME or the Hugging Face Hub "
-            f"({one_line(error)[:200]}): run `hf download {name} --local-dir FOLDER` where there is internet, and give "
-            "that folder"
+            f"({one_line(error)[:200]}): run `hf download {name} --local-dir FOLDER` on a machine with internet, "
+            "and give that folder"
         ) from error
-    if lacking := sorted(
-        set(found["missing_keys"]) - {"lm_head.weight"}
-    ):  # it is tied; others would be drawn at random
+    # The head is tied; other missing weights would be drawn at random.
+    if lacking := sorted(set(found["missing_keys"]) - {"lm_head.weight"}):
         raise UserError(
-            f"{name} must hold all weights of a GPT-2, lacks {len(lacking)}, as {lacking[0]}: load it again"
+            f"{name} must hold all weights of a GPT-2, lacks {len(lacking)}, as {lacking[0]}: download it again"
         )
     return model

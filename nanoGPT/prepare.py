@@ -1,11 +1,11 @@
-"""Turn text into a corpus of tokens that nanoGPT.train reads.
+"""Tokenize text into a corpus for nanoGPT.train.
 
     python -m nanoGPT.prepare stdlib                      # this Python's standard library: seconds, no download
     python -m nanoGPT.prepare openwebtext --workers 16    # the corpus of the GPT-2 configs: 17 GB of tokens
     python -m nanoGPT.prepare novel.txt --out data/novel  # a file, or a folder of text, .jsonl and .parquet
     python -m nanoGPT.prepare nanoGPT/configs/stdlib.toml # the corpus of that config, if it is one of the first two
 
-The corpus (see nanoGPT/data.py) appears once it is whole; one that is already there is left alone.
+The corpus (see nanoGPT/data.py) is written atomically; an existing one that is up to date is kept.
 """
 
 import os
@@ -33,26 +33,26 @@ if TYPE_CHECKING:
 
 NAMED = ("stdlib", "openwebtext")
 OPENWEBTEXT = "Skylion007/openwebtext"  # on the Hugging Face Hub
-OPENWEBTEXT_DOCUMENTS = 8_013_769  # in the whole set, as nanoGPT's data/openwebtext/prepare.py counts them
+OPENWEBTEXT_DOCUMENTS = 8_013_769  # of the full set, from nanoGPT's data/openwebtext/prepare.py
 MOST_WORKERS = 1024  # each holds 16 pieces of text of up to 4 MiB
 
 
 @dataclass(frozen=True)
 class Prepare:
     source: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="SOURCE")]]
-    """stdlib (this Python's standard library), openwebtext (of the Hugging Face Hub), or a file or folder."""
+    """stdlib (this Python's standard library), openwebtext (from the Hugging Face Hub), or a file or folder."""
     out: Path | None = None
-    """The folder to make; by default data/NAME, after the source."""
+    """Folder to write; by default data/NAME, after the source."""
     tokenizer: Literal["bytes", "gpt2"] | None = None
     """bytes: 256 and an end-of-text, no download. gpt2: tiktoken's, the default for openwebtext only."""
     val_fraction: float | None = None
-    """The part kept for validation; by default 0.05, and 0.0005 of openwebtext, as in nanoGPT."""
+    """Fraction held out for validation; by default 0.05, and 0.0005 for openwebtext, as in nanoGPT."""
     workers: int = os.cpu_count() or 1
-    """How many threads (for openwebtext, processes) encode."""
+    """Number of encoding threads (for openwebtext, processes)."""
 
 
-def encode(parts: list[FileSpan], name: str, workers: int) -> Iterator[Encoded]:
-    """Encode parts of files in order, on threads: tiktoken works without Python's lock."""
+def encode(spans: list[FileSpan], name: str, workers: int) -> Iterator[Encoded]:
+    """Encode spans of files in order, on threads: tiktoken releases the GIL."""
     encoding = tokenizer(name)
     end_of_text = np.array([encoding.eot_token], dtype=np.uint32)
 
@@ -61,9 +61,9 @@ def encode(parts: list[FileSpan], name: str, workers: int) -> Iterator[Encoded]:
         tokens = encoding.encode_to_numpy(text, disallowed_special=())  # "<|endoftext|>" in a text is text
         return Encoded(np.append(tokens, end_of_text) if ends else tokens, len(text.encode()))
 
-    stream = (piece for part in parts for piece in pieces(part))
+    stream = (piece for span in spans for piece in pieces(span))
     with ThreadPoolExecutor(workers) as pool:
-        while group := list(islice(stream, 16 * workers)):  # by groups: `map` would first read everything
+        while group := list(islice(stream, 16 * workers)):  # in groups: `map` would read everything first
             yield from pool.map(encode_piece, group)
 
 
@@ -71,7 +71,7 @@ def encode(parts: list[FileSpan], name: str, workers: int) -> Iterator[Encoded]:
 
 
 def load_openwebtext() -> Any:
-    """Fetch OpenWebText, or find it below HF_HOME: a datasets.Dataset with the column "text"."""
+    """Return OpenWebText, from HF_HOME or the Hub: a datasets.Dataset with the column "text"."""
     import datasets  # slow to import, and only needed here
 
     try:
@@ -79,25 +79,25 @@ def load_openwebtext() -> Any:
             return datasets.load_dataset(OPENWEBTEXT, split="train")
         except RuntimeError:  # it is a loading script, which datasets 4 refuses; the Hub keeps a converted copy
             return datasets.load_dataset(OPENWEBTEXT, revision="refs/convert/parquet", split="train")
-    except Exception as error:  # the Hub's failures share no narrower class
+    except Exception as error:  # Hub errors have no narrower common class
         raise ConnectionError(
-            f"{OPENWEBTEXT} cannot be opened, from the Hugging Face cache or the Hub ({one_line(error)[:200]}): copy "
-            "the cache of a machine that has it here and set HF_HOME to it, or give as the source a folder of "
-            "its .parquet, .jsonl or .txt files"
+            f"{OPENWEBTEXT} cannot be loaded from the cache or the Hub ({one_line(error)[:200]}): copy the "
+            "cache of a machine that has it and set HF_HOME to it, or give as the source a folder of its .parquet, "
+            ".jsonl or .txt files"
         ) from error
 
 
 def encode_rows(rows: dict[str, list], numbers: list[int], name: str) -> dict[str, list]:
     """Encode documents, each with its end-of-text; Dataset.map calls this in its processes."""
     encoding = tokenizer(name)
-    # numbers: of the rows in the part; the shuffle has lost their place in the whole.
+    # numbers: rows of the split; after the shuffle their numbers in the data set are unknown.
     texts = [text_of(row, f"{OPENWEBTEXT}, shuffled row {n}") for n, row in zip(numbers, rows["text"], strict=True)]
     tokens = [encoding.encode_ordinary(text) + [encoding.eot_token] for text in texts]
     return {"tokens": tokens, "text_bytes": [len(text.encode()) for text in texts]}
 
 
 def encode_dataset(dataset: Any, name: str, val_fraction: float, workers: int) -> dict[str, Iterator[Encoded]]:
-    """Split a Dataset as nanoGPT splits OpenWebText (its seed too), encode it, and read it back by blocks."""
+    """Split a Dataset as nanoGPT splits OpenWebText (same seed), encode it, and read it back in blocks."""
     require_key(dataset.column_names, OPENWEBTEXT)
     print(f"{len(dataset):,} documents (all of {OPENWEBTEXT}: {OPENWEBTEXT_DOCUMENTS:,})")
     split = dataset.train_test_split(test_size=val_fraction, seed=2357, shuffle=True)
@@ -123,7 +123,7 @@ def encode_dataset(dataset: Any, name: str, val_fraction: float, workers: int) -
 
 
 def is_up_to_date(folder: Path, request: dict) -> bool:
-    """Tell whether a corpus is the requested one; raises ValueError where another corpus would be lost."""
+    """Return whether a corpus is the requested one; raises ValueError if another corpus would be overwritten."""
     if not folder.exists() or not any(folder.iterdir()):
         return False
     if not (folder / "meta.json").is_file():
@@ -132,19 +132,19 @@ def is_up_to_date(folder: Path, request: dict) -> bool:
     for key in ("source", "tokenizer", "val_fraction"):
         if meta.get(key) != request[key]:
             found = f"{folder} holds a corpus with {key} = {meta.get(key)}"
-            raise ValueError(f"{found}, asked for is {request[key]}: remove it or choose another --out")
+            raise ValueError(f"{found}, requested is {request[key]}: remove it or choose another --out")
     try:
         for split in ("train", "val"):
             load(folder, split, verify=False)
     except (FileNotFoundError, ValueError):
-        return False  # files are missing or cut short: to be made again
+        return False  # files are missing or truncated: prepared again
     return meta.get("content") == request["content"]
 
 
 def prepare(config: Prepare, load_hub: Callable[[], Any] = load_openwebtext) -> Path:
-    """Make the corpus that is asked for unless it is there, and return its folder.
+    """Prepare the requested corpus unless it is up to date; returns its folder.
 
-    load_hub: gives the datasets.Dataset that `openwebtext` stands for.
+    load_hub: returns the datasets.Dataset of `openwebtext`.
     """
     hub, path = config.source == "openwebtext", Path(config.source).resolve()
     named = config.source in NAMED
@@ -163,24 +163,24 @@ def prepare(config: Prepare, load_hub: Callable[[], Any] = load_openwebtext) -> 
         if is_up_to_date(folder, request):
             print(f"{folder} is up to date")
             return folder
-        tokenizer(name)  # fails, if it must, before anything is downloaded
+        tokenizer(name)  # if unavailable it fails before any download
         readable = [file for file in files if is_readable(file)]
         if hub:
             splits = encode_dataset(load_hub(), name, val_fraction, config.workers)
         elif readable:
-            parts = split_files(root, readable, val_fraction)
-            splits = {split: encode(parts[split], name, config.workers) for split in parts}
+            spans = split_files(root, readable, val_fraction)
+            splits = {split: encode(spans[split], name, config.workers) for split in spans}
         else:
             raise ValueError(f"{path} must hold UTF-8 text or .parquet, has none: convert it (iconv -t utf-8)")
         meta = write_corpus(folder, splits, request | {"skipped_files": len(files) - len(readable)})
     counts = ", ".join(f"{entry['tokens']:,} tokens in {file}" for file, entry in meta["files"].items())
-    skipped = f"; {meta['skipped_files']} files skipped, which are not UTF-8" if meta["skipped_files"] else ""
+    skipped = f"; {meta['skipped_files']} files that are not UTF-8 skipped" if meta["skipped_files"] else ""
     print(f"{folder}: {counts}, {name} vocabulary of {meta['vocab_size']}{skipped}")
     return folder
 
 
 def prepare_for(settings: "Config") -> Path:
-    """Make the corpus that a training config names, if it is one of those that have a name and is not there."""
+    """Prepare a training config's corpus if it is missing and named stdlib or openwebtext; returns its folder."""
     folder = Path(settings.data.folder)
     try:
         for split in ("train", "val"):

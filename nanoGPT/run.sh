@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
 # Trains a GPT with each optimizer, prints a table and draws the validation curves into runs/nanogpt/GROUP.
-#   bash nanoGPT/run.sh                                        a small GPT on Python's own source: minutes, anywhere
+#   bash nanoGPT/run.sh                                        a small GPT on the standard library: minutes on a CPU
 #   bash nanoGPT/run.sh nanoGPT/configs/gpt2_small.toml        GPT-2 on OpenWebText, on all GPUs of this machine
-#   OPTIMIZERS="olion muon" LR=1e-3 bash nanoGPT/run.sh        some optimizers, one rate
-#   bash nanoGPT/run.sh --model.n_layer 6 --steps 1000         any knob of nanoGPT/train.py, passed on
-#   bash nanoGPT/run.sh --resume                               what an interruption left undone, on any number of GPUs
-#   bash nanoGPT/run.sh --resume --publish                     the picture into images/ instead, where git tracks it
-#   PARALLEL=fsdp SCALE=gpt2_xl bash nanoGPT/run.sh            weights, gradients and state divided among the GPUs
-# On several nodes that share a file system: once, on one of them, `bash scripts/setup.sh` and
-# `.venv/bin/python -m nanoGPT.prepare openwebtext`; then on each, NODE_RANK being 1 on the second:
+#   OPTIMIZERS="olion muon" LR=1e-3 bash nanoGPT/run.sh        these optimizers, at this learning rate
+#   bash nanoGPT/run.sh --model.n_layer 6 --steps 1000         any option of nanoGPT/train.py
+#   bash nanoGPT/run.sh --resume                               continue after an interruption, on any number of GPUs
+#   bash nanoGPT/run.sh --resume --publish                     draw the figure into images/, which git tracks
+#   PARALLEL=fsdp SCALE=gpt2_xl bash nanoGPT/run.sh            weights, gradients and state sharded over the GPUs
+# On several nodes with a shared file system: once, on one node, `bash scripts/setup.sh` and
+# `.venv/bin/python -m nanoGPT.prepare openwebtext`; then on each node, with NODE_RANK=1 on the second:
 #   NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=host0:29500 bash nanoGPT/run.sh nanoGPT/configs/gpt2_xl.toml
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 EXPERIMENT=nanogpt
 source scripts/launch.sh # OPTIMIZERS, LR, SEED, GROUP, NGPU, NNODES, NODE_RANK, RDZV_ENDPOINT
 
-# Knobs beside those of scripts/launch.sh. Empty means: as the config says.
+# Variables besides those of scripts/launch.sh; empty: the config's value.
 SCALE=${SCALE:-}             # stdlib, gpt2_small, gpt2_medium, gpt2_large or gpt2_xl: a file of nanoGPT/configs
 BATCH=${BATCH:-}             # sequences per step, over all GPUs
-MICRO_BATCH=${MICRO_BATCH:-} # most sequences on one GPU at once
-PARALLEL=${PARALLEL:-}       # ddp: all on every GPU; fsdp: divided among all; hsdp: among those of one machine
+MICRO_BATCH=${MICRO_BATCH:-} # sequences per forward pass on one GPU
+PARALLEL=${PARALLEL:-}       # ddp: a copy per GPU; fsdp: sharded over all; hsdp: over those of one machine
 
 read_arguments "nanoGPT/configs/${SCALE:-stdlib}.toml" "$@"
 find_processes 1

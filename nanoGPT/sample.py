@@ -1,8 +1,8 @@
-"""Let a trained model continue a prompt.
+"""Continue a prompt with a trained model.
 
     python -m nanoGPT.sample --run runs/nanogpt/stdlib/olion-lr2e-3-s1337 --prompt "def main():"
 
-The newest checkpoint of the run is used, and the tokenizer of the corpus that it was trained on.
+It uses the run's newest checkpoint and the tokenizer of its corpus.
 """
 
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ class Sample:
     run: Path
     """Folder of a run, with config.json and checkpoints/."""
     prompt: str = ""
-    """Beginning of the text; an empty prompt is the start of a document."""
+    """Beginning of the text; empty: start of a document."""
     tokens: int = 256
     """Number of tokens to add."""
     temperature: float = 0.8
-    """Below 1 keeps closer to the likeliest tokens; 0 takes the likeliest each time."""
+    """Below 1 favours likelier tokens; 0 takes the likeliest each time."""
     top_k: int = 50
-    """Choose among this many of the likeliest tokens; 0 chooses among all."""
+    """Sample among this many of the likeliest tokens; 0: among all."""
     seed: int = 0
     """The same seed on the same device gives the same text."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -40,13 +40,13 @@ class Sample:
 def sample(config: Sample) -> str:
     """Return the prompt and its continuation.
 
-    Raises UserError for an option out of its range and for another experiment's run, FileNotFoundError when the run,
-    its checkpoint or its corpus is missing.
+    Raises UserError for an option out of range and for another experiment's run, FileNotFoundError if the run, its
+    checkpoint or its corpus is missing.
     """
     at_least(0, config, "tokens", "temperature", "top_k", "seed")
     if config.seed >= 2**64:  # torch's generators take 64 bits
         raise UserError(f"--seed must be below 2**64, got {config.seed}")
-    import torch  # here: --help goes without these imports, which take seconds
+    import torch  # here: these imports take seconds, and --help does not need them
 
     from common import launch
     from nanoGPT.data import tokenizer
@@ -55,7 +55,7 @@ def sample(config: Sample) -> str:
     device = launch.start(config.device).device
     model.to(device).eval()
     encoding = tokenizer(corpus["tokenizer"])
-    # Every document of the corpus follows an end-of-text.
+    # In the corpus every document follows an end-of-text.
     prompt = [encoding.eot_token, *encoding.encode(config.prompt, disallowed_special=())]
     tokens = model.generate(
         torch.tensor([prompt], device=device),  # (1, T)
@@ -69,7 +69,7 @@ def sample(config: Sample) -> str:
 
 
 def load_run(run: Path) -> "tuple[GPT, dict]":
-    """Build a run's model with its newest weights, and read the meta.json of its corpus."""
+    """Return a run's model with its newest weights, and the meta.json of its corpus."""
     from common import checkpoint
     from nanoGPT.data import fit_vocabulary, read_meta
     from nanoGPT.model import GPT, GPTConfig

@@ -1,4 +1,4 @@
-"""Train a GPT-2 with one of the optimizers, on one device or, under torchrun, on many with DDP, FSDP or HSDP.
+"""Train a GPT-2 with one of the optimizers, on one device or, under torchrun, on several with DDP, FSDP or HSDP.
 
     python -m nanoGPT.train nanoGPT/configs/stdlib.toml --optimizer.name muon --optimizer.lr 8e-3
     torchrun --standalone --nproc-per-node 8 -m nanoGPT.train nanoGPT/configs/gpt2_small.toml
@@ -6,14 +6,14 @@
     python -m nanoGPT.train nanoGPT/configs/stdlib.toml --resume
 
 The run's folder, runs/nanogpt/GROUP/NAME, holds metrics.jsonl, config.json, checkpoints/ and wandb/. On a CPU a resumed
-run repeats, bit for bit, what it would have done uninterrupted.
+run matches an uninterrupted one bit for bit.
 """
 
 from common.config import parse_config
 from common.guard import main_guard
 from nanoGPT.config import Config, GPTOptimizerConfig
 
-if __name__ == "__main__":  # --help and mistakes now: the imports below take seconds
+if __name__ == "__main__":  # --help and errors before the imports below, which take seconds
     main_guard(lambda: parse_config(Config))
 
 import math
@@ -38,9 +38,9 @@ def main() -> None:
 
 
 def train(settings: Config, process: launch.Process) -> bool:
-    """Train until `settings.steps`, or until asked to stop; returns whether the end was reached."""
+    """Train until `settings.steps` or a stop request; returns whether all steps were taken."""
     for name in (settings.optimizer.name, *settings.optimizer.tuned_lr):
-        rule_named(name)  # an unknown one fails now, before any data is touched
+        rule_named(name)  # an unknown one fails before any data is read
     settings.optimizer.peak_lr()
     corpus = open_corpus(settings, process)
     launch.refuse_differences(
@@ -50,7 +50,7 @@ def train(settings: Config, process: launch.Process) -> bool:
     model, network = build_model(settings, process)
     optimizer = build(settings.optimizer, network)
     watch = Probe(optimizer, model=model, **settings.probe.options())
-    launch.seed_all(settings.seed + process.rank)  # the weights are drawn; dropout differs from rank to rank
+    launch.seed_all(settings.seed + process.rank)  # after the weights: dropout differs between ranks
     scaler = torch.amp.GradScaler(process.device.type, enabled=precision(settings.dtype, process) == torch.float16)
     run = Run(
         settings,
@@ -75,7 +75,7 @@ def train(settings: Config, process: launch.Process) -> bool:
             norm = clip_gradient(model, settings.clip or math.inf)
             (loss,), norm = run.read(loss, norm)
 
-            metrics = watch(step + 1)  # of the weights before this step; not in its time
+            metrics = watch(step + 1)  # measures the weights before this step; not timed
             run.timer.optimizer()
             with count_bytes() as traffic:
                 if run.accepts(loss, norm):
@@ -97,7 +97,7 @@ def train(settings: Config, process: launch.Process) -> bool:
 
 
 def fit_vocabulary(settings: Config) -> Config:
-    """Give a model of vocabulary 0 the corpus', padded."""
+    """Replace a vocabulary of 0 by the corpus', padded."""
     meta = data.read_meta(settings.data.folder)
     return replace(settings, model=data.fit_vocabulary(settings.model, meta))
 
@@ -107,9 +107,9 @@ def open_corpus(settings: Config, process: launch.Process) -> dict[str, data.Tok
     if settings.data.batch_size < process.world_size:
         raise UserError(
             f"data.batch_size must be a sequence per rank or more, for {process.world_size} ranks; "
-            f"got {settings.data.batch_size}; raise it or set NGPU"
+            f"got {settings.data.batch_size}; raise it, or start fewer (NGPU)"
         )
-    verify = process.local_rank == 0  # one per machine: each may have its own copy
+    verify = process.local_rank == 0  # once per machine: each may have its own copy
     corpus = {split: data.load(settings.data.folder, split, verify=verify) for split in ("train", "val")}
     for tokens in corpus.values():
         data.check_length(tokens, settings.model.context)
@@ -118,10 +118,10 @@ def open_corpus(settings: Config, process: launch.Process) -> dict[str, data.Tok
 
 
 def build_model(settings: Config, process: launch.Process) -> tuple[GPT, nn.Module]:
-    """Return the model, and the network that trains it: the model compiled and distributed, as asked."""
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, for what autocast leaves in fp32
+    """Return the model, and the network to train: the model, compiled and distributed as configured."""
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, for fp32 operations under autocast
     torch.set_flush_denormal(True)  # saturated attention is subnormal: at too high a rate CPU steps took twice as long
-    if settings.init_from:  # the weights may be stored in half precision
+    if settings.init_from:  # its weights may be stored in half precision
         model = GPT.from_huggingface(settings.init_from, dropout=settings.model.dropout).float()
     else:
         model = GPT(settings.model)
@@ -134,7 +134,7 @@ def build_model(settings: Config, process: launch.Process) -> tuple[GPT, nn.Modu
 
 
 def build(settings: GPTOptimizerConfig, network: nn.Module) -> RuleOptimizer:
-    """Build the optimizer; every option that is set reaches the rule, which refuses what it does not have."""
+    """Build the optimizer; the rule refuses unknown options."""
     blocks = {"*.c_attn.weight": 3} if settings.split_qkv else None
     return build_optimizer(network, settings.name, qkv_split=blocks, **settings.arguments())
 
@@ -142,7 +142,7 @@ def build(settings: GPTOptimizerConfig, network: nn.Module) -> RuleOptimizer:
 def read_batches(
     tokens: data.TokenFile, steps: range, settings: Config, process: launch.Process
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give inputs and targets (b, T) of each piece of each step; a thread reads ahead."""
+    """Yield inputs and targets (b, T) of each micro-batch of each step; a thread reads ahead."""
     batch_size = settings.data.batch_size
     return data.read_batches(
         tokens,
@@ -162,17 +162,17 @@ def accumulate_gradient(
     settings: Config,
     process: launch.Process,
 ) -> Tensor:
-    """Leave the gradient of the global batch's mean loss in the parameters, and return this rank's share of it, ()."""
+    """Accumulate the gradient of the global batch's mean loss; returns this rank's share of that loss, ()."""
     network.train()
     batch_size, shares = settings.data.batch_size, process.world_size
     mine = cut_batch(batch_size, settings.data.micro_batch, process)
-    total = 0.0  # becomes a tensor of the loss's own dtype: a float32 zero would round the losses of a float64 run
+    total = 0.0  # becomes a tensor of the loss's dtype: a float32 zero would round the losses of a float64 run
     for number, (_, count) in enumerate(mine, start=1):
         inputs, targets = next(batches)  # (b, T) each
-        with synchronizing(network, number == len(mine)):  # the ranks' gradients meet once per step
+        with synchronizing(network, number == len(mine)):  # gradients are reduced once per step
             with autocast(precision(settings.dtype, process), process):
                 _, loss = network(inputs, targets)
-            loss = loss * (count * shares / batch_size)  # the gradients' mean over the ranks is taken
+            loss = loss * (count * shares / batch_size)  # DDP and FSDP average gradients over ranks
             scaler.scale(loss).backward()
         total += loss.detach()
     return total / shares
@@ -180,7 +180,7 @@ def accumulate_gradient(
 
 @torch.no_grad()
 def evaluate(network: nn.Module, tokens: data.TokenFile, settings: Config, process: launch.Process) -> dict[str, float]:
-    """Return the mean loss in nats per token over the validation windows, shared by the ranks, and bits per byte."""
+    """Return the mean loss over the validation windows, divided among ranks, in nats per token and in bits per byte."""
     network.eval()
     context = settings.model.context
     offsets = data.validation_windows(tokens, count=settings.eval.windows, context=context)
@@ -198,7 +198,7 @@ def evaluate(network: nn.Module, tokens: data.TokenFile, settings: Config, proce
 
 
 def utilization(tokens_per_second: float, model: GPT, process: launch.Process) -> dict[str, float]:
-    """Return the share of the devices' peak FLOPS (MFU) that the model takes, where that peak is known."""
+    """Return the model's share of the devices' peak FLOPS (MFU), if that peak is known."""
     peak = gpu.peak_flops(torch.cuda.get_device_name(process.device)) if process.device.type == "cuda" else None
     return {"mfu": tokens_per_second * model.flops_per_token() / (peak * process.world_size)} if peak else {}
 

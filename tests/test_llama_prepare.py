@@ -63,7 +63,7 @@ def test_prepare_again_leaves_a_matching_folder_alone_and_refuses_another(source
     assert (folder / "meta.json").stat().st_mtime_ns == before
     printed = capsys.readouterr()
     assert "up to date" in printed.out and printed.err.count("train.jsonl: 0") == 1  # a bar
-    with pytest.raises(ValueError, match="was made with vocab_size = 300, asked for is 400"):
+    with pytest.raises(ValueError, match="was made with vocab_size = 300, requested is 400"):
         prepare(Prepare(str(source), folder, vocab_size=400))
     (source / "0.txt").write_text("changed")
     prepare(Prepare(str(source), folder, vocab_size=300))

@@ -105,9 +105,9 @@ def test_prepare_again_follows_a_changed_file_and_mends_a_truncated_one(library,
 def test_prepare_refuses_to_replace_another_corpus_or_other_files(library, tmp_path):
     folder = run("stdlib", tmp_path / "c")
     other = write(tmp_path / "texts", many(4))
-    with pytest.raises(ValueError, match=r"source = stdlib, asked for is .*texts: remove it or choose another --out"):
+    with pytest.raises(ValueError, match=r"source = stdlib, requested is .*texts: remove it or choose another --out"):
         run(other, folder)
-    with pytest.raises(ValueError, match=r"val_fraction = 0\.05, asked for is 0\.2"):
+    with pytest.raises(ValueError, match=r"val_fraction = 0\.05, requested is 0\.2"):
         run("stdlib", folder, val_fraction=0.2)
     with pytest.raises(ValueError, match="is neither"):
         run("stdlib", other)

@@ -239,7 +239,7 @@ def test_convert_refuses_images_outside_of_class_folders_and_names_that_collide(
 
 def test_convert_refuses_a_folder_of_another_size_or_of_other_files(source, converted, tmp_path):
     before = contents(converted)
-    with pytest.raises(UserError, match="must have one size, it was made with 16, asked for is 8: remove it, or name"):
+    with pytest.raises(UserError, match="must have one size, it was made with 16, requested is 8: remove it, or name"):
         convert.convert(Convert(source, converted, size=8))
     assert contents(converted) == before
     (tmp_path / "mine/images").mkdir(parents=True)
@@ -410,13 +410,13 @@ def test_encode_refuses_to_mix_vaes_or_sizes(converted, source, monkeypatch):
     (source / "vae").mkdir()
     monkeypatch.chdir(source)
     for asked, recorded in (("other/vae", "other/vae"), ("vae", source / "vae")):
-        message = rf"vae-sd must have one vae, it was made with stabilityai/sd-vae-ft-mse, asked for is {recorded}:"
+        message = rf"vae-sd must have one vae, it was made with stabilityai/sd-vae-ft-mse, requested is {recorded}:"
         with pytest.raises(UserError, match=message):
             encode(converted, vae=asked)
     shutil.rmtree(converted / "images")
     (source / "vae").rmdir()
     convert.convert(Convert(source, converted, size=2 * SIZE, workers=2))
-    with pytest.raises(UserError, match=r"must have one image side, it was made with 16, asked for is 32"):
+    with pytest.raises(UserError, match=r"must have one image side, it was made with 16, requested is 32"):
         encode(converted)
     assert contents(folder) == expected
 
