@@ -58,9 +58,9 @@ def test_environment_matches_the_launchers_variables(variables, values, found):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 needs RANK, MASTER_ADDR, MASTER_PORT too"),
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2 needs MASTER_ADDR, MASTER_PORT too"),
-        ({"RANK": "0"}, "WORLD_SIZE=1 needs MASTER_ADDR, MASTER_PORT too"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 also needs RANK, MASTER_ADDR, MASTER_PORT in the environment"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2 also needs MASTER_ADDR, MASTER_PORT in the environment"),
+        ({"RANK": "0"}, "WORLD_SIZE=1 also needs MASTER_ADDR, MASTER_PORT in the environment"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number, 1 or more; got 'two'"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be a whole number, 1 or more; got '0'"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK must be a whole number, 0 or more; got '-1'"),
