@@ -227,7 +227,7 @@ def test_killed_rank_ends_the_job_and_resume_goes_on_with_fewer(tiny):
     said = job.communicate(timeout=60)[1]
     assert job.returncode != 0
     assert said.count("error: rank ") == 1 and "Traceback" not in said.partition("error: rank ")[0]
-    assert "the same command with --resume goes on from the last checkpoint" in said
+    assert "the same command with --resume continues from the last checkpoint" in said
 
     reached = max(int(path.name[5:]) for path in (run_folder(out) / "checkpoints").glob("step-*"))
     train(0, tiny, "one process", out, "--steps", str(reached + 2), "--resume")
