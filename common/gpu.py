@@ -37,7 +37,7 @@ def count() -> int:
 
 
 def set_allocator() -> None:
-    """Let GPU memory grow in segments, without fragmentation, unless the user configured it; effective only before CUDA starts."""
+    """Let GPU memory grow in segments, against fragmentation, unless the user set it; call it before CUDA starts."""
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
     if not any(name in os.environ for name in names):
         os.environ[names[0]] = "expandable_segments:True"
