@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / "optimizers"
-SET_ELSEWHERE = ("params", "lr", "weight_decay", "qkv_split", "as_matrices", "process_group")
+SET_ELSEWHERE = ("params", "lr", "weight_decay", "qkv_split", "qkv_dim", "as_matrices", "process_group")
 
 
 @cache

@@ -54,7 +54,8 @@ class AdaMuon(RuleOptimizer):
         ns_dtype: torch.dtype | None = None,
         ns_form: Form = "auto",
         state_dtype: torch.dtype | None = None,
-        qkv_split: int = 1,
+        qkv_split: int | tuple[int, ...] = 1,
+        qkv_dim: int = 0,
         as_matrices: Literal["batch", "flatten"] | None = None,
         wire_dtype: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
@@ -73,7 +74,7 @@ def direct(stack: Tensor, group: dict) -> Tensor:
     return orthogonalize(stack, *options, dtype=group["ns_dtype"], form=group["ns_form"])
 
 
-def refine(directions: Tensors, state: dict[str, Tensors], group: dict, shapes) -> Tensors:
+def refine(directions: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
     """Divide by the root of the second moment."""
     squares = each("mul", directions, directions)
     roots = each("sqrt", update_ema(state["second_moment"], squares, group["momentum"]))

@@ -20,7 +20,7 @@ PAPER = {
     "adamw": {"betas": (0.9, 0.95)},
 }
 
-Blocks = int | Sequence[int]
+Split = int | Sequence[int]
 Groups = list[dict]
 
 
@@ -33,7 +33,7 @@ def build_optimizer(
     weight_decay: float = 0.1,
     adamw_betas: tuple[float, float] = (0.9, 0.95),
     adamw_eps: float = 1e-8,
-    qkv_split: Mapping[str, Blocks] | None = None,
+    qkv_split: Mapping[str, Split] | None = None,
     as_matrices: str | Mapping[str, str] | None = None,
     roles: Mapping[str, str] | None = None,
     process_group: dist.ProcessGroup | None = None,
@@ -49,11 +49,12 @@ def build_optimizer(
         adamw_lr: learning rate of the rest; None is `lr`, as in the paper.
         weight_decay: of every decayed tensor.
         adamw_betas, adamw_eps: of the rest.
-        qkv_split: {name pattern: number of equal row blocks} of fused weights, whose blocks are
-            orthogonalized one by one: {"*.c_attn.weight": 3}. nn.MultiheadAttention, LSTM and GRU are split by
-            default. Without effect on elementwise rules.
+        qkv_split: {name pattern: blocks} of fused weights, whose blocks are orthogonalized one by one: a number of
+            equal ones, {"*.c_attn.weight": 3}, or sizes in proportion, as the heads of grouped queries,
+            {"*.qkv_proj.weight": (32, 8, 8)}. Blocks are rows; of Hugging Face's Conv1D, columns.
+            nn.MultiheadAttention, LSTM and GRU are split by default. Without effect on elementwise rules.
         as_matrices: {name pattern: "batch" or "flatten"}, or one of these for every tensor of more than
-            two dimensions; see `matrix_shape_of`. Without effect on elementwise rules.
+            two dimensions; see `blocks_of`. Without effect on elementwise rules.
         roles: {name pattern: role}, overruling the model's own; see `roles_of`.
         process_group: the ranks that hold the same plain tensors and gradients, and share the work.
         options: of the rule, over the paper's configuration (`PAPER`), over its defaults.
@@ -108,7 +109,7 @@ def _unwrapped(model: nn.Module, process_group: dist.ProcessGroup | None) -> tup
 def _views(
     uses: dict[str, Use],
     params: dict[str, nn.Parameter],
-    qkv_split: Mapping[str, Blocks],
+    qkv_split: Mapping[str, Split],
     as_matrices: str | Mapping[str, str] | None,
     split: bool,
 ) -> dict[str, tuple]:
@@ -130,9 +131,11 @@ def _views(
             unseen.append(name)
         declared = match(qkv_split, name)
         blocks = uses[name].blocks if declared is None else declared
-        blocks = blocks if isinstance(blocks, int) else tuple(blocks)
+        blocks = tuple(blocks) if isinstance(blocks, list) else blocks
         options = {"as_matrices": seen} if seen else {}
-        views[name] = tuple({**options, **({} if blocks == 1 else {"qkv_split": blocks})}.items())
+        if blocks != 1:
+            options |= {"qkv_split": blocks} | ({"qkv_dim": 1} if uses[name].transposed else {})
+        views[name] = tuple(options.items())
     if unseen:
         described, patterns = outline(unseen, uses, lambda name: str(tuple(params[name].shape)))
         answers = ", ".join(f'"{pattern}": "flatten"' for pattern in patterns)

@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from .checks import closest, name_of
 from .layout import local_of
-from .matrices import shape_in
+from .matrices import blocks_in
 from .options import checked, outline
 from .plan import Plan, make_plan
 from .rule import RULES, UpdateRule, rule_named
@@ -166,7 +166,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         for group, routed in zip(self.param_groups, self._plan.routed, strict=True):
             for part in routed:
                 params = [group["params"][i] for i in part.indices]
-                update = ParamsUpdate(params, group, self.state, part.route.matrix_shapes, not self._stepped)
+                update = ParamsUpdate(params, group, self.state, not self._stepped)
                 update.whole_step() if update.rule.whole_step else part.route.run(update)
         self._stepped = True
         return loss
@@ -233,7 +233,7 @@ def _check(group: dict, rule: UpdateRule) -> None:
             )
         if rule.direct:
             try:
-                shape_in(group, param)
+                blocks_in(group, param)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
 

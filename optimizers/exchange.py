@@ -30,7 +30,7 @@ from . import wire
 from .buckets import Bucket, MatrixSpec, fill_buckets
 from .codec import Codec, padded_entries
 from .layout import Layout
-from .matrices import norms_of, scaled
+from .matrices import Blocks
 from .routes import Route, Update
 
 # Entries that a rank prepares, or reads and applies, at once: a step's temporaries are a few times as large.
@@ -65,7 +65,6 @@ class OwnerExchange(Route):
 
     def __init__(self, matrices: list[MatrixSpec], layout: Layout, to_owner_dtype: torch.dtype, codec: Codec):
         self.layout, self.to_owner_dtype, self.codec = layout, to_owner_dtype, codec
-        self.matrix_shapes = [matrix.matrix_shape for matrix in matrices]
         self.buckets = fill_buckets(matrices, layout)
         self._replica, self._shard = layout.coordinate_of(dist.get_rank())
         self._shard_group, self._replica_group = (
@@ -89,8 +88,8 @@ class OwnerExchange(Route):
             return
         replica, shard = self.layout.coordinate_of(rank)
         for bucket in self.buckets:
-            batch, row, rows = bucket.matrix_shape[0], bucket.counts[replica], [sum(each) for each in bucket.counts]
-            directions = self.codec.nbytes(prod(bucket.piece), batch)
+            count, row, rows = bucket.blocks.count, bucket.counts[replica], [sum(each) for each in bucket.counts]
+            directions = self.codec.nbytes(prod(bucket.piece), count)
             if self._shard_group:
                 shards = self._shard_entries(bucket) * self.to_owner_dtype.itemsize
                 traffic.add_all_to_all("to owners", row, [row[shard]] * len(row), shard, shards)
@@ -99,7 +98,7 @@ class OwnerExchange(Route):
                 traffic.add_all_to_all("directions", [rows[replica]] * len(rows), rows, replica, directions)
             if rescales and self._shard_group and (refines or not self.codec.packed):
                 for chunk in self._chunks(bucket):
-                    traffic.add_all_reduce("norms", 8 * len(bucket.members[chunk]) * batch, self.layout.shards)
+                    traffic.add_all_reduce("norms", 8 * len(bucket.members[chunk]) * count, self.layout.shards)
 
     def _carry(self, bucket: Bucket, update: Update, pending: list[PendingDirections]) -> Generator:
         """Compute and send a bucket's directions, yielding while messages travel."""
@@ -115,8 +114,8 @@ class OwnerExchange(Route):
             yield
         directed = self._direct(bucket, update, shards)  # (k, *shape)
         del shards
-        norms = norms_of(directed.reshape(-1, prod(bucket.matrix_shape[1:])), torch.float64)
-        messages, zeros = self.codec.write(self._cut(bucket, directed), norms.view(-1, bucket.matrix_shape[0]))
+        norms = bucket.blocks.norms(directed, torch.float64)
+        messages, zeros = self.codec.write(self._cut(bucket, directed), norms)
         del directed
         received = PendingDirections(
             bucket, (yield from self._send_to_all(bucket, messages, "directions")), zeros, dtype
@@ -166,8 +165,9 @@ class OwnerExchange(Route):
         if dim is not None:
             side_by_side = pieces.movedim(0, dim + 1).flatten(dim + 1, dim + 2)  # (k, ..., W x longest, ...)
             whole = side_by_side.narrow(dim + 1, 0, bucket.shape[dim])
-        _, m, n = bucket.matrix_shape
-        return update.direct(whole.reshape(-1, m, n)).reshape(whole.shape) if count else whole
+        if not whole.numel():
+            return whole
+        return bucket.blocks.join([update.direct(stack) for stack in bucket.blocks.stacks(whole)]).reshape(whole.shape)
 
     def _cut(self, bucket: Bucket, directed: Tensor) -> Tensor:
         """Cut directions (k, *shape) into the pieces of the ranks of my row: (W, k, entries), padded with 1, a sign."""
@@ -204,14 +204,17 @@ class OwnerExchange(Route):
         bucket, dim = pending.bucket, self.layout.dim
         for chunk in self._chunks(bucket):
             members, planes = bucket.members[chunk], None if zeros is None else zeros[chunk]
-            entries, batch = prod(bucket.piece), bucket.matrix_shape[0]
-            stack, norms = self.codec.read(pending.rows[chunk], entries, batch, pending.dtype, planes)
+            entries, count = prod(bucket.piece), bucket.blocks.count
+            stack, norms = self.codec.read(pending.rows[chunk], entries, count, pending.dtype, planes)
             stack = stack.view(-1, *bucket.piece) if stack.is_contiguous() else stack.unflatten(1, bucket.piece)
             if dim is not None:
                 stack = stack.narrow(dim + 1, 0, self.layout.shard_range(bucket.shape, self._shard)[1])
             if update.rms is not None and not update.refines:
                 stack = self._rescaled(bucket, stack, norms, update.rms)
-            directions = list(stack.contiguous())
+            stack = stack.contiguous()
+            if update.factor:
+                self._blocks_here(bucket).multiply_(stack, [update.factor(m, n) for m, n in bucket.blocks.shapes])
+            directions = list(stack)
             if update.refines:
                 directions = update.refine(members, directions)
                 if update.rms is not None:
@@ -219,24 +222,22 @@ class OwnerExchange(Route):
             update.apply(members, directions)
 
     def _rescaled(self, bucket: Bucket, stack: Tensor, norms: Tensor | None, rms: float) -> Tensor:
-        """Scale shards (k, *shard) of matrices with `norms` (k, batch); None: all-reduced over the shards."""
-        batch, m, n = bucket.matrix_shape
-        matrix_of = None  # of each slice; None where slices and matrices are the same
-        if batch > 1 and self.layout.dim == 0 and len(bucket.shape) == 2:  # blocks of rows: a shard may begin in any
-            start, length = self.layout.shard_range(bucket.shape, self._shard)
-            slices = stack.contiguous()  # (k, rows, n)
-            matrix_of = torch.arange(start, start + length, device=stack.device) // m  # (rows,)
-        else:
-            slices = stack.reshape(len(stack), batch, prod(stack.shape[1:]) // batch)
+        """Scale shards (k, *shard) of matrices with `norms` (k, count); None: all-reduced over the shards."""
+        blocks = self._blocks_here(bucket)
         if norms is None:
-            squares = norms_of(slices.flatten(0, 1), torch.float64).square().view(len(stack), slices.shape[1])
-            if matrix_of is not None:
-                squares = squares @ (matrix_of[:, None] == torch.arange(batch, device=stack.device)).double()
+            squares = blocks.norms(stack, torch.float64).square()
             if self._shard_group:
                 wire.all_reduce(squares, self._shard_group, "norms")
             norms = squares.sqrt()
-        norms = norms if matrix_of is None else norms[:, matrix_of]
-        return scaled(slices.flatten(0, 1), norms.flatten(), rms * (m * n) ** 0.5, stack.dtype).view(stack.shape)
+        return blocks.scaled(stack, norms, rms, bucket.blocks)
+
+    def _blocks_here(self, bucket: Bucket) -> Blocks:
+        """Return the parts of a bucket's matrices that this rank holds."""
+        dim = self.layout.dim
+        if dim is None:
+            return bucket.blocks
+        start, length = self.layout.shard_range(bucket.shape, self._shard)
+        return bucket.blocks.shard((*bucket.shape[:dim], length, *bucket.shape[dim + 1 :]), dim, start)
 
 
 def _overlap(journeys: Iterable[Generator]) -> None:

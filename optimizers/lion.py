@@ -58,7 +58,7 @@ def prepare(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
     return directions
 
 
-def refine(directions: Tensors, state: dict[str, Tensors], group: dict, shapes) -> Tensors:
+def refine(directions: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
     """Scale the signs."""
     if group["scale"] != 1:
         each("mul_", directions, group["scale"])

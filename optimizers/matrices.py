@@ -1,5 +1,8 @@
-"""The matrices of a tensor: its shape as a batch of them, and each scaled to a root mean square entry."""
+"""The matrices of a tensor: which they are, and each scaled to a root mean square entry."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from math import prod
 
 import torch
@@ -7,13 +10,126 @@ from torch import Tensor
 
 _ZERO = 1e-30  # no norm of a matrix that is not zero; its inverse is finite
 
-MatrixShape = tuple[int, int, int]  # (batch, m, n) that a tensor is treated as
+MatrixShape = tuple[int, int]  # (m, n)
 
 
-def matrix_shape_of(shape: torch.Size, qkv_split: int = 1, as_matrices: str | None = None) -> MatrixShape:
-    """Return the (batch, m, n) that a tensor of this shape is treated as; ValueError where that is not known.
+@dataclass(frozen=True)
+class Blocks:
+    """The matrices of a tensor: a batch of (rows, columns), each cut into blocks.
 
-    qkv_split: a (k r, c) weight is k matrices (r, c), one below the other.
+    Attributes:
+        batch, rows, columns: the shape that the tensor is reshaped to.
+        dim: cut are 0, the rows, or 1, the columns.
+        sizes: rows, or columns, of each block; they add up to the whole.
+
+    The methods take k such tensors at once, (k, *shape). Their order of matrices is block by block, of each block the
+    whole batch.
+    """
+
+    batch: int
+    rows: int
+    columns: int
+    dim: int
+    sizes: tuple[int, ...]
+
+    @property
+    def shapes(self) -> tuple[MatrixShape, ...]:
+        """The (m, n) of each block."""
+        return tuple((self.rows, size) if self.dim else (size, self.columns) for size in self.sizes)
+
+    @property
+    def shape_counts(self) -> dict[MatrixShape, int]:
+        """{(m, n): number of matrices}, in order of first appearance; one entry where all blocks are equal."""
+        return {shape: self.batch * self.shapes.count(shape) for shape in self.shapes}
+
+    @property
+    def count(self) -> int:
+        """The number of matrices."""
+        return self.batch * len(self.sizes)
+
+    @property
+    def _stacked(self) -> bool:
+        """Whether the matrices lie one after the other, so that a reshape stacks them."""
+        return len(set(self.sizes)) == 1 and (len(self.sizes) == 1 or self.dim == 0)
+
+    def split(self, tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return the blocks, each (k, batch, m, n): views, if the tensors are contiguous."""
+        return tensors.reshape(len(tensors), self.batch, self.rows, self.columns).split(self.sizes, dim=2 + self.dim)
+
+    def stacks(self, tensors: Tensor) -> list[Tensor]:
+        """Return the matrices, stacked by shape in the order of `shape_counts`: (b, m, n) each."""
+        if self._stacked:
+            return [tensors.reshape(len(tensors) * self.count, *self.shapes[0])]
+        blocks = list(zip(self.split(tensors), self.shapes, strict=True))
+        return [torch.cat([block for block, of in blocks if of == shape]).flatten(0, 1) for shape in self.shape_counts]
+
+    def join(self, stacks: Sequence[Tensor]) -> Tensor:
+        """Return the tensors, (k, batch, rows, columns), of their stacks."""
+        if self._stacked:
+            return stacks[0].reshape(len(stacks[0]) // self.count, self.batch, self.rows, self.columns)
+        of_shape = {
+            shape: iter(stack.unflatten(0, (self.shapes.count(shape), -1, self.batch)))
+            for shape, stack in zip(self.shape_counts, stacks, strict=True)
+        }
+        return torch.cat([next(of_shape[shape]) for shape in self.shapes], dim=2 + self.dim)
+
+    def norms(self, tensors: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the Frobenius norm of each matrix: (k, count) in `dtype`."""
+        if self._stacked:
+            return norms_of(self.stacks(tensors)[0], dtype).view(len(tensors), self.count)
+        return torch.cat([torch.linalg.vector_norm(block, dim=(2, 3), dtype=dtype) for block in self.split(tensors)], 1)
+
+    def scaled(self, tensors: Tensor, norms: Tensor, rms: float, whole: "Blocks") -> Tensor:
+        """Return the tensors, each matrix scaled to a root mean square entry.
+
+        norms: (k, count), of the matrices that these are shards of. whole: the blocks of these.
+        """
+        wanted = [rms * (m * n) ** 0.5 for m, n in whole.shapes]
+        if self._stacked and len(set(wanted)) == 1:
+            (stack,) = self.stacks(tensors)
+            return scaled(stack, norms.flatten(), wanted[0], tensors.dtype).view(tensors.shape)
+        parts = [
+            scaled(block.flatten(0, 1), norm.flatten(), each, tensors.dtype).view(block.shape)
+            for block, norm, each in zip(self.split(tensors), norms.split(self.batch, dim=1), wanted, strict=True)
+        ]
+        return torch.cat(parts, dim=2 + self.dim).view(tensors.shape)
+
+    def multiply_(self, tensors: Tensor, factors: Sequence[float]) -> None:
+        """Multiply each block of contiguous tensors by its factor, in place."""
+        alone = len(set(factors)) == 1
+        for block, factor in [(tensors, factors[0])] if alone else zip(self.split(tensors), factors, strict=True):
+            if factor != 1:
+                block.mul_(factor)
+
+    def shard(self, shape: tuple[int, ...], dim: int, start: int) -> "Blocks":
+        """Return the parts of the matrices in a shard of this shape, which begins at `start` of tensor dimension `dim`.
+
+        Parts of blocks that lie on other ranks have no rows or columns.
+        """
+        if len(self.sizes) == 1:  # a batch has no blocks, and its matrices are cut alike
+            entries = prod(shape) // max(1, self.batch)
+            return Blocks(self.batch, 1, entries, 0, (1,))
+        if dim != self.dim:
+            return Blocks(1, shape[0], shape[1], self.dim, self.sizes)
+        bounds = [min(max(end - start, 0), shape[dim]) for end in accumulate(self.sizes, initial=0)]
+        sizes = tuple(end - begin for begin, end in pairwise(bounds))
+        return Blocks(1, shape[0], shape[1], self.dim, sizes)
+
+    def __str__(self) -> str:
+        of_batch = f"{self.batch} of " if self.batch != 1 else ""
+        cut = f" in {('rows', 'columns')[self.dim]} {', '.join(map(str, self.sizes))}" if len(self.sizes) > 1 else ""
+        return f"{of_batch}{self.rows}x{self.columns}{cut}"
+
+
+Split = int | tuple[int, ...]  # a number of equal blocks, or their sizes in proportion
+
+
+def blocks_of(shape: torch.Size, qkv_split: Split = 1, qkv_dim: int = 0, as_matrices: str | None = None) -> Blocks:
+    """Return the matrices that a tensor of this shape is treated as; ValueError where that is not known.
+
+    qkv_split: k equal blocks, or blocks in proportion: a (48 r, c) weight split by (32, 8, 8) is matrices of 32 r,
+        8 r and 8 r rows, one below the other. Numbers of heads are such proportions.
+    qkv_dim: split are 0, the rows, or 1, the columns, as of Hugging Face's Conv1D, whose weight is (in, out).
     as_matrices: for more than two dimensions: "batch" (leading dimensions count matrices) or "flatten" (the trailing
         dimensions are one, as for a convolution's (out, in, height, width)).
     """
@@ -22,25 +138,43 @@ def matrix_shape_of(shape: torch.Size, qkv_split: int = 1, as_matrices: str | No
         raise ValueError(f"as_matrices must be None, 'batch' or 'flatten'; got {as_matrices!r}")
     if len(shape) < 2:
         raise ValueError(f"a matrix rule needs 2 or more dimensions, got {said}; give it to AdamW")
+    if qkv_dim not in (0, 1):
+        raise ValueError(f"qkv_dim must be 0 (rows) or 1 (columns); got {qkv_dim!r}")
     if len(shape) == 2:
-        if qkv_split < 1 or shape[0] % qkv_split:
-            raise ValueError(f"qkv_split={qkv_split} must divide the rows of {said}; use the number of fused blocks")
-        return qkv_split, shape[0] // qkv_split, shape[1]
+        sizes = _divided(shape[qkv_dim], qkv_split, f"{('rows', 'columns')[qkv_dim]} of {said}")
+        return Blocks(1, shape[0], shape[1], qkv_dim, sizes)
     if qkv_split != 1:
         raise ValueError(f"qkv_split={qkv_split} needs a 2-D weight, got {said}; put it in a group of its own")
     if as_matrices == "batch":
-        return prod(shape[:-2]), shape[-2], shape[-1]
+        return Blocks(prod(shape[:-2]), shape[-2], shape[-1], 0, (shape[-2],))
     if as_matrices == "flatten":
-        return 1, shape[0], prod(shape[1:])
+        return Blocks(1, shape[0], prod(shape[1:]), 0, (shape[0],))
     raise ValueError(
         f"a matrix rule needs to know how to see {said}; pass as_matrices='batch' (leading dimensions count matrices) "
         "or as_matrices='flatten' (one matrix, d0 x the rest)"
     )
 
 
-def shape_in(group: dict, param: Tensor) -> MatrixShape:
-    """Return the (batch, m, n) that a param group treats one of its parameters as."""
-    return matrix_shape_of(param.shape, group.get("qkv_split", 1), group.get("as_matrices"))
+def _divided(length: int, split: Split, said: str) -> tuple[int, ...]:
+    """Return the sizes of the blocks that a length is split into; ValueError naming `said` where it cannot be."""
+    if isinstance(split, int):
+        if split < 1 or length % split:
+            raise ValueError(f"qkv_split={split} must divide the {said}; use the number of fused blocks")
+        return (length // split,) * split
+    if len(split) < 2 or min(split) < 1:
+        raise ValueError(f"qkv_split={split} must be two or more positive numbers, or one number of equal blocks")
+    if length % sum(split):
+        raise ValueError(
+            f"qkv_split={split} must divide the {said} into {sum(split)} equal parts; use the number of heads, or of "
+            "rows, of each block"
+        )
+    return tuple(length // sum(split) * each for each in split)
+
+
+def blocks_in(group: dict, param: Tensor) -> Blocks:
+    """Return the matrices that a param group treats one of its parameters as."""
+    options = {name: group[name] for name in ("qkv_split", "qkv_dim", "as_matrices") if name in group}
+    return blocks_of(param.shape, **options)
 
 
 def norms_of(stack: Tensor, dtype: torch.dtype) -> Tensor:

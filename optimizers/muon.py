@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 from torch.optim.optimizer import ParamsT
 
-from .elementwise import each
 from .engine import ProcessGroup, RuleOptimizer
 from .options import Fraction, NonNegative, declared_by, given
 from .polar import JORDAN, Form, check_options, orthogonalize_group
@@ -62,7 +61,8 @@ class Muon(RuleOptimizer):
         ns_dtype: torch.dtype | None = None,
         ns_form: Form = "auto",
         state_dtype: torch.dtype | None = None,
-        qkv_split: int = 1,
+        qkv_split: int | tuple[int, ...] = 1,
+        qkv_dim: int = 0,
         as_matrices: Literal["batch", "flatten"] | None = None,
         wire_dtype: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
@@ -77,14 +77,9 @@ def prepare(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
     return ema(state["momentum"], grads, group["momentum"])
 
 
-def refine(directions: Tensors, state: dict[str, Tensors], group: dict, shapes) -> Tensors:
-    """Scale each matrix by the factor of its whole shape."""
-    factor = SCALES[group["adjust_lr_fn"] or "original"]
-    factors = [factor(m, n) for _, m, n in shapes]
-    others = [i for i, each_factor in enumerate(factors) if each_factor != 1]
-    if others:
-        each("mul_", [directions[i] for i in others], [factors[i] for i in others])
-    return directions
+def factor(group: dict, m: int, n: int) -> float:
+    """Return the factor of an (m, n) matrix."""
+    return SCALES[group["adjust_lr_fn"] or "original"](m, n)
 
 
 def check(group: dict) -> None:
@@ -101,7 +96,7 @@ register(
         state=("momentum",),
         prepare=prepare,
         direct=orthogonalize_group,
-        refine=refine,
+        factor=factor,
         check=check,
     )
 )

@@ -38,7 +38,9 @@ class OLion(RuleOptimizer):
         ns_dtype: precision of the orthogonalization; None is bfloat16 on GPUs and float32 or float64 on CPUs.
         ns_form: "plain", "gram", "auto" (the cheaper of the two), "qdwh" or "svd"; see `polar.orthogonalize`.
         state_dtype: dtype of the averages; None is the parameter's.
-        qkv_split: number of equal row blocks of each weight that are orthogonalized apart (3 for a fused QKV).
+        qkv_split: row blocks of each weight that are orthogonalized apart: a number of equal ones (3 for a fused QKV),
+            or their sizes in proportion, as numbers of heads ((32, 8, 8) for grouped queries).
+        qkv_dim: 1 to split columns instead, of weights that are stored (in, out).
         as_matrices: how to see tensors of more than two dimensions: "batch", "flatten", or None to refuse them.
         wire_dtype: dtype in which directions travel between ranks; None is one bit per entry for signs, exact with
             their zeros, and bfloat16 for others.
@@ -66,7 +68,8 @@ class OLion(RuleOptimizer):
         ns_dtype: torch.dtype | None = None,
         ns_form: Form = "auto",
         state_dtype: torch.dtype | None = None,
-        qkv_split: int = 1,
+        qkv_split: int | tuple[int, ...] = 1,
+        qkv_dim: int = 0,
         as_matrices: Literal["batch", "flatten"] | None = None,
         wire_dtype: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,

@@ -92,8 +92,10 @@ def _converted(value: Any, kind: Any) -> Any:
         raise TypeError
     if origin is Literal:
         return _require(value, isinstance(value, str) and value in parts)
-    if origin is tuple and Ellipsis not in parts:
-        _require(value, isinstance(value, list | tuple) and len(value) == len(parts))
+    if origin is tuple:
+        _require(value, isinstance(value, list | tuple))
+        parts = parts[:1] * len(value) if Ellipsis in parts else parts
+        _require(value, len(value) == len(parts))
         return tuple(_converted(each, part) for each, part in zip(value, parts, strict=True))
     if kind is torch.dtype:
         return _dtype(value)
@@ -131,7 +133,9 @@ def describe(kind: Any) -> str:
         return " or ".join(describe(part) for part in parts)
     if origin is Literal:
         return " or ".join(map(repr, parts))
-    if origin is tuple and Ellipsis not in parts:
+    if origin is tuple and Ellipsis in parts:
+        return f"a list, of each entry {describe(parts[0])}"
+    if origin is tuple:
         return f"{len(parts)} numbers {describe(parts[0])}"
     words = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}
     words |= {type(None): "None", torch.dtype: "float64, float32, bfloat16 or float16"}

@@ -18,7 +18,7 @@ from .checks import name_of
 from .codec import Codec
 from .exchange import OwnerExchange
 from .layout import Layout, layout_of, local_of, plain_layout
-from .matrices import MatrixShape, shape_in
+from .matrices import Blocks, blocks_in
 from .owners import assign_owners, refuse_disagreement
 from .precision import codec_of, grad_dtype, to_owner_dtype
 from .routes import Elementwise, Gathered, Local, Route
@@ -30,14 +30,14 @@ from .wire import Traffic
 class Entry:
     """One parameter of the plan; the fields after `rule` are of matrices, layout and owner of shared ones.
 
-    matrix_shape: the (batch, m, n) that it is treated as. owner: a global rank. flops: of its direction.
+    blocks: the matrices that it is treated as. owner: a global rank. flops: of its direction.
     to_owner_dtype, codec: in which it travels to its owner, and its direction back.
     """
 
     name: str
     shape: tuple[int, ...]
     rule: str
-    matrix_shape: MatrixShape | None = None
+    blocks: Blocks | None = None
     layout: Layout | None = None
     owner: int | None = None
     flops: float = 0.0
@@ -53,9 +53,9 @@ class Entry:
     @property
     def direction_bytes(self) -> int:
         """Bytes of the whole direction on the wire, when it has no zero; 0 where nothing is sent."""
-        if not (self.codec and self.matrix_shape and self.layout and self.layout.grid):
+        if not (self.codec and self.blocks and self.layout and self.layout.grid):
             return 0
-        return self.codec.nbytes(prod(self.shape), self.matrix_shape[0])
+        return self.codec.nbytes(prod(self.shape), self.blocks.count)
 
 
 @dataclass(frozen=True)
@@ -152,12 +152,12 @@ def _entry(group: dict, position: int, rule: UpdateRule, plain: Layout | None) -
         layout = layout_of(param, plain, group.get("as_matrices"))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    batch, m, n = shape_in(group, param if layout else local_of(param))
+    blocks = blocks_in(group, param if layout else local_of(param))
     return replace(
         entry,
-        matrix_shape=(batch, m, n),
+        blocks=blocks,
         layout=layout,
-        flops=batch * polar.group_flops(m, n, group, param),
+        flops=sum(count * polar.group_flops(*shape, group, param) for shape, count in blocks.shape_counts.items()),
         grad_dtype=grad_dtype(param, group),
         to_owner_dtype=to_owner_dtype(param, group),
         codec=codec_of(rule, group),
@@ -173,7 +173,7 @@ def _refuse_disagreement(entries: list[Entry], plain: Layout | None, device: tor
         if entry.layout:
             _, outline = outlines.setdefault(entry.layout.ranks, (entry.layout, []))
             sent = f"{entry.to_owner_dtype} to owners, directions in {entry.codec}"
-            outline.append(f"{entry.name} {entry.shape} as {entry.matrix_shape}, {entry.rule}, {entry.route}, {sent}")
+            outline.append(f"{entry.name} {entry.shape} as {entry.blocks}, {entry.rule}, {entry.route}, {sent}")
     for layout, outline in outlines.values():
         refuse_disagreement(layout.groups, outline, device)
 
@@ -205,13 +205,13 @@ def _routed(params: list[Tensor], entries: list[Entry]) -> list[RoutedParams]:
 
 def _route(params: list[Tensor], entries: list[Entry]) -> Route:
     first: Any = entries[0]
-    if first.matrix_shape is None:
+    if first.blocks is None:
         return Elementwise()
-    shapes: list[Any] = [entry.matrix_shape for entry in entries]
+    blocks: list[Any] = [entry.blocks for entry in entries]
     if first.layout is None:
-        return Local(shapes)
+        return Local(blocks)
     if not first.layout.grid:
-        return Gathered(cast(Any, params), shapes, first.layout, first.to_owner_dtype)
+        return Gathered(cast(Any, params), blocks, first.layout, first.to_owner_dtype)
     owners: list[Any] = [entry.owner for entry in entries]
-    matrices = [MatrixSpec(*each) for each in zip((entry.shape for entry in entries), shapes, owners, strict=True)]
+    matrices = [MatrixSpec(*each) for each in zip((entry.shape for entry in entries), blocks, owners, strict=True)]
     return OwnerExchange(matrices, first.layout, first.to_owner_dtype, first.codec)

@@ -80,7 +80,7 @@ class Probe:
         start = _now(matrices[0].param)
         rows: dict[str, list[Tensor]] = defaultdict(list)
         for turn, matrix in enumerate(matrices):
-            label = "x".join(map(str, matrix.shape[1:])) if self._mean else matrix.name
+            label = matrix.label if self._mean else matrix.name
             rows[label].append(_measured(matrix, self._optimizer.state.get(matrix.param, {}), turn, self._quantities))
         found = {}
         for label, measured in rows.items():
@@ -180,7 +180,9 @@ def _compute(
     found = {}
     for measure, wholes in jobs:
         if all(whole.isfinite().all() for whole in wholes):  # LAPACK refuses others, or does not end
-            found |= measure(*(whole.reshape(matrix.shape) for whole in wholes))
+            by_shape = zip(*(matrix.blocks.stacks(whole[None]) for whole in wholes), strict=True)
+            measured = [measure(*stacks) for stacks in by_shape]
+            found |= {name: torch.cat([each[name] for each in measured]) for name in measured[0]}
     return {name: value.mean(0) for name, value in found.items()}
 
 

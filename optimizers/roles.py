@@ -12,7 +12,7 @@ be seen is refused.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -38,12 +38,14 @@ class Use:
     Attributes:
         role: one of `ROLES`; None where the role cannot be seen.
         blocks: of a matrix, the number of fused blocks, each orthogonalized by itself.
+        transposed: whether fused blocks are columns, of a weight that is stored (in, out).
         as_matrices: of a matrix, the optimizers' option of that name; None for a plain 2-D weight.
         doubt: the reason for a role of None.
     """
 
     role: str | None
     blocks: int = 1
+    transposed: bool = False
     as_matrices: str | None = None
     doubt: str = ""
 
@@ -83,7 +85,7 @@ def uses_of(model: nn.Module, roles: Mapping[str, str] | None = None) -> dict[st
     for name, param in trainable.items():
         use = _use(name.rpartition(".")[2], param, owners[param], tables, verdicts)
         if role := match(roles, name):
-            use = Use(role, use.blocks, use.as_matrices) if role == "matrix" else Use(role)
+            use = replace(use, role=role, doubt="") if role == "matrix" else Use(role)
         uses[name] = use
     _refuse_unseen(uses, trainable)
     return uses
@@ -119,7 +121,7 @@ def _use(leaf: str, param: nn.Parameter, owner: nn.Module, tables: set, verdicts
         projection = leaf.startswith("weight_hr")  # of an LSTM with proj_size: not fused
         return Use("matrix", blocks=1 if projection else GATES.get(getattr(owner, "mode", type(owner).__name__), 1))
     if heads.is_transposed_linear(owner):
-        return Use("matrix")
+        return Use("matrix", transposed=True)
     if _is_experts(param, owner):
         return Use("matrix", as_matrices="batch") if param.ndim == 3 else Use("vector")  # biases (experts, outputs)
     return Use(None, doubt=f"of {type(owner).__name__}")

@@ -12,7 +12,6 @@ those of a few buckets. It knows layouts, never rules.
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import chain
-from math import prod
 from typing import Protocol
 
 import torch
@@ -22,23 +21,27 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from . import wire
 from .layout import Layout
-from .matrices import MatrixShape, factor_dtype, norms_of, scaled
+from .matrices import Blocks, factor_dtype, norms_of, scaled
 from .rule import Tensors
 
 # Entries of a stack: more gain nothing in speed, and its temporaries are about six times as large. A model of many
 # more has larger stacks, so that it has at most about 40.
 _STACK_ENTRIES, _STACKS, _TOGETHER = 2**25, 20, 2
 
+Factor = Callable[[int, int], float]
+
 
 class Update(Protocol):
     """One step of a route's parameters, by their indices; made by the engine.
 
-    weights: this process's shards. has_grad: one per parameter. rms: the root mean square entry that each matrix is
-    scaled to, or None. refines: whether `refine` does anything; matrices are then scaled after it.
+    weights: this process's shards. has_grad: one per parameter. factor: (m, n) -> what the direction of such a matrix
+    is multiplied by, or None. rms: the root mean square entry that each matrix is scaled to, or None. refines: whether
+    `refine` does anything; matrices are then scaled after it.
     """
 
     weights: Tensors
     has_grad: list[bool]
+    factor: Factor | None
     rms: float | None
     refines: bool
 
@@ -63,11 +66,9 @@ class Route(Protocol):
     """Steps some parameters.
 
     collective: whether other ranks take part, so that every rank must step all parameters, with a gradient or not.
-    matrix_shapes: one per parameter; None for elementwise rules.
     """
 
     collective: bool = False
-    matrix_shapes: list[MatrixShape] | None = None
 
     def run(self, update: Update) -> None:
         """Step the parameters."""
@@ -94,10 +95,8 @@ class Elementwise(Route):
 class Local(Route):
     """Whole matrices in this process: equal shapes are stacked and computed in one batch."""
 
-    matrix_shapes: list[MatrixShape]
-
-    def __init__(self, matrix_shapes: list[MatrixShape]):
-        self.matrix_shapes = matrix_shapes
+    def __init__(self, blocks: list[Blocks]):
+        self.blocks = blocks
 
     def run(self, update: Update) -> None:
         stacks = self._stacks(update)
@@ -109,7 +108,9 @@ class Local(Route):
             members = [*chain(*chosen)]
             tensors = list(update.prepare(members))
             tensors = self._each(
-                chosen, tensors, lambda stack: rescaled(update.direct(stack), rms_after_direct, stack.dtype)
+                chosen,
+                tensors,
+                lambda stack: rescaled(update.direct(stack), rms_after_direct, stack.dtype, update.factor),
             )
             if update.refines:
                 tensors = list(update.refine(members, tensors))
@@ -118,22 +119,22 @@ class Local(Route):
             update.apply(members, tensors)
 
     def _each(self, stacks: list[list[int]], tensors: Tensors, function: Callable[[Tensor], Tensor]) -> Tensors:
-        """Apply (b, m, n) -> (b, m, n) to each stack of tensors, whose list is emptied to free them."""
+        """Apply (b, m, n) -> (b, m, n) to the matrices of each stack of tensors, whose list is emptied to free them."""
         results = []
         for members in stacks:
-            shapes, mine = [self.matrix_shapes[i] for i in members], tensors[: len(members)]
+            blocks, mine = [self.blocks[i] for i in members], tensors[: len(members)]
             del tensors[: len(members)]
-            tensor_shapes, stack = [tensor.shape for tensor in mine], join(mine, shapes)
+            shapes, joined = [tensor.shape for tensor in mine], join(mine, blocks)
             del mine
-            results += split(function(stack), shapes, tensor_shapes)
+            results += split([function(stack) for stack in joined], blocks, shapes)
         return results
 
     def _stacks(self, update: Update) -> list[list[int]]:
-        """Indices of parameters to stack: equal matrices, dtype and device."""
+        """Indices of parameters to stack: of equal shapes of matrices, dtype and device."""
         alike = defaultdict(list)
         for i, weight in enumerate(update.weights):
             if update.has_grad[i] and weight.numel():  # an empty shard of a batch has no direction
-                alike[self.matrix_shapes[i][1:], weight.dtype, weight.device].append(i)
+                alike[tuple(self.blocks[i].shape_counts), weight.dtype, weight.device].append(i)
         sizes = [weight.numel() for weight in update.weights]
         return [chunk for members in alike.values() for chunk in _chunks(members, sizes, _limit(sizes))]
 
@@ -145,30 +146,28 @@ class Gathered(Route):
     """
 
     collective = True
-    matrix_shapes: list[MatrixShape]
 
-    def __init__(
-        self, params: list[DTensor], matrix_shapes: list[MatrixShape], layout: Layout, to_owner_dtype: torch.dtype
-    ):
-        self.matrix_shapes, self.layout, self.to_owner_dtype = matrix_shapes, layout, to_owner_dtype
+    def __init__(self, params: list[DTensor], blocks: list[Blocks], layout: Layout, to_owner_dtype: torch.dtype):
+        self.blocks, self.layout, self.to_owner_dtype = blocks, layout, to_owner_dtype
         self._mesh, self._placements = params[0].device_mesh, params[0].placements
         self._sizes = [(param.shape, param.stride()) for param in params]
         self._itemsize = params[0].element_size()
         self._missing = [param.numel() - param.to_local().numel() for param in params]  # entries of other ranks
         alike = defaultdict(list)
-        for i, matrix_shape in enumerate(matrix_shapes):
-            alike[matrix_shape[1:]].append(i)
+        for i, each in enumerate(blocks):
+            alike[tuple(each.shape_counts)].append(i)
         sizes = [param.numel() for param in params]
         self._stacks = [chunk for members in alike.values() for chunk in _chunks(members, sizes, _STACK_ENTRIES)]
 
     def run(self, update: Update) -> None:
         for members in self._stacks:
-            shapes = [self.matrix_shapes[i] for i in members]
             shards = update.prepare(members)
             dtype = shards[0].dtype
             wholes = self._gather(members, [shard.to(self.to_owner_dtype) for shard in shards])
-            stack = update.direct(join(wholes, shapes))
-            directions = self._shards(members, rescaled(stack, None if update.refines else update.rms, dtype))
+            rms = None if update.refines else update.rms
+            stacks = join(wholes, [self.blocks[i] for i in members])
+            directed = [rescaled(update.direct(stack), rms, dtype, update.factor) for stack in stacks]
+            directions = self._shards(members, directed)
             if update.refines:
                 directions = update.refine(members, directions)
                 if update.rms is not None:
@@ -188,16 +187,17 @@ class Gathered(Route):
 
     def _hides_rows(self, members: list[int]) -> bool:
         """Whether a tensor has several matrices: DTensor does not expose which of their rows a rank has."""
-        return any(self.matrix_shapes[i][0] > 1 for i in members)
+        return any(self.blocks[i].count > 1 for i in members)
 
     def _rescale(self, members: list[int], directions: Tensors, rms: float) -> Tensors:
-        shapes, dtype = [self.matrix_shapes[i] for i in members], directions[0].dtype
+        blocks, dtype = [self.blocks[i] for i in members], directions[0].dtype
         if self._hides_rows(members):
-            return self._shards(members, rescaled(join(self._gather(members, directions), shapes), rms, dtype))
+            stacks = join(self._gather(members, directions), blocks)
+            return self._shards(members, [rescaled(stack, rms, dtype) for stack in stacks])
         squares = torch.cat([norms_of(each.reshape(1, -1), torch.float64) for each in directions]).square()
         for group in self.layout.shard_groups:
             wire.all_reduce(squares, group, "norms")
-        wanted = rms * prod(shapes[0]) ** 0.5
+        wanted = rms * (blocks[0].rows * blocks[0].columns) ** 0.5
         norms = squares.sqrt().split(1)
         return [scaled(each[None], norm, wanted, dtype)[0] for each, norm in zip(directions, norms, strict=True)]
 
@@ -211,33 +211,38 @@ class Gathered(Route):
             for shard, (shape, stride) in zip(shards, (self._sizes[i] for i in members), strict=True)
         ]
 
-    def _shards(self, members: list[int], stack: Tensor) -> Tensors:
+    def _shards(self, members: list[int], stacks: Tensors) -> Tensors:
         everywhere = [Replicate()] * self._mesh.ndim
         return [
             DTensor.from_local(whole, self._mesh, everywhere, run_check=False)
             .redistribute(placements=self._placements)  # from a replica this is a cut, and sends nothing
             .to_local()
-            for whole in split(stack, [self.matrix_shapes[i] for i in members], [self._sizes[i][0] for i in members])
+            for whole in split(stacks, [self.blocks[i] for i in members], [self._sizes[i][0] for i in members])
         ]
 
 
-def join(tensors: Tensors, shapes: list[MatrixShape]) -> Tensor:
-    """Stack the matrices of all tensors: (b, m, n)."""
-    return torch.cat([tensor.reshape(shape) for tensor, shape in zip(tensors, shapes, strict=True)])
+def join(tensors: Tensors, blocks: list[Blocks]) -> Tensors:
+    """Stack the matrices of tensors that have the same shapes of them: (b, m, n) for each shape."""
+    stacks = zip(*(each.stacks(tensor[None]) for tensor, each in zip(tensors, blocks, strict=True)), strict=True)
+    return [torch.cat(stack) for stack in stacks]
 
 
-def split(stack: Tensor, shapes: list[MatrixShape], tensor_shapes: list) -> Tensors:
-    """Return views of a contiguous stack (b, m, n) as the tensors that it was joined from."""
-    batches = stack.split([batch for batch, _, _ in shapes])
-    return [batch.view(shape) for batch, shape in zip(batches, tensor_shapes, strict=True)]
+def split(stacks: Tensors, blocks: list[Blocks], shapes: list) -> Tensors:
+    """Return the tensors that contiguous stacks (b, m, n) were joined from: views of them where blocks are equal."""
+    counts = zip(*(each.shape_counts.values() for each in blocks), strict=True)
+    parts = zip(*(stack.split(count) for stack, count in zip(stacks, counts, strict=True)), strict=True)
+    return [each.join(mine).view(shape) for mine, each, shape in zip(parts, blocks, shapes, strict=True)]
 
 
-def rescaled(stack: Tensor, rms: float | None, dtype: torch.dtype) -> Tensor:
-    """Return (b, m, n), contiguous, in `dtype`, each matrix scaled to a root mean square entry (None: as it is)."""
-    if rms is None:
-        return stack.to(dtype, memory_format=torch.contiguous_format).contiguous()
+def rescaled(stack: Tensor, rms: float | None, dtype: torch.dtype, factor: Factor | None = None) -> Tensor:
+    """Return (b, m, n), contiguous, in `dtype`: each matrix scaled to a root mean square entry, times the factor."""
     _, m, n = stack.shape
-    return scaled(stack, norms_of(stack, factor_dtype(dtype)), rms * (m * n) ** 0.5, dtype)
+    if rms is None:
+        stack = stack.to(dtype, memory_format=torch.contiguous_format).contiguous()
+    else:
+        stack = scaled(stack, norms_of(stack, factor_dtype(dtype)), rms * (m * n) ** 0.5, dtype)
+    wanted = factor(m, n) if factor else 1
+    return stack if wanted == 1 else stack.mul_(wanted)
 
 
 def _limit(sizes: list[int]) -> int:

@@ -43,8 +43,8 @@ class UpdateRule:
             of their own dtype and the state's.
         direct: (stack (batch, m, n), group) -> (batch, m, n), on whole matrices, stateless. None: elementwise rule.
         signs: whether `direct` returns nothing but -1, 0, 1 and NaN; these then travel at one bit an entry.
-        refine: (directions, state, group, shapes) -> directions. Elementwise, on my shard; may write to directions.
-            shapes are the (batch, m, n) of the whole matrices; None where there is no `direct`.
+        factor: (group, m, n) -> number that the direction of an (m, n) matrix is multiplied by, before `refine`.
+        refine: (directions, state, group) -> directions. Elementwise, on my shard; may write to directions.
         rms: name of the option that holds the root mean square entry which each whole matrix of what `refine`
             returns is scaled to; None leaves it.
         whole_step: (params, grads, state, group) -> None. Instead of the three, for an elementwise rule with a kernel
@@ -59,7 +59,8 @@ class UpdateRule:
     prepare: Callable[[Tensors, dict[str, Tensors], dict], Tensors] | None = None
     direct: Callable[[Tensor, dict], Tensor] | None = None
     signs: bool = False
-    refine: Callable[[Tensors, dict[str, Tensors], dict, list[tuple[int, int, int]] | None], Tensors] | None = None
+    factor: Callable[[dict, int, int], float] | None = None
+    refine: Callable[[Tensors, dict[str, Tensors], dict], Tensors] | None = None
     rms: str | None = None
     whole_step: Callable[[Tensors, Tensors, dict[str, Tensors], dict], None] | None = None
     check: Callable[[dict], None] | None = None
@@ -82,6 +83,8 @@ def register(rule: UpdateRule) -> UpdateRule:
         raise ValueError(f"rule {rule.name!r} needs defaults for lr and weight_decay; {sorted(missing)} missing")
     if (rule.prepare is None) == (rule.whole_step is None):
         raise ValueError(f"rule {rule.name!r} needs either prepare or whole_step; give exactly one of them")
+    if rule.factor and rule.direct is None:
+        raise ValueError(f"rule {rule.name!r} has a factor of matrices; give it a direct, or multiply in refine")
     if rule.rms and (rule.direct is None or rule.rms not in rule.defaults):
         raise ValueError(
             f"rule {rule.name!r} scales matrices to {rule.rms!r}; give it a direct, and that option a default"

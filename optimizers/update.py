@@ -1,5 +1,6 @@
 """The update of some parameters of one param group by its rule, piece by piece, as a route asks for it."""
 
+from functools import partial
 from itertools import compress
 
 import torch
@@ -8,8 +9,8 @@ from torch.distributed.tensor import DTensor
 
 from .elementwise import each
 from .layout import local_of
-from .matrices import MatrixShape
 from .precision import grad_dtype, state_dtype
+from .routes import Factor
 from .rule import Tensors, rule_named
 
 
@@ -25,14 +26,15 @@ class ParamsUpdate:
         params: list[Tensor],
         group: dict,
         state: dict[Tensor, dict[str, Tensor]],
-        matrix_shapes: list[MatrixShape] | None,
         check_signs: bool = False,
     ):
         self.rule, self.group, self._params, self._state = rule_named(group["rule"]), group, params, state
-        self._matrix_shapes, self._check_signs = matrix_shapes, check_signs and self.rule.signs
+        self._check_signs = check_signs and self.rule.signs
         self.weights = [local_of(param) for param in params]
         self.has_grad = [param.grad is not None for param in params]
         self.rms = group[self.rule.rms] if self.rule.rms else None
+        factor = self.rule.factor
+        self.factor: Factor | None = partial(factor, group) if factor else None
         self.refines = self.rule.refine is not None
 
     def prepare(self, members: list[int]) -> Tensors:
@@ -52,8 +54,7 @@ class ParamsUpdate:
         """Return the shards of the directions, refined elementwise."""
         if self.rule.refine is None:
             return directions
-        shapes = self._matrix_shapes and [self._matrix_shapes[i] for i in members]
-        return self.rule.refine(directions, self.state(members), self.group, shapes)
+        return self.rule.refine(directions, self.state(members), self.group)
 
     def apply(self, members: list[int], directions: Tensors) -> None:
         """Decay the weights that have a gradient, and step against their directions."""

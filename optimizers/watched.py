@@ -11,23 +11,29 @@ from torch import Tensor, nn
 from .checks import closest
 from .engine import RuleOptimizer
 from .layout import Layout, layout_of
+from .matrices import Blocks, blocks_of
 from .roles import roles_of
 from .rule import UpdateRule, rule_named
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One parameter to be measured: `shape` is the (batch, m, n) that it is seen as."""
+    """One parameter to be measured, and the matrices that it is treated as."""
 
     name: str
     param: Tensor
     group: dict
-    shape: tuple[int, int, int]
+    blocks: Blocks
     layout: Layout | None
 
     @property
     def rule(self) -> UpdateRule | None:
         return rule_named(self.group["rule"]) if "rule" in self.group else None
+
+    @property
+    def label(self) -> str:
+        """The shape of its matrices; "32x64+8x64" of unequal blocks."""
+        return "+".join(f"{m}x{n}" for m, n in self.blocks.shape_counts)
 
 
 def choose(
@@ -50,9 +56,9 @@ def choose(
                 f"{closest(pattern, names)}"
             )
     chosen = [each for each in candidates if any(fnmatchcase(each.name, pattern) for pattern in matrices)]
-    alike: dict[tuple[int, int], list[Matrix]] = defaultdict(list)
+    alike: dict[str, list[Matrix]] = defaultdict(list)
     for each in chosen:
-        alike[each.shape[1:]].append(each)
+        alike[each.label].append(each)
     return [each for members in alike.values() for each in _spread(members, per_shape)]
 
 
@@ -64,9 +70,9 @@ def _candidates(
     if isinstance(optimizer, RuleOptimizer):
         planned = zip(params, optimizer.plan.entries, strict=True)
         directed = [
-            Matrix(entry.name, param, group, entry.matrix_shape, entry.layout)
+            Matrix(entry.name, param, group, entry.blocks, entry.layout)
             for (group, param), entry in planned
-            if entry.matrix_shape
+            if entry.blocks
         ]
         if directed:
             return directed
@@ -84,9 +90,9 @@ def _candidates(
     ]
 
 
-def _as_matrix(param: Tensor) -> tuple[int, int, int]:
+def _as_matrix(param: Tensor) -> Blocks:
     """A weight as one matrix; of more dimensions, the trailing ones flattened."""
-    return 1, param.shape[0], param[0].numel()
+    return blocks_of(param.shape, as_matrices="flatten")
 
 
 def _spread(members: list[Matrix], most: int) -> list[Matrix]:

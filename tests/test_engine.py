@@ -313,18 +313,21 @@ def test_matrices_of_mixed_precision_match_one_optimizer_each():
 # --- Tensors that are not one matrix
 
 
+@pytest.mark.parametrize("qkv_dim", [0, 1])
+@pytest.mark.parametrize(("qkv_split", "sizes"), [(3, (8, 8, 8)), ((4, 1, 1), (16, 4, 4)), ((1, 2, 3), (4, 8, 12))])
 @every_matrix_rule
-def test_qkv_split_matches_three_separate_matrices(name):
-    fused = matrices((3 * 8, 8), dtype=torch.float64)
-    parts = [nn.Parameter(part.clone()) for part in fused[0].detach().chunk(3)]  # (8, 8) each
-    split, separate = RULES[name](fused, lr=0.1, qkv_split=3), RULES[name](parts, lr=0.1)
+def test_qkv_split_matches_separate_matrices(name, qkv_split, sizes, qkv_dim):
+    fused = matrices((24, 8) if qkv_dim == 0 else (8, 24), dtype=torch.float64)
+    parts = [nn.Parameter(part.clone()) for part in fused[0].detach().split(sizes, dim=qkv_dim)]
+    split = RULES[name](fused, lr=0.1, qkv_split=qkv_split, qkv_dim=qkv_dim)
+    separate = RULES[name](parts, lr=0.1)
     for step in range(3):
         set_gradients(fused, step)
-        for part, gradient in zip(parts, fused[0].grad.chunk(3), strict=True):
+        for part, gradient in zip(parts, fused[0].grad.split(sizes, dim=qkv_dim), strict=True):
             part.grad = gradient.clone()
         split.step()
         separate.step()
-    torch.testing.assert_close(fused[0].detach(), torch.cat(values(parts)), rtol=0, atol=1e-11)  # rounding
+    torch.testing.assert_close(fused[0].detach(), torch.cat(values(parts), qkv_dim), rtol=0, atol=1e-11)  # rounding
 
 
 @every_matrix_rule
@@ -400,7 +403,13 @@ def test_build_refuses_a_negative_rate(name, options, named):
         ("olion", {"scale": -0.2}, "scale"),
         ("olion", {"as_matrices": "flat"}, "'flatten'"),
         ("olion", {"qkv_split": 0}, "qkv_split"),
-        ("olion", {"qkv_split": 4}, "qkv_split"),  # 6 rows are not 4 blocks
+        ("olion", {"qkv_split": 4}, "qkv_split=4 must divide the rows"),  # 6 rows are not 4 blocks
+        ("olion", {"qkv_split": 3, "qkv_dim": 1}, "qkv_split=3 must divide the columns"),  # nor 4 columns 3
+        ("muon", {"qkv_split": (32, 8, 8)}, "into 48 equal parts; use the number of heads"),
+        ("muon", {"qkv_split": (6,)}, "two or more positive numbers"),
+        ("muon", {"qkv_split": (7, -1)}, "two or more positive numbers"),
+        ("adamuon", {"qkv_split": (1.0, 2)}, "qkv_split must be a whole number or a list"),
+        ("olion", {"qkv_dim": 2}, "qkv_dim must be 0"),
         ("muon", {"momentum": 1.5}, "momentum"),
         ("muon", {"adjust_lr_fn": "match_rms_adam"}, "match_rms_adamw"),
         ("muon", {"ns_coefficients": (1.0, 2.0)}, "ns_coefficients"),
@@ -480,7 +489,7 @@ def averaged(name: str = "averaged", **parts) -> UpdateRule:
             momentum.mul_(group["keep"]).add_(gradient, alpha=1 - group["keep"])
         return [momentum.clone() for momentum in state["momentum"]]
 
-    def refine(directions, state, group, shapes):
+    def refine(directions, state, group):
         return [direction.mul_(0.5) for direction in directions]
 
     defaults = {"lr": 0.1, "weight_decay": 0.0, "keep": 0.9}
@@ -540,6 +549,7 @@ def test_a_registered_rule_trains_a_model_through_build_optimizer(registry):
         ({"defaults": {"lr": 0.1}}, "weight_decay"),
         ({"prepare": None}, "prepare"),
         ({"whole_step": lambda *arguments: None}, "whole_step"),
+        ({"factor": lambda group, m, n: 2.0}, "factor of matrices"),
     ],
 )
 def test_register_refuses_a_rule_that_cannot_run(registry, parts, named):

@@ -269,6 +269,18 @@ def test_fused_blocks_are_measured_one_by_one():
     assert found["probe/fused/isotropy"] == pytest.approx(sum(isotropy) / 3)
 
 
+def test_unequal_blocks_are_measured_one_by_one():
+    torch.manual_seed(0)
+    fused = nn.Parameter(torch.randn(24, 8, dtype=torch.float64))
+    fused.grad = torch.randn(24, 8, dtype=torch.float64)
+    found = probe(OLion([("fused", fused)], lr=1e-2, qkv_split=(4, 1, 1), weight_decay=0.0))
+    sizes = (16, 4, 4)
+    expected = [torch.linalg.svdvals(block)[0].item() for block in fused.detach().split(sizes)]
+    assert found["probe/16x8+4x8/weight_spectral"] == pytest.approx(sum(expected) / 3)
+    isotropy = [direction_reference(block, block)["isotropy"] for block in fused.grad.split(sizes)]
+    assert found["probe/16x8+4x8/isotropy"] == pytest.approx(sum(isotropy) / 3)
+
+
 def test_a_probe_is_due_at_the_first_step_and_every_so_many():
     _, optimizer = train("olion")
     watch = Probe(optimizer, every=3, quantities=("norms",))

@@ -1,12 +1,14 @@
 """Which tensors are matrices and which are decayed is decided once, by role, for all optimizers alike."""
 
+from fnmatch import fnmatchcase
+
 import pytest
 import torch
 import transformers
 from torch import nn
 from torch.nn import functional
 
-from optimizers import build_optimizer, roles_of
+from optimizers import Muon, build_optimizer, roles_of
 
 NAMES = ["olion", "muon", "adamuon", "lion", "adamw"]
 MATRIX_RULES = ["olion", "muon", "adamuon"]
@@ -389,6 +391,37 @@ def test_qkv_split_of_a_pattern_matches_the_fused_weights_alone(name):
     assert split == {each: 3 if "c_attn" in each else 1 for each in HIDDEN}
 
 
+def phi3() -> nn.Module:
+    """Four heads of 8 for queries, one each for keys and values, in one weight (32 + 8 + 8, 32)."""
+    sizes = {**TINY, "num_attention_heads": 4}
+    return transformers.Phi3ForCausalLM(transformers.Phi3Config(**sizes, num_key_value_heads=1, pad_token_id=0))
+
+
+@pytest.mark.parametrize(
+    ("make", "pattern", "split", "sizes", "dim"),
+    [
+        (gpt2, "*.c_attn.weight", 3, (32, 32, 32), 1),  # Conv1D: (in, out)
+        (phi3, "*.qkv_proj.weight", (4, 1, 1), (32, 8, 8), 0),
+        (phi3, "*.qkv_proj.weight", [32, 8, 8], (32, 8, 8), 0),
+    ],
+)
+def test_blocks_of_fused_attention_match_matrices_of_their_own(make, pattern, split, sizes, dim):
+    model = make().double()
+    optimizer = build_optimizer(model, "muon", lr=0.1, qkv_split={pattern: split})
+    fused = [param for name, param in model.named_parameters() if fnmatchcase(name, pattern)]
+    parts = [[nn.Parameter(part.clone()) for part in param.detach().split(sizes, dim)] for param in fused]
+    separate = Muon([part for each in parts for part in each], lr=0.1, adjust_lr_fn="match_rms_adamw")
+    for param, of_param in zip(fused, parts, strict=True):
+        param.grad = torch.randn_like(param)
+        for part, grad in zip(of_param, param.grad.split(sizes, dim), strict=True):
+            part.grad = grad
+    optimizer.step()
+    separate.step()
+    assert len(fused) == 2
+    for param, of_param in zip(fused, parts, strict=True):
+        torch.testing.assert_close(param.detach(), torch.cat(of_param, dim).detach(), rtol=0, atol=1e-11)  # rounding
+
+
 @pytest.mark.parametrize(
     "options, named",
     [
@@ -402,6 +435,8 @@ def test_qkv_split_of_a_pattern_matches_the_fused_weights_alone(name):
         ({"name": "olion", "roles": {"wpe.weigth": "matrix"}}, "'wpe.weight'"),
         ({"name": "olion", "qkv_split": {"*.c_atn.weight": 3}}, "c_atn"),
         ({"name": "olion", "qkv_split": {"*.c_attn.weight": 5}}, "qkv_split"),
+        ({"name": "olion", "qkv_split": {"*.c_attn.weight": 1.5}}, "qkv_split must be a whole number or a list"),
+        ({"name": "olion", "qkv_split": {"*.c_attn.weight": (32, 8, 8)}}, "c_attn.weight: qkv_split=.* 48 equal parts"),
     ],
 )
 def test_build_optimizer_refuses_a_bad_option_naming_the_nearest(options, named):

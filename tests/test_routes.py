@@ -45,6 +45,9 @@ GROUPS = [
     ({"as_matrices": "batch"}, {"batch": (4, 6, 5), "uneven batch": (5, 6, 4)}),
     ({"as_matrices": "flatten"}, {"convolution": (6, 3, 2, 2)}),
     ({"qkv_split": 3}, {"fused": (24, 8), "fused across shards": (18, 10)}),
+    ({"qkv_split": (4, 1, 1)}, {"grouped": (18, 10), "grouped twin": (18, 10), "grouped, wide": (6, 20)}),
+    ({"qkv_split": 3, "qkv_dim": 1}, {"fused columns": (10, 18)}),
+    ({"qkv_split": (4, 1, 1), "qkv_dim": 1}, {"grouped columns": (7, 12)}),
 ]
 SHAPES = {name: shape for _, shapes in GROUPS for name, shape in shapes.items()}
 
@@ -370,6 +373,7 @@ def test_a_gradient_of_nan_reaches_its_matrix_on_every_rank_and_no_other(ranks4,
 
 
 DENSE = ("twin", "few", "row", "large", "batch", "uneven batch", "convolution", "fused across shards")
+DENSE += ("grouped", "fused columns", "grouped columns")
 
 
 def measured(layout: str) -> dict[str, tuple] | None:
