@@ -89,7 +89,9 @@ def label_ends(panel, ends: list[tuple[float, float, str, str]]) -> None:
     panel.figure.subplots_adjust(right=min(room, panel.figure.subplotpars.right))  # another panel's may be longer
     bottom, top = panel.get_ylim()
     heights = [min(max(y, bottom), top) for _, y, _, _ in ends]
-    places = push_apart(heights, gap=(top - bottom) * 0.072)  # a line of text
+    to_axes = panel.transData + panel.transAxes.inverted()  # of any scale
+    fractions = [float(to_axes.transform((x, y))[1]) for (x, *_), y in zip(ends, heights, strict=True)]
+    places = push_apart(fractions, gap=0.072)  # a line of text
     # relpos: connect to the text's left edge; a line to its middle would cross other labels
     tie = {"arrowstyle": "-", "linewidth": 0.7, "alpha": 0.6, "shrinkA": 1, "relpos": (0, 0.5)}
     for (x, _, text, optimizer), height, place in zip(ends, heights, places, strict=True):
@@ -97,7 +99,7 @@ def label_ends(panel, ends: list[tuple[float, float, str, str]]) -> None:
         panel.annotate(
             text,
             xy=(x, height),
-            xytext=(1.035, (place - bottom) / (top - bottom)),
+            xytext=(1.035, place),
             textcoords="axes fraction",
             color=style.color,
             fontweight=style.weight,

@@ -9,6 +9,7 @@ are those that were trained, not a SiT's average over time; the initialization i
 drew it (of a Llama in one process: on several ranks it may have been another one).
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,7 +108,7 @@ def _llama(folder: Path, config: dict[str, Any], rows: int) -> Subject:
     lane = Lane(read(source, 0, 1, seed=0), Tokenizer(Path(named["hf_assets_path"])), length)
     inputs, labels = to_batch(np.stack([lane.window() for _ in range(rows)]))
     model = Llama(replace(FLAVORS[named["name"]][named["flavor"]], max_seq_len=length))
-    launch.seed_all(config["debug"]["seed"])
+    launch.seed_all(config["seed"])
     model.init_weights()
     initial = _copied(model)
 
@@ -116,7 +117,10 @@ def _llama(folder: Path, config: dict[str, Any], rows: int) -> Subject:
             model.load_state_dict(initial)
         else:
             verify(folder / FOLDER / f"step-{step}")
-            dcp.load(model.state_dict(), storage_reader=TensorReader(folder / FOLDER / f"step-{step}"), no_dist=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+                reader = TensorReader(folder / FOLDER / f"step-{step}")
+                dcp.load(model.state_dict(), storage_reader=reader, no_dist=True)
 
     def loss() -> Tensor:
         return cross_entropy(model(inputs["input"]).flatten(0, 1), labels.flatten())
