@@ -1,4 +1,4 @@
-"""Settings of a SiT run, each with its default and the reason for it. No import of torch: --help is quick."""
+"""Settings of a SiT run, with their defaults. torch is not imported, to keep --help fast."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from common.schedule import ScheduleConfig
 
 Prediction = Literal["velocity", "noise", "data", "score"]
 
-# DiT's table 1, which SiT keeps: letter -> depth, width, heads.
+# Table 1 of DiT, also SiT's: letter -> depth, width, heads.
 LETTERS = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 SIZES = {
     f"SiT-{letter}/{patch}": {"patch_size": patch, "depth": depth, "width": width, "n_head": n_head}
@@ -23,32 +23,32 @@ SIZES = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a SiT; the defaults are SiT-B/2 on 256 x 256 ImageNet latents, aligned with DINOv2-B."""
+    """Shape of a SiT; the defaults are SiT-B/2 on 256 x 256 ImageNet latents, aligned with DINOv2-B."""
 
     size: str = "SiT-B/2"
-    """SiT-S, B, L or XL, with patches of 2, 4 or 8, as "SiT-XL/4"; "" leaves the four fields below to be set."""
+    """SiT-S, B, L or XL with patches of 2, 4 or 8, such as "SiT-XL/4"; empty: set the next four fields."""
     patch_size: int = 0
-    """Side of a patch, in pixels of the input; 0 is the size's own, here and in the next three."""
+    """Side of a patch, in pixels of the input; 0: that of `size`, as in the next three fields."""
     depth: int = 0
-    """Blocks."""
+    """Number of blocks."""
     width: int = 0
     """Width C, a multiple of n_head and of 4."""
     n_head: int = 0
-    """Attention heads of a block."""
+    """Attention heads per block."""
     input_size: int = 32
-    """Side of the square input: of the latent, an eighth of the image's, or of the image itself."""
+    """Side of the square input: of the latent (an eighth of the image's), or of the image itself."""
     channels: int = 4
-    """Channels of the input: 4 of a Stable Diffusion latent."""
+    """Channels of the input: 4 for a Stable Diffusion latent."""
     mlp_ratio: float = 4.0
-    """Width of a block's hidden layer, in widths C."""
+    """Hidden width of an MLP, as a multiple of C."""
     n_class: int = 1000
-    """Classes; the label n_class itself means none, for classifier-free guidance."""
+    """Number of classes; the label n_class means no class, for classifier-free guidance."""
     encoder_depth: int = 4
-    """Blocks before the projector: the paper aligns after 4, REPA after 8."""
+    """Number of blocks before the projector: 4 in the paper, 8 in REPA."""
     projector_width: int = 2048
     """Width of the projector's two hidden layers (REPA)."""
     z_dim: int = 768
-    """Features of the encoder to align with, for each token; 0 builds no projector."""
+    """Features per token of the encoder to align with; 0: no projector."""
 
     def __post_init__(self):
         shape = self._shape()
@@ -76,38 +76,38 @@ class ModelConfig:
         return {name: getattr(self, name) or SIZES.get(self.size, {}).get(name, 0) for name in names}
 
     def resolved(self) -> "ModelConfig":
-        """Return this config with what `size` stands for filled in."""
+        """Return this config with the fields of `size` filled in."""
         return dataclasses.replace(self, **self._shape())
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """Of one input: (channels, height, width)."""
+        """Shape of one input: (channels, height, width)."""
         return self.channels, self.input_size, self.input_size
 
     @property
     def grid(self) -> int:
-        """Tokens a side."""
+        """Tokens per side."""
         return self.input_size // self._shape()["patch_size"]
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The path from data to noise, the prediction of the network on it, and the alignment of its tokens."""
+    """The path from data to noise, the network's prediction, and the alignment of its tokens."""
 
     path: Literal["linear", "cosine"] = "linear"
     """The path from data to noise."""
     prediction: Prediction = "velocity"
-    """What the network predicts."""
+    """The network's prediction."""
     times: Literal["uniform", "lognormal"] = "uniform"
-    """How times are drawn."""
+    """Distribution of training times."""
     encoder: str = "dinov2-b"
-    """Whose features the tokens are aligned with: dinov2-s, -b, -l, -g, digits; empty trains without REPA."""
+    """Encoder of the features to align tokens with: dinov2-s, -b, -l, -g, digits; empty trains without REPA."""
     encoder_folder: str = ""
-    """Where its weights are, if not in the Hugging Face cache."""
+    """Folder of its weights; empty: the Hugging Face cache."""
     projection_weight: float = 0.5
-    """Of the projection loss, beside the denoising loss (REPA)."""
+    """Weight of the projection loss, added to the denoising loss (REPA)."""
     label_dropout: float = 0.1
-    """Part of the labels replaced by none, for classifier-free guidance."""
+    """Fraction of labels replaced by no class, for classifier-free guidance."""
 
     def __post_init__(self):
         at_least(0, self, "projection_weight", "label_dropout")
@@ -117,41 +117,41 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The images, and how they are cut into batches."""
+    """The images and their batches."""
 
     kind: Literal["digits", "latents"] = "latents"
-    """digits: scikit-learn's, 8 x 8 pixels; latents: a folder that `python -m SIT.prepare` made."""
+    """digits: scikit-learn's, 8 x 8 pixels; latents: a folder that `python -m SIT.prepare` wrote."""
     folder: str = "data/imagenet256"
-    """The folder of latents."""
+    """Folder of latents."""
     batch_size: int = 256
     """Images per step, over all ranks and micro-batches."""
     micro_batch: int = 64
-    """Most images that one rank takes through the model at once; lower it if memory runs out, the result stays."""
+    """Largest number of images per forward pass of a rank; lower it if memory runs out: the result is the same."""
     flips: bool = False
-    """Mirror every second image, at random; needs `prepare encode --flip`."""
+    """Mirror images with probability 1/2; needs `prepare encode --flip`."""
     vae: str = ""
-    """Name on the Hugging Face Hub, or folder, of the VAE, for previews; empty: the one that made the latents."""
+    """VAE for previews: name on the Hugging Face Hub, or folder; empty: the one of the latents."""
     on_corrupt: Literal["fail", "skip"] = "fail"
-    """What to do with a file that cannot be read: end, or skip it with a warning."""
+    """An unreadable file ends the run (fail), or is skipped with a warning (skip)."""
     workers: int = 4
     """Threads per rank that read latents and images; 4 read 690 images per second on two cores."""
     read_ahead: int = 2
-    """Micro-batches that are read, and their noise drawn, before they are wanted."""
+    """Number of micro-batches to read, with their noise, ahead of the network."""
 
     def __post_init__(self):
         at_least(1, self, "batch_size", "micro_batch", "workers", "read_ahead")
         if self.flips and self.kind == "digits":
-            raise ConfigError("flips are for latents; mirrored digits are none: leave data.flips out")
+            raise ConfigError("data.flips needs latents, got digits, which are not digits when mirrored: leave it out")
 
 
 @dataclass(frozen=True)
 class SiTOptimizerConfig(OptimizerConfig):
-    """The optimizer, and what it is told about a SiT."""
+    """The optimizer; its options are checked when it is built."""
 
     modulation: Literal["matrix", "adamw"] = "matrix"
-    """Who trains the adaLN modulation weights: the matrices' rule, or AdamW (SIT.model.tensor_roles)."""
+    """Rule of the adaLN modulation weights: that of the matrices, or AdamW (SIT.model.tensor_roles)."""
     split_qkv: bool = False
-    """Orthogonalize the query, key and value blocks of the fused weight apart; lion and adamw have nothing to split."""
+    """Orthogonalize the query, key and value blocks of the fused weight separately; no effect on lion and adamw."""
 
 
 @dataclass(frozen=True)
@@ -159,13 +159,13 @@ class EvalConfig:
     """Validation of the averaged model, on a fixed set with fixed noise and times."""
 
     every: int = 1000
-    """Steps between validations; there is one at step 0 and one at the end."""
+    """Steps between validations; two more are at step 0 and at the end."""
     images: int = 1024
-    """Validation images, at most; of a latents folder they are drawn once for all, and kept from training."""
+    """Largest number of validation images; of a latents folder always the same ones, held out from training."""
     preview: int = 16
-    """Images sampled at each validation, by the averaged model, into samples/; 0 draws none."""
+    """Images that the averaged model samples into samples/ at each validation; 0: none."""
     preview_steps: int = 50
-    """Steps of the ODE sampler for them."""
+    """Their number of ODE steps."""
 
     def __post_init__(self):
         at_least(1, self, "every", "images", "preview_steps")
@@ -174,7 +174,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    """Every knob of a run; the defaults are the paper's SiT-B/2 on ImageNet latents."""
+    """Settings of a run; the defaults are the paper's SiT-B/2 on ImageNet latents."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -185,11 +185,11 @@ class Config(RunConfig):
     steps: int = 400_000
     """Optimizer steps."""
     ema: float = 0.9999
-    """Part that the average of the weights keeps per step."""
+    """Decay per step of the exponential moving average of the weights."""
     recompute: bool = False
-    """Keep only the blocks' inputs, and compute them again in the backward pass: less memory, a third more time."""
+    """Activation checkpointing: store only the blocks' inputs; less memory, a third more time."""
     log_every: int = 50
-    """Steps between lines of metrics."""
+    """Steps between logged metrics."""
     out: str = "runs/sit"
     """Folder of all runs."""
 

@@ -1,4 +1,4 @@
-"""Images of one side from a folder of classes: `python -m SIT.prepare convert`."""
+"""Converts a folder of classes to images of one size: `python -m SIT.prepare convert`."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 def convert(config: "Convert") -> Path:
-    """Write DIR/images, and return it; raises UserError for a source without class folders or with a corrupt image."""
+    """Write DIR/images; returns it. Raises UserError for a source without class folders or with a corrupt image."""
     at_least(1, config, "size", "workers")
     folder = config.out / IMAGES
     if folder.resolve().is_relative_to(config.source.resolve()):  # the next run would read images/ as a class
-        raise UserError(f"--out must lie outside of the source, {config.source}, got {config.out}: choose another")
+        raise UserError(f"--out must be outside the source, {config.source}, got {config.out}: choose another")
     sources = list_files(config.source, IMAGE_SUFFIXES, "name a folder that exists")
     outside = sorted(file for file in sources.values() if "/" not in file)
     if outside or not sources:
-        found = f"{outside[0]} is outside of one" if outside else "there is none"
-        raise UserError(f"{config.source} must hold images in a folder for each class, {found}: sort them into folders")
+        found = f"{outside[0]} outside of one" if outside else "none"
+        raise UserError(f"{config.source} must hold a folder of images per class, got {found}: sort them into folders")
     classes = class_names(config.source, set(sources.values()))
     claim(folder, {"source": str(config.source.resolve()), "size": config.size})
     targets = {file: file.rpartition(".")[0] + ".png" for file in sorted(sources.values())}
@@ -47,8 +47,8 @@ def convert(config: "Convert") -> Path:
 
     outcomes = map_in_groups(convert_one, todo, config.workers)
     skipped = {file for file in progress(outcomes, desc="images", total=len(todo), unit=" images") if file}
-    number = {name: place for place, name in enumerate(classes)}
-    labels = [[targets[file], number[file.split("/")[0]]] for file in targets if file not in skipped]
+    number_of = {name: number for number, name in enumerate(classes)}
+    labels = [[targets[file], number_of[file.split("/")[0]]] for file in targets if file not in skipped]
     refuse_empty_classes(config.source, classes, [file for file, _ in labels])
     write_json(folder / LABELS, {"labels": labels, "classes": classes, "size": config.size})
     print(f"{folder}: {len(labels):,} images in {len(classes):,} classes, {len(skipped)} skipped")
@@ -56,36 +56,34 @@ def convert(config: "Convert") -> Path:
 
 
 def class_names(source: Path, images: set[str]) -> list[str]:
-    """Name the class folders of a source, in the order that numbers them, and warn of files that are no images.
+    """Return the class folders of a source, in the order of their numbers; warn about files that are not images.
 
-    Raises UserError for a folder without images: left out, it would change the numbers of the classes after it.
+    Raises UserError for a folder without images: skipping it would change the numbers of later classes.
     """
     classes = sorted(path.name for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
     others = sorted(set(visible_files(source)) - images)
     if others:
         kinds = Counter(Path(file).suffix.lower() or "no suffix" for file in others)
         counted = ", ".join(f"{kind}: {count:,}" for kind, count in kinds.most_common())
-        warn(f"{source}: {len(others):,} files are no images, and are left out ({counted}); the first is {others[0]}")
+        warn(f"{source}: {len(others):,} files that are not images skipped ({counted}); the first is {others[0]}")
     refuse_empty_classes(source, classes, images)
     return classes
 
 
 def refuse_empty_classes(source: Path, classes: list[str], images: Iterable[str]) -> None:
-    """Raise UserError where no image (a path below the source) is of some class."""
+    """Raise UserError if a class has no image (a path below the source)."""
     empty = sorted(set(classes) - {file.split("/")[0] for file in images})
     if empty:
         raise UserError(
-            f"each class folder of {source} must hold an image that can be read ({', '.join(sorted(IMAGE_SUFFIXES))}), "
-            f"{len(empty)} of {len(classes)} hold none, the first is {empty[0]}: "
-            "convert its files, or move it elsewhere"
+            f"each class folder of {source} must hold a readable image ({', '.join(sorted(IMAGE_SUFFIXES))}), "
+            f"{len(empty)} of {len(classes)} hold none, the first is {empty[0]}: convert its files, or move it away"
         )
 
 
 def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """Resize the shorter side of (3, H, W) uint8 to `size` and cut out the middle: (3, size, size).
+    """Resize the shorter side of (3, H, W) uint8 to `size` and crop the centre: (3, size, size).
 
-    As ADM (Dhariwal and Nichol 2021) and after it SiT and REPA do: halved by averaging as long as it stays large
-    enough, then bicubic.
+    As in ADM (Dhariwal and Nichol 2021), SiT and REPA: halved by averaging while it stays large enough, then bicubic.
     """
     from PIL import Image
 
@@ -99,7 +97,7 @@ def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def save_png(opened: BinaryIO, image: np.ndarray) -> None:
-    """Write (3, H, W) uint8 as a PNG, not compressed: a quarter of the time to read, for half as much disk again."""
+    """Write (3, H, W) uint8 as an uncompressed PNG: read in a quarter of the time, with 1.5 times the disk space."""
     from PIL import Image
 
     Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(opened, "png", compress_level=0)

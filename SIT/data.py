@@ -1,6 +1,6 @@
-"""Training data of SiT, handwritten digits as pixels or latents of a folder, and the order of its items.
+"""Training data of SiT: pixels of handwritten digits or a folder's latents, and the order of items.
 
-Letters in the shape comments: B images, C channels, H and W the sides of a latent, or of a digit.
+Shapes: B images, C channels, H and W the sides of a latent or digit.
 """
 
 from collections.abc import Sequence
@@ -20,15 +20,15 @@ class Items(Protocol):
 
     shape: tuple[int, int, int]  # of one x: (C, H, W)
     n_class: int
-    vae: str  # name or folder of the VAE whose latents they are; "" where it is not known, or there is none
+    vae: str  # name or folder of the latents' VAE; "" if unknown or absent
     scaling: float  # of the latents
 
     def __len__(self) -> int: ...
 
     def fetch(self, indices: Sequence[int], draws: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """Read x (B, C, H, W) float32, y (B,) int64 and, if wanted, images (B, 1 or 3, side, side) uint8.
+        """Read x (B, C, H, W) float32, y (B,) int64 and, for REPA, images (B, 1 or 3, side, side) uint8.
 
-        A draw is the seed of the randomness of its item.
+        draws: the random seed of each item.
         """
 
 
@@ -51,19 +51,19 @@ class Pixels:
 
     def fetch(self, indices: Sequence[int], draws: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         rows = np.asarray(indices)
-        images, labels = self.images.numpy()[rows], self.labels.numpy()[rows]  # of numpy: see common/read_ahead.py
+        images, labels = self.images.numpy()[rows], self.labels.numpy()[rows]  # not torch: common/read_ahead.py
         pixels = images.astype(np.float32) / np.float32(127.5) - 1
         return {name: torch.from_numpy(each) for name, each in (("x", pixels), ("y", labels), ("images", images))}
 
 
 def hold_out(length: int, count: int) -> dict[str, np.ndarray]:
-    """Divide the indices of `length` items: "train", and "val" with `count` of them, a tenth at most, for validation.
+    """Split the indices of `length` items into "train" and "val", the latter with `count`, at most a tenth.
 
-    The same ones always, drawn at random: the last by name would all be of one class. Raises UserError for fewer than
-    two items.
+    The split is random, with a fixed seed: the last items by name would be of one class. Raises UserError for fewer
+    than two items.
     """
     if length < 2:
-        raise UserError(f"need an item to train on and one to validate, there is {length}: prepare more images")
+        raise UserError(f"need an item to train on and one to validate, got {length}: prepare more images")
     order = np.random.default_rng(0).permutation(length)
     count = min(count, max(length // 10, 1))
     return {"train": np.sort(order[count:]), "val": np.sort(order[:count])}
@@ -73,8 +73,8 @@ def hold_out(length: int, count: int) -> dict[str, np.ndarray]:
 
 
 def digits(val_fraction: float = 0.2) -> dict[str, Pixels]:
-    """Load scikit-learn's 1797 handwritten digits, (1, 8, 8), as "train" and "val", each class divided alike."""
-    from sklearn.datasets import load_digits  # seconds to import, and latents go without
+    """Load scikit-learn's 1797 handwritten digits, (1, 8, 8), as "train" and "val", stratified by class."""
+    from sklearn.datasets import load_digits  # here: takes seconds, and latents do not need it
 
     source = load_digits()  # grey values 0 to 16
     images = torch.from_numpy(np.round(source.images * 255 / 16).astype(np.uint8)[:, None])  # (n, 1, 8, 8)
@@ -86,19 +86,17 @@ def digits(val_fraction: float = 0.2) -> dict[str, Pixels]:
         cut = round(val_fraction * len(rows))
         parts["val"].append(rows[:cut])
         parts["train"].append(rows[cut:])
-    rows = {
-        split: np.sort(np.concatenate(chosen)) for split, chosen in parts.items()
-    }  # the writers' order mixes digits
+    rows = {split: np.sort(np.concatenate(chosen)) for split, chosen in parts.items()}  # the file's order mixes digits
     return {split: Pixels(images[rows[split]], labels[rows[split]], 10) for split in rows}
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Turn uint8 images into float32 pixels in [-1, 1]."""
+    """Convert uint8 images to float32 pixels in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def to_images(pixels: Tensor) -> Tensor:
-    """Turn pixels, clamped to [-1, 1], into uint8 images."""
+    """Convert pixels, clamped to [-1, 1], to uint8 images."""
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -108,31 +106,30 @@ def to_images(pixels: Tensor) -> Tensor:
 def batch(items: Items, *, seed: int, step: int, rows: slice, global_batch: int) -> dict[str, Tensor]:
     """Fetch the rows `rows` of a step's global batch, on the CPU.
 
-    (seed, step, row) fixes an item and its randomness, so that the batch is the same however many ranks and
-    accumulation steps share it, and a resumed run goes on as it would have. Each epoch has an order of its own; a step
-    may lie across two, and so none of its items is left out.
+    (seed, step, row) determines an item and its randomness, so that the batch depends neither on the number of ranks
+    and micro-batches nor on a resume. Each epoch has its own order; a step may span two, so that no item is left out.
     """
     numbers, indices = range(global_batch)[rows], []
     for number in numbers:
-        epoch, place = divmod(step * global_batch + number, len(items))
-        indices.append(int(epoch_order(len(items), seed, epoch)[place]))
+        epoch, position = divmod(step * global_batch + number, len(items))
+        indices.append(int(epoch_order(len(items), seed, epoch)[position]))
     return items.fetch(indices, [(seed, step, number) for number in numbers])
 
 
-@lru_cache(maxsize=2)  # a step lies in two epochs at most, unless there are fewer items than rows
+@lru_cache(maxsize=2)  # a step spans two epochs at most, unless there are fewer items than rows
 def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
     """Shuffle the indices of `length` items for one epoch."""
     return np.random.default_rng([seed, epoch]).permutation(length)
 
 
 def take(items: Items, indices: Sequence[int], seed: int) -> dict[str, Tensor]:
-    """Fetch chosen items, with randomness fixed by (seed, index), so that validation repeats."""
+    """Fetch items by index, with randomness fixed by (seed, index), so that validations are equal."""
     # Four numbers, the last not 0: to numpy (3, 1) is (3, 1, 0), the seed of a training row.
     return items.fetch(indices, [(seed, index, 0, 1) for index in indices])
 
 
 def move(fetched: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
-    """Move a batch to a device; on a GPU the copy is under way when this returns."""
-    if torch.device(device).type == "cuda":  # read_ahead leaves them pinned; of others the copy would wait
+    """Move a batch to a device; to a GPU asynchronously."""
+    if torch.device(device).type == "cuda":  # a no-op for read_ahead's, already pinned; others would copy synchronously
         fetched = {name: tensor.pin_memory() for name, tensor in fetched.items()}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in fetched.items()}

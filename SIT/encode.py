@@ -1,4 +1,4 @@
-"""Latents of a folder of images, on one GPU or, under torchrun, on several: `python -m SIT.prepare encode`."""
+"""Encodes a folder of images to latents, on one GPU or, under torchrun, on several: `python -m SIT.prepare encode`."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +25,12 @@ LONGEST_WAIT_S = 3600.0  # for the slowest rank; all have as many batches
 
 
 def encode(config: "Encode", vae: VAE | None = None) -> Path:
-    """Write the latents of DIR/images into DIR/vae-sd, or -flip, and return that folder.
+    """Write the latents of DIR/images to DIR/vae-sd, or -flip; returns that folder.
 
-    Batches are the same however many ranks share them and wherever the work was interrupted, and so is each bit.
+    The batches, and so every bit, do not depend on the number of ranks or on interruptions.
 
-    vae: instead of the one that the config names.
-    Raises UserError for images that are missing, corrupt or not of one shape, and where the disk is too small.
+    vae: replaces the one that the config names.
+    Raises UserError for images that are missing, corrupt or of different shapes, and if the disk is too small.
     """
     at_least(1, config, "batch_size", "workers")
     process = launch.start(config.device, timeout_s=LONGEST_WAIT_S)
@@ -61,7 +61,7 @@ def encode(config: "Encode", vae: VAE | None = None) -> Path:
 
 
 def plan(folder: Path, request: dict, batches: list[list[str]], shape: tuple[int, int, int]) -> list[int]:
-    """Claim the folder of latents (C, H, W), and return the numbers of the batches that it does not hold whole."""
+    """Claim the folder of latents (C, H, W); returns the numbers of the batches that are not complete."""
     claim(folder, request)
     (channels, height, width), whole = shape, BytesIO()
     np.lib.format.write_array(whole, np.zeros((2 * channels, height, width), np.float32))  # mean and deviation
@@ -79,7 +79,7 @@ def read_images(
     def read(file: str) -> np.ndarray:
         image = read_image(config.folder / IMAGES / file, CONVERT_IT)
         if image.shape != shape:
-            raise UserError(f"images must be of one shape; the first is {shape}, {file} {image.shape}: {CONVERT_IT}")
+            raise UserError(f"images must have one shape; the first is {shape}, {file} {image.shape}: {CONVERT_IT}")
         return image
 
     with ThreadPoolExecutor(config.workers) as pool:
@@ -90,5 +90,5 @@ def read_images(
 
 
 def npy_of(image: str) -> str:
-    """Name the latent of an image."""
+    """Return the file name of an image's latent."""
     return image.rpartition(".")[0] + ".npy"

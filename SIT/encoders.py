@@ -1,6 +1,6 @@
-"""Frozen encoders, with whose features REPA (Yu et al. 2024, arXiv 2410.06940) aligns a SiT's tokens.
+"""Frozen encoders for REPA (Yu et al. 2024, arXiv 2410.06940), which aligns a SiT's tokens with their features.
 
-Letters in the shape comments: B images, C features of a token.
+Shapes: B images, C features per token.
 """
 
 from pathlib import Path
@@ -21,29 +21,29 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of
 
 
 class Encoder(Protocol):
-    """A frozen network that turns images into features; `load_encoder` loads one by name."""
+    """A frozen network that computes features of images; `load_encoder` loads one by name."""
 
     z_dim: int
-    grid: int  # tokens a side: that of the SiT's
+    grid: int  # tokens per side: the SiT's
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Turn uint8 images (B, 1 or 3, side, side) into features (B, grid * grid, z_dim) float32, row by row."""
+        """Return features (B, grid * grid, z_dim) float32, row by row, of uint8 images (B, 1 or 3, side, side)."""
 
     def double(self) -> "Encoder":
-        """Compute, and return features, in float64: float32's rounding depends on the CPU and on the batch."""
+        """Switch to float64: float32's rounding depends on the CPU and on the batch."""
 
 
 class Dinov2:
-    """The patch tokens of DINOv2 after its final norm, as REPA takes them.
+    """The patch tokens of DINOv2 after its final norm, as in REPA.
 
-    grid: tokens a side; images are resampled to as many patches (16 patches of 14 pixels are 224).
+    grid: tokens per side; images are resampled to as many patches (16 patches of 14 pixels are 224).
     """
 
     def __init__(self, model: "Dinov2Model", grid: int = 16):
         self.model, self.grid, self.z_dim = model.eval().requires_grad_(False), grid, model.config.hidden_size
         self.side = grid * model.config.patch_size
         embeddings = model.embeddings
-        # transformers resamples the table by itself, but without antialiasing; one of the right size it leaves alone.
+        # transformers would resample the table without antialiasing; it keeps one of the right size.
         table = resample_positions(embeddings.position_embeddings, grid)
         embeddings.position_embeddings = nn.Parameter(table, requires_grad=False)
 
@@ -59,7 +59,7 @@ class Dinov2:
 
 
 class DigitsEncoder:
-    """The grid of the digits' network, for 8 x 8 digits in patches of 2."""
+    """The feature grid of the digits' network, for 8 x 8 digits in patches of 2."""
 
     def __init__(self, network: DigitsCNN):
         self.network, self.grid, self.z_dim = network, network.grid, network.z_dim
@@ -76,7 +76,7 @@ class DigitsEncoder:
 def imagenet_pixels(images: Tensor, side: int) -> Tensor:
     """Normalise uint8 images (B, 1 or 3, H, W) as ImageNet's, then resample them: (B, 3, side, side) float32.
 
-    In REPA's order, and as there without antialiasing: bicubic from 256 to 224.
+    In REPA's order, and without antialiasing like there: bicubic from 256 to 224.
     """
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     pixels = (images.float() / 255 - mean) / std  # (B, 3, H, W): grey is broadcast
@@ -84,9 +84,9 @@ def imagenet_pixels(images: Tensor, side: int) -> Tensor:
 
 
 def resample_positions(table: Tensor, grid: int) -> Tensor:
-    """Resample positions (1, 1 + n * n, C), a class token's and a square's, to a square of another side.
+    """Resample position embeddings (1, 1 + n * n, C), of a class token and a square, to (1, 1 + grid * grid, C).
 
-    Returns (1, 1 + grid * grid, C). Antialiased, as timm's resample_abs_pos_embed is, which REPA calls.
+    Antialiased, like timm's resample_abs_pos_embed, which REPA calls.
     """
     side = round((table.shape[1] - 1) ** 0.5)
     if side == grid:
@@ -102,10 +102,10 @@ def load_encoder(
 ) -> Encoder:
     """Load an encoder by its name: dinov2-s, -b, -l, -g, or digits.
 
-    grid: tokens a side, as the SiT has them; the digits' network has 4.
-    folder: of its files: config.json and weights of DINOv2 (by default the Hugging Face Hub or its cache), or
-    encoder.pt of the digits' network (by default data/digits).
-    Raises ValueError for another name, UserError where the files are missing.
+    grid: tokens per side, equal to the SiT's; the digits' network has 4.
+    folder: with config.json and weights of DINOv2 (default: the Hugging Face Hub or its cache), or with encoder.pt of
+    the digits' network (default: data/digits).
+    Raises ValueError for another name, UserError if the files are missing.
     """
     if name == "digits":
         return DigitsEncoder(load_digits_cnn(Path(folder or FOLDER) / ENCODER_FILE, device))

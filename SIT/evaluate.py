@@ -1,12 +1,12 @@
-"""Measure how good a run's samples are.
+"""Measure the quality of a run's samples.
 
-    python -m SIT.evaluate runs/sit/digits                       # every run of digits below: a table and a picture
+    python -m SIT.evaluate runs/sit/digits                       # every run of digits below: a table and a figure
     python -m SIT.evaluate samples.npz --reference images/       # FID, by torch-fidelity (pip install torch-fidelity)
 
-Digits: 1,000 are drawn from each run, without guidance. A judge, a network trained separately, gives the share that is
-recognised as the class asked for, and gives the features in which the Frechet distance to the training digits is
-taken. Beside these stand the losses of the run's last validation, and above them the validation digits' own measures:
-no model needs to be better.
+Digits: 1,000 are drawn from each run, without guidance. A separately trained classifier, the judge, gives the fraction
+that it recognises as the requested class, and the features of the Frechet distance to the training digits. The table
+also has the losses of each run's last validation, and in its first row the measures of the validation digits
+themselves: a model can hardly do better.
 """
 
 from dataclasses import dataclass
@@ -24,16 +24,16 @@ class Options:
     samples: tyro.conf.Positional[tuple[Path, ...]]
     """Runs, or folders of runs, of digits; or one .npz that SIT.sample wrote."""
     reference: Path | None = None
-    """Of a .npz: a folder of images, or another .npz, that FID compares with."""
+    """Reference of a .npz for FID: a folder of images, or another .npz."""
     count: int = 1000
-    """Digits that are drawn."""
+    """Digits to draw per run."""
     steps: int = 50
     """Steps of Heun's method."""
     skip_latents: bool = False
-    """Leave out runs that are not of digits, and do nothing where there are no others."""
+    """Ignore runs that are not of digits, also if there are no others."""
     out: Path | None = None
-    """Picture of each method's first digits; beside it, as JSON, the measures of every run. Default: samples.png in the
-    first folder."""
+    """Figure of each method's first digits, with the measures of every run as JSON beside it. Default: samples.png in
+    the first folder."""
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
         named = ", ".join(map(str, options.samples)) or "nothing"
         raise UserError(f"need runs of digits, or one .npz, to measure; got {named}")
     if files:
-        from SIT.fid import fid  # here: --help goes without torch and matplotlib, which take seconds to import
+        from SIT.fid import fid  # here: torch and matplotlib take seconds to import, and --help does not need them
 
         print(f"FID of {files[0]}: {fid(files[0], options.reference):.3f}")
     else:

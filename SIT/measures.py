@@ -1,4 +1,4 @@
-"""Measures of runs of digits, their table and their picture: `python -m SIT.evaluate`."""
+"""Measures of runs of digits, their table and their figure: `python -m SIT.evaluate`."""
 
 import json
 import math
@@ -28,7 +28,7 @@ from SIT.sampling import draw, labels_of, load_run, picture
 if TYPE_CHECKING:
     from SIT.evaluate import Options
 
-COLUMNS, LINES = 20, 2  # of the digits that the picture shows of a method; the classes take turns, two per line
+COLUMNS, LINES = 20, 2  # of a method's digits in the figure; classes cycle, twice per line
 CLASSES = 10
 MEASURES = {
     "denoising": "denoising loss",
@@ -54,18 +54,18 @@ class Run:
 
     @property
     def method(self) -> str:
-        """The name without its seed: group, optimizer and rates."""
+        """The run's name without its seed: group, optimizer and learning rates."""
         return re.sub(r"-s\d+$", "", self.folder)
 
 
 def frechet(first: Tensor, second: Tensor) -> float:
-    """Return the Frechet distance of two sets of features (n, D) and (m, D), seen as Gaussians, in float64.
+    """Return the Frechet distance between Gaussians fitted to features (n, D) and (m, D), in float64.
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), Heusel et al., arXiv 1706.08500.
     """
     first, second = first.double(), second.double()
     covariances = first.T.cov(), second.T.cov()
-    # The eigenvalues of C1 C2 are those of a positive semi-definite matrix; rounding may leave them below zero.
+    # The eigenvalues of C1 C2 are not negative, except by rounding.
     roots = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt()
     traces = covariances[0].trace() + covariances[1].trace() - 2 * roots.sum()
     return ((first.mean(0) - second.mean(0)).square().sum() + traces).item()
@@ -73,15 +73,15 @@ def frechet(first: Tensor, second: Tensor) -> float:
 
 @torch.no_grad()
 def measure(images: Tensor, labels: Tensor, judge: DigitsCNN, reference: Pixels) -> dict[str, float]:
-    """Return the share of images (n, 1, 8, 8) recognised as their labels (n,), and the Frechet distance."""
+    """Return the fraction of images (n, 1, 8, 8) recognised as their labels (n,), and the Frechet distance."""
     recognised = (judge(images).argmax(1) == labels).double().mean().item()
     return {"recognised": recognised, "frechet": frechet(judge.features(images), judge.features(reference.images))}
 
 
 def find_runs(folders: tuple[Path, ...], skip_latents: bool = False) -> list[Path]:
-    """Find the runs that have a checkpoint, but for what diverged or was moved aside by a later run.
+    """Return the runs with a checkpoint, except diverged ones and those moved aside by a later run.
 
-    skip_latents: leave out runs that are not of digits; without it they are found, and none at all is a UserError.
+    skip_latents: skip runs that are not of digits; otherwise they are included, and finding no run is a UserError.
     """
     found = []
     for run in sorted({path.parent for folder in folders for path in folder.rglob("config.json")}):
@@ -89,16 +89,16 @@ def find_runs(folders: tuple[Path, ...], skip_latents: bool = False) -> list[Pat
         if skip_latents and not is_of_digits(run):
             continue
         if end.is_file() and read_object(end, {"diverged": bool}, "remove it, or leave the run out")["diverged"]:
-            warn(f"{run} diverged, and is left out")
+            warn(f"{run} diverged; skipped")
         elif any(run.glob("checkpoints/step-*")) and not run.parent.name.endswith(".old"):
             found.append(run)
     if not found and not skip_latents:
-        raise UserError(f"need the folders of runs with checkpoints; {', '.join(map(str, folders))} has none")
+        raise UserError(f"need folders of runs with checkpoints; {', '.join(map(str, folders))} has none")
     return found
 
 
 def is_of_digits(run: Path) -> bool:
-    """Return whether a run's config.json is of training on digits."""
+    """Return whether a run was trained on digits."""
     record = read_object(run / "config.json", {"config": {"data": {"kind": str}}}, "leave the run out")
     return record["config"]["data"]["kind"] == "digits"
 
@@ -113,11 +113,11 @@ def last_losses(run: Path) -> dict[str, float]:
 
 
 def draw_digits(run: Path, options: "Options") -> tuple[Tensor, Tensor, str]:
-    """Draw a run's digits; returns images (n, 1, 8, 8), the labels asked for (n,) and the optimizer's name."""
-    device = torch.device("cpu")  # they are small
+    """Draw a run's digits; returns images (n, 1, 8, 8), requested labels (n,) and the optimizer's name."""
+    device = torch.device("cpu")  # fast enough for these models
     model, settings = load_run(run, device)
     if settings["data"]["kind"] != "digits":
-        raise UserError(f"{run} is no run of digits; draw its images with SIT.sample --npz, and give that file")
+        raise UserError(f"{run} must be a run of digits; of others draw images with SIT.sample --npz, and give them")
     parts = []
     for start in range(0, options.count, DRAWN_AT_ONCE):
         numbers = list(range(start, min(start + DRAWN_AT_ONCE, options.count)))
@@ -127,7 +127,7 @@ def draw_digits(run: Path, options: "Options") -> tuple[Tensor, Tensor, str]:
 
 
 def evaluate_digits(options: "Options") -> str:
-    """Measure all runs; writes the picture and its JSON, and returns the table."""
+    """Measure all runs; writes the figure and its JSON, and returns the table."""
     at_least(COLUMNS * LINES, options, "count")
     at_least(1, options, "steps")
     check_memory(options.count * digits()["val"].images[0].numel(), "--count")
@@ -143,7 +143,7 @@ def evaluate_digits(options: "Options") -> str:
         measures |= last_losses(folder)
         run = Run(f"{folder.absolute().parent.name}/{folder.name}", optimizer, images, **measures)
         if run.folder in [other.folder for other in methods[run.method]]:
-            raise UserError(f"runs must differ in group, method or seed; two are {run.folder}: evaluate them apart")
+            raise UserError(f"runs must differ in group, method or seed; two are {run.folder}: evaluate them singly")
         methods[run.method].append(run)
     best_first = sorted(methods.values(), key=lambda runs: statistics.fmean(run.frechet for run in runs))
     real = measure(splits["val"].images, splits["val"].labels, judge, splits["train"])
@@ -156,7 +156,7 @@ def evaluate_digits(options: "Options") -> str:
 
 
 def table(methods: list[list[Run]], real: dict[str, float]) -> str:
-    """Return a row for each method, with mean and spread over its seeds, after the validation digits'."""
+    """Return a table: the validation digits, then each method with mean and spread over its seeds."""
     rows = [["validation digits", "", *(f"{real[name]:.3f}" if name in real else "" for name in MEASURES)]]
     for runs in methods:
         measures = [mean_and_spread([vars(run)[name] for run in runs]) for name in MEASURES]
@@ -165,7 +165,7 @@ def table(methods: list[list[Run]], real: dict[str, float]) -> str:
 
 
 def draw_picture(methods: list[list[Run]], real: Run, count: int, out: Path) -> None:
-    """Draw the first digits of each method's first run, below real ones; names at the left, measures at the right."""
+    """Draw the first digits of each method's first run below real ones, names on the left, measures on the right."""
     runs = [real, *(of_method[0] for of_method in methods)]
     optimizers = [run.optimizer for run in runs]
     several = len(set(optimizers)) < len(runs)  # methods of one optimizer
@@ -175,11 +175,10 @@ def draw_picture(methods: list[list[Run]], real: Run, count: int, out: Path) -> 
     shown = [pad(run.images[: COLUMNS * LINES], [EDGE] * 4) for run in runs]
     canvas = np.concatenate([np.pad(picture(each, COLUMNS, least_side=cell), ((0, gap), (0, 0))) for each in shown])
     groups = ", ".join(sorted({run.folder.split("/")[0] for run in runs[1:]}))
-    subtitle = f"recognised: the share of {count:,} that a judge takes for the class asked for"
+    subtitle = f"recognised: the fraction of {count:,} that a judge assigns to the requested class"
     figure, (panel,) = new_figure(f"sit, {groups}: samples", subtitle)
-    figure.subplots_adjust(
-        left=0.035 + 0.0125 * max(map(len, names)), right=0.79, bottom=0.02
-    )  # of the width, a letter
+    letter = 0.0125  # of the figure's width
+    figure.subplots_adjust(left=0.035 + letter * max(map(len, names)), right=0.79, bottom=0.02)
     panel.imshow(canvas, cmap="gray_r", interpolation="nearest")
     panel.set_anchor("NW")
     panel.grid(False)
@@ -198,6 +197,6 @@ def draw_picture(methods: list[list[Run]], real: Run, count: int, out: Path) -> 
 
 
 def examples(items: Pixels) -> Tensor:
-    """Return as many of these as the picture shows of a method, (n, 1, 8, 8), the classes in turn."""
+    """Return as many of these as the figure shows per method, (n, 1, 8, 8), in cyclic order of classes."""
     of_class = [items.images[items.labels == label][: COLUMNS * LINES // CLASSES] for label in range(CLASSES)]
     return torch.stack(of_class, dim=1).flatten(0, 1)

@@ -1,7 +1,7 @@
 """SiT (Ma et al., arXiv 2401.08740): DiT's transformer (Peebles and Xie, arXiv 2212.09748), predicting velocities.
 
-With a projector for representation alignment (REPA, Yu et al., arXiv 2410.06940). Letters in the shape comments:
-B images, H = W side, N patches (tokens), P side of a patch, C width, D width of a head, Z encoder features.
+With a projector for representation alignment (REPA, Yu et al., arXiv 2410.06940). Shapes: B images, H = W side, N
+patches (tokens), P side of a patch, C width, D width of a head, Z encoder features.
 """
 
 from typing import Literal
@@ -42,7 +42,7 @@ class MLP(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Normalize tokens (B, N, C), then scale and shift them by the condition's (B, 1, C); eps is DiT's."""
+    """Normalize tokens (B, N, C), then scale and shift them by (B, 1, C), which depend on the condition; DiT's eps."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
@@ -78,18 +78,18 @@ class FinalLayer(nn.Module):
 
 
 class SiT(nn.Module):
-    """A SiT, with the module names of the published ones as far as they are modules here.
+    """A SiT, with the published module names where the modules agree.
 
-    Example: `prediction, projected = SiT(ModelConfig(size="SiT-S/2"))(x, t, y)`. Where only the prediction is wanted,
-    as in sampling, `model.projector = None` saves the projector's work.
+    Example: `prediction, projected = SiT(ModelConfig(size="SiT-S/2"))(x, t, y)`. To sample, which needs no projection,
+    `model.projector = None` saves its computation.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         config = self.config = config.resolved()
         patch = config.patch_size**2 * config.channels
-        self.x_embedder = nn.Linear(patch, config.width)  # a convolution of stride P, as a matrix
-        self.register_buffer("pos_embed", torch.empty(1, config.grid**2, config.width))  # in checkpoints: published
+        self.x_embedder = nn.Linear(patch, config.width)  # a convolution of stride P as a matrix
+        self.register_buffer("pos_embed", torch.empty(1, config.grid**2, config.width))  # saved, as in published ones
         self.t_embedder = nn.Sequential(
             nn.Linear(2 * FREQUENCIES, config.width), nn.SiLU(), nn.Linear(config.width, config.width)
         )
@@ -97,12 +97,12 @@ class SiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.projector = _projector(config) if config.z_dim else None
         self.final_layer = FinalLayer(config.width, patch)
-        self.recompute = False  # in training: keep the blocks' inputs only, and run them again in the backward pass
+        self.recompute = False  # in training: activation checkpointing of the blocks
         self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw the weights as DiT does; modulations and output at zero, so that a block starts as the identity."""
+        """Draw the weights as DiT; modulations and output are zero, so that blocks start as the identity."""
         self.pos_embed.copy_(sincos_positions(self.config.width, self.config.grid))
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
@@ -118,16 +118,14 @@ class SiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """Predict from noisy inputs x (B, channels, H, W) at times t (B,) in [0, 1] with labels y (B,).
 
-        Returns the prediction, shaped as x, and the projected tokens (B, N, Z), or None without a projector; tokens
-        are in row-major order.
-
-        Raises ValueError for an x of another shape than the config's.
+        Returns the prediction, with the shape of x, and the projected tokens (B, N, Z) in row-major order, or None
+        without a projector. Raises ValueError if the shape of x is not the config's.
         """
         config = self.config
         if x.shape[1:] != config.input_shape:
             wanted = f"(B, {config.channels}, {config.input_size}, {config.input_size})"
             raise ValueError(f"x must be {wanted}, got {tuple(x.shape)}: set input_size and channels to the data's")
-        # The weights are in float64 in runs of that dtype, x and t are not.
+        # In float64 runs the weights are float64, but x and t are not.
         patches = patchify(x, config.patch_size).to(self.x_embedder.weight.dtype)  # (B, N, P P channels)
         waves = timestep_waves(t).to(self.t_embedder[0].weight.dtype)  # (B, 2 FREQUENCIES)
         condition = self.t_embedder(waves) + self.y_embedder(y)  # (B, C)
@@ -144,7 +142,7 @@ class SiT(nn.Module):
         return unpatchify(prediction, config.patch_size, config.channels), projected
 
     def num_parameters(self) -> int:
-        """Count the trained parameters; the positions are constants."""
+        """Count the trained parameters; position embeddings are constants."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 
@@ -155,7 +153,7 @@ def _projector(config: ModelConfig) -> nn.Sequential:
 
 
 def modulation_names(model: SiT) -> list[str]:
-    """Return the names of the modulation weights, which turn the condition into shifts, scales and gates."""
+    """Return the names of the modulation weights, which map the condition to shifts, scales and gates."""
     return [name for name, weight in model.named_parameters() if "adaLN_modulation" in name and weight.ndim == 2]
 
 
@@ -163,12 +161,12 @@ def tensor_roles(model: SiT, modulation: Literal["matrix", "adamw"] = "matrix") 
     """Return the roles that differ from those of optimizers.roles_of: `build_optimizer(..., roles=these)`.
 
     patches       embedding   the first layer reads data, as a table reads tokens
-    outputs       head        the last layers, of the prediction and of the projector, write data or its features
-    modulation    matrix      hidden weights that see a dense condition; or, by "adamw", embedding: AdamW with the
-                              decay of a matrix, so that the choice changes the rule and nothing else
+    outputs       head        the last layers, of the prediction and of the projector, write data or features
+    modulation    matrix      hidden weights with a dense input; or, with "adamw", embedding: AdamW with a matrix's
+                              decay, so that only the rule changes
 
-    The other roles are found right: attention, MLPs, the timestep's MLP (dense waves in) and the projector's hidden
-    layers are matrices, the labels' table an embedding, biases vectors.
+    roles_of finds the others: attention, MLPs, the timestep's MLP (its input is dense) and the projector's hidden
+    layers are matrices, the labels' table is an embedding, biases are vectors.
     """
     roles = {"x_embedder.weight": "embedding", "final_layer.linear.weight": "head"}
     if model.projector is not None:

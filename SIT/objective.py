@@ -13,7 +13,7 @@ from SIT.encoders import Encoder
 from SIT.sampling import seeded
 from SIT.transport import Path, denoising_loss, interpolate, projection_loss, times
 
-TRAINING, VALIDATION = 1, 2  # what noise and times are drawn for: never the same ones for both
+TRAINING, VALIDATION = 1, 2  # first part of a seed: training and validation never share noise and times
 
 
 class Draws(NamedTuple):
@@ -24,9 +24,9 @@ class Draws(NamedTuple):
     dropped: Tensor  # (B,), whose labels are hidden
 
 
-def draw(place: tuple[int, ...], count: int, shape: tuple[int, ...], settings: ObjectiveConfig) -> Draws:
-    """Draw for a whole global batch, the same on every rank, which takes its rows of it."""
-    generator = seeded(*place)
+def draw(seed_key: tuple[int, ...], count: int, shape: tuple[int, ...], settings: ObjectiveConfig) -> Draws:
+    """Draw for the global batch, equally on every rank, which then takes its rows."""
+    generator = seeded(*seed_key)
     t = times(count, settings.times, generator, Path(settings.path))
     dropped = torch.rand(count, generator=generator) < settings.label_dropout
     return Draws(torch.randn(count, *shape, generator=generator), t, dropped)
@@ -40,10 +40,10 @@ def losses_of(
     settings: Config,
     process: launch.Process,
 ) -> tuple[Tensor, Tensor]:
-    """Return the denoising and the projection loss of each image, (B,) each; 0 without an encoder."""
+    """Return the denoising and the projection loss (0 without an encoder) of each image, (B,) each."""
     path, x, y = Path(settings.objective.path), batch["x"], batch["y"]
     dtype = precision(settings.dtype, process)
-    y = torch.where(draws.dropped, settings.model.n_class, y)  # n_class: none
+    y = torch.where(draws.dropped, settings.model.n_class, y)  # n_class: no class
     with autocast(dtype, process):
         prediction, projected = network(interpolate(x, draws.noise, draws.t, path), draws.t, y)
     denoising = denoising_loss(prediction, x, draws.noise, draws.t, path, settings.objective.prediction)
@@ -58,7 +58,7 @@ def losses_of(
 def evaluate(
     average: nn.Module, items: data.Items, encoder: Encoder | None, settings: Config, process: launch.Process
 ) -> dict[str, float]:
-    """Return the losses of the averaged model on the validation images, with noise and times that stay the same."""
+    """Return the losses of the averaged model on the validation images, with fixed noise and times."""
     count = min(settings.eval.images, len(items))
     drawn = draw((VALIDATION,), count, items.shape, settings.objective)
     drawn = drawn._replace(dropped=torch.zeros_like(drawn.dropped))

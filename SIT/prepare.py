@@ -1,4 +1,4 @@
-"""Make the input of SIT.train: images of one size and their latents, or the digits' networks.
+"""Prepare the input of SIT.train: images of one size and their latents, or the digits' networks.
 
     python -m SIT.prepare convert ILSVRC/Data/CLS-LOC/train --out data/imagenet256    # a folder per class
     python -m SIT.prepare encode data/imagenet256
@@ -6,8 +6,8 @@
     python -m SIT.prepare digits                                                      # seconds, no download
     python -m SIT.prepare SIT/configs/digits.toml       # the data of that config, if it is the digits
 
-SIT/latents.py has the layout of the folder. Both ways through ImageNet go on where they were interrupted: a file is
-there whole or not at all, and dataset.json comes last.
+SIT/latents.py documents the folder. Interrupted, `convert` and `encode` continue where they stopped: files are complete
+or absent, and dataset.json is written last.
 """
 
 import os
@@ -28,18 +28,18 @@ CORE_COUNT = os.cpu_count() or 1
 
 @dataclass(frozen=True)
 class Convert:
-    """Crop images to their centre, at one size, and number the classes by the order of their folders."""
+    """Resize and crop images to one size; classes are numbered in the order of their folders."""
 
     source: tyro.conf.Positional[Path]
-    """A folder that has one for each class, with images in them."""
+    """Folder with a folder of images per class."""
     out: Path
-    """The folder to make: images/ in it, with a dataset.json; outside of the source."""
+    """Folder to write: images/ with a dataset.json; outside the source."""
     size: int = 256
-    """The side of the images, in pixels."""
+    """Side of the images, in pixels."""
     on_corrupt: Literal["fail", "skip"] = "fail"
-    """A file that cannot be read is named, and either ends the work or is left out and counted."""
+    """An unreadable file ends the program (fail), or is skipped with a warning (skip)."""
     workers: int = CORE_COUNT
-    """Threads."""
+    """Number of threads."""
 
 
 @dataclass(frozen=True)
@@ -47,29 +47,29 @@ class Encode:
     """Write the mean and the standard deviation of each image's latents; under torchrun, on several GPUs."""
 
     folder: tyro.conf.Positional[Path]
-    """A folder with images/, as `convert` makes it. Into it go vae-sd/ and its dataset.json."""
+    """Folder with images/, as `convert` writes it; vae-sd/ with a dataset.json is added."""
     flip: bool = False
-    """Encode the mirrored images, into vae-sd-flip/, which training with flips needs too."""
+    """Encode the mirrored images to vae-sd-flip/, which training with flips also needs."""
     vae: str = "stabilityai/sd-vae-ft-mse"
-    """Name on the Hugging Face Hub, or a folder with its files."""
+    """The VAE: name on the Hugging Face Hub, or a folder with its files."""
     batch_size: int = 32
-    """Images at once. The same number gives the same bits, on any number of GPUs."""
+    """Images per batch. The same number gives the same bits, on any number of GPUs."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute; auto takes a GPU if there is one."""
+    """Device to compute on; auto takes a GPU if there is one."""
     workers: int = 8
     """Threads per rank that read images."""
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Train the frozen encoder of the digits, and the judge of samples, unless they are there."""
+    """Train the digits' encoder and the judge of samples, unless they exist."""
 
     out: Path = Path("data/digits")
-    """The folder to make."""
+    """Folder to write."""
 
 
 def prepare_for(settings: Config) -> list[Path]:
-    """Make a training config's data, if it takes seconds and no download: the digits' networks; returns folders."""
+    """Prepare the digits' networks that a training config needs; returns their folders."""
     from SIT import digits
 
     folders = set()
@@ -85,7 +85,7 @@ def main() -> None:
         prepare_for(parse_config(Config))
         return
     options = parse_options(Convert | Encode | Digits, "python -m SIT.prepare", __doc__)
-    from common import launch  # here: --help goes without torch, which takes seconds to import
+    from common import launch  # here: torch takes seconds to import, and --help does not need it
     from SIT import convert, digits, encode
 
     try:

@@ -14,7 +14,7 @@ from common import UserError, one_line
 from SIT.model import SIZES, ModelConfig, SiT
 from SIT.tokens import timestep_frequencies
 
-RENAMED = {  # the start of a published name -> ours; every other name is the same
+RENAMED = {  # prefix of a published name -> ours; other names are equal
     "x_embedder.proj.": "x_embedder.",
     "t_embedder.mlp.": "t_embedder.",
     "y_embedder.embedding_table.": "y_embedder.",
@@ -28,13 +28,13 @@ PUBLISHED = {
 
 
 def open_published(path: Path) -> SiT:
-    """Read a checkpoint file of one of the published sizes, without its projector; raises UserError for another."""
+    """Read a checkpoint file of a published size, without its projector; raises UserError for anything else."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # REPA's keep their arguments
+        with torch.serialization.safe_globals([argparse.Namespace]):  # REPA's checkpoints hold their arguments
             state_dict = torch.load(path, map_location="cpu", weights_only=True)
         model = SiT(_shape_of(state_dict.get("ema", state_dict)))
         load_published(model, state_dict)
-    except Exception as error:  # any file may come, and torch.load and its contents fail in any way
+    except Exception as error:  # an arbitrary file can make torch.load raise anything
         raise UserError(
             f"{path} must be a published SiT or REPA checkpoint, is not ({one_line(error)[:200]}): name one, or the "
             "folder of a run"
@@ -49,7 +49,7 @@ def _shape_of(state: Mapping[str, Tensor]) -> ModelConfig:
         size for size, of in SIZES.items() if (of["depth"], of["width"], of["patch_size"]) == (depth, width, patch_size)
     ]
     if not sizes:
-        raise ValueError(f"its depth, width and patch, {depth}, {width} and {patch_size}, are of no size")
+        raise ValueError(f"no published size has depth {depth}, width {width} and patch {patch_size}")
     grid = round(state["pos_embed"].shape[1] ** 0.5)
     n_class = len(state["y_embedder.embedding_table.weight"]) - 1
     return ModelConfig(sizes[0], input_size=grid * patch_size, channels=channels, n_class=n_class, z_dim=0)
@@ -58,12 +58,11 @@ def _shape_of(state: Mapping[str, Tensor]) -> ModelConfig:
 def load_published(model: SiT, state_dict: Mapping) -> None:
     """Copy a published checkpoint's weights into a model of the same shape.
 
-    state_dict: published names -> tensors, or a REPA checkpoint, of which the average ("ema") is taken. REPA's have a
-    projector, which is left out where the model has none. SiT's own, told by outputs that are doubled (the second
-    half, a variance, is unused there), predict the velocity of a time that runs from noise to data; they are converted
-    exactly to a time from data to noise, as REPA's have it.
+    state_dict: published names -> tensors, or a REPA checkpoint, of which the average ("ema") is used. REPA's projector
+    is dropped if the model has none. In SiT's checkpoints, recognised by doubled outputs (the second half, a variance,
+    is unused), time runs from noise to data; they are converted exactly to REPA's time, from data to noise.
 
-    Raises ValueError for a weight that is missing, unknown or of another shape, and where nothing tells the two apart.
+    Raises ValueError for a weight that is missing, unknown or of another shape, and for a checkpoint of neither kind.
     """
     state = {_renamed(name): tensor for name, tensor in state_dict.get("ema", state_dict).items()}
     repa = any(name.startswith("projector.") for name in state)
@@ -78,13 +77,13 @@ def load_published(model: SiT, state_dict: Mapping) -> None:
         _reverse_time(state)
     elif not repa:
         raise ValueError(
-            "the checkpoint must have doubled outputs, as SiT's, or projectors, as REPA's, to tell which way its time "
-            "runs; it has neither"
+            "the checkpoint must have doubled outputs (SiT) or projectors (REPA), which tell the direction of time; it "
+            "has neither"
         )
     for name, tensor in expected.items():
         if state[name].shape != tensor.shape:
-            wanted, came = tuple(tensor.shape), tuple(state[name].shape)
-            raise ValueError(f"{name} must be {wanted}, got {came}: build the model with the checkpoint's shape")
+            wanted, got = tuple(tensor.shape), tuple(state[name].shape)
+            raise ValueError(f"{name} must be {wanted}, got {got}: build the model with the checkpoint's shape")
     model.load_state_dict(state)
 
 
@@ -95,8 +94,8 @@ def _renamed(name: str) -> str:
     return name
 
 
-def _refuse_other_names(came: KeysView[str], expected: KeysView[str]) -> None:
-    missing, unknown = sorted(expected - came), sorted(came - expected)
+def _refuse_other_names(found: KeysView[str], expected: KeysView[str]) -> None:
+    missing, unknown = sorted(expected - found), sorted(found - expected)
     if missing:
         remedy = "z_dim = 0 builds none" if missing[0].startswith("projector.") else "is it a SiT of this depth?"
         raise ValueError(f"the checkpoint must have {missing[0]}, which is missing ({len(missing)} such): {remedy}")
@@ -113,12 +112,12 @@ def _halve_outputs(state: dict[str, Tensor], channels: int) -> None:
 
 
 def _reverse_time(state: dict[str, Tensor]) -> None:
-    """Make v(x, t) of the network u(x, 1 - t): v = -u, and cos f(1 - t), sin f(1 - t) are turns of cos ft, sin ft."""
+    """Convert u(x, 1 - t) to v(x, t) = -u; cos f(1 - t), sin f(1 - t) are rotations of cos ft, sin ft."""
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         state[name] = -state[name]
     weight = state["t_embedder.0.weight"]
     of_cosine, of_sine = weight.double().chunk(2, dim=1)  # (C, FREQUENCIES) each
     frequencies = timestep_frequencies(torch.float64, weight.device)
     cosine, sine = frequencies.cos(), frequencies.sin()
-    turned = [of_cosine * cosine + of_sine * sine, of_cosine * sine - of_sine * cosine]
-    state["t_embedder.0.weight"] = torch.cat(turned, dim=1).to(weight.dtype)  # (C, 2 FREQUENCIES)
+    rotated = [of_cosine * cosine + of_sine * sine, of_cosine * sine - of_sine * cosine]
+    state["t_embedder.0.weight"] = torch.cat(rotated, dim=1).to(weight.dtype)  # (C, 2 FREQUENCIES)

@@ -1,4 +1,4 @@
-"""Images drawn from a trained SiT, as `python -m SIT.sample` and the previews of training draw them."""
+"""Drawing images from a trained SiT, for `python -m SIT.sample` and the previews of training."""
 
 import math
 from collections.abc import Callable
@@ -32,17 +32,16 @@ Decode = Callable[[Tensor], Tensor]  # (B, C, H, W) of the model -> uint8 images
 
 
 def labels_of(numbers: list[int], n_class: int) -> Tensor:
-    """Return the classes of images, which take turns."""
+    """Return the classes of the images with these numbers: number mod n_class."""
     return torch.tensor([number % n_class for number in numbers])
 
 
-def seeded(*place: int) -> torch.Generator:
-    """Return the generator of a place in the project's numbers, such as (seed, step).
+def seeded(*seed_key: int) -> torch.Generator:
+    """Return a generator seeded by several numbers, such as (seed, step).
 
-    They are mixed into the 32 bits that torch's generator on the CPU reads of a seed; of seed * 2**32 + step it would
-    read the step alone.
+    They are mixed into 32 bits, since torch's CPU generator uses no more: of seed * 2**32 + step only the step.
     """
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(seed_key).generate_state(1)[0]))
 
 
 @torch.no_grad()
@@ -55,10 +54,10 @@ def draw(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Draw the images of these numbers, as the model sees images: (len(numbers), C, H, W) float32.
+    """Draw the images with these numbers, in the model's space: (len(numbers), C, H, W) float32.
 
-    objective: the section of the run's config: the model's prediction, and its path. dtype: of the model's products;
-    in half precision autocast keeps the rest in float32, and the state between steps is in float64 always.
+    objective: section of the run's config, with the model's prediction and path. dtype: of the model's matrix products,
+    by autocast; the state between steps is always float64.
     """
     config: ModelConfig = model.config
     path, prediction = transport.Path(objective["path"]), objective["prediction"]
@@ -82,8 +81,8 @@ def draw(
 
 
 def picture(images: Tensor, columns: int, least_side: int = 32) -> "Image":
-    """Lay uint8 images (n, 1 or 3, side, side) out in rows, small ones enlarged."""
-    from PIL import Image  # here: training without previews needs none
+    """Arrange uint8 images (n, 1 or 3, side, side) in rows, small ones enlarged."""
+    from PIL import Image  # here: training without previews does not need it
 
     rows = math.ceil(len(images) / columns)
     empty = images.new_zeros(rows * columns - len(images), *images.shape[1:])
@@ -95,9 +94,9 @@ def picture(images: Tensor, columns: int, least_side: int = 32) -> "Image":
 
 
 def open_decoder(kind: str, vae: str, channels: int, device: torch.device, scaling: float | None = None) -> Decode:
-    """Return the decoder of the model's outputs: of pixels a scale, of latents the VAE of this name or folder.
+    """Return the decoder of the model's outputs: a rescaling for pixels, the VAE of this name or folder for latents.
 
-    Raises UserError for a VAE of other channels or, where it is known, of another scaling than the latents'.
+    Raises UserError if the VAE's channels or, where known, its scaling differ from the latents'.
     """
     if kind == "digits":
         return to_images
@@ -107,39 +106,39 @@ def open_decoder(kind: str, vae: str, channels: int, device: torch.device, scali
     if (autoencoder.channels, autoencoder.scaling) != (channels, scaling or autoencoder.scaling):
         wanted = f"{channels} channels" + (f" and scaling {scaling}" if scaling else "")
         raise UserError(
-            f"need the VAE that encoded the latents, of {wanted}; {vae or DEFAULT} has {autoencoder.channels} and "
+            f"need the VAE of the latents, with {wanted}; {vae or DEFAULT} has {autoencoder.channels} and "
             f"{autoencoder.scaling}: name the other, as data.vae in training and as --vae in sampling"
         )
     return autoencoder.decode
 
 
 def load_run(folder: Path, device: torch.device) -> tuple[SiT, dict[str, Any]]:
-    """Read a run's config and its newest average of weights, whichever layout it was trained in."""
+    """Return a run's model with its newest averaged weights, and its config, for any training layout."""
     path, remedy = folder / "config.json", "name the folder of a SIT run, with config.json and checkpoints"
     content = read_object(path, {"experiment": str}, remedy)
     if content["experiment"] != "sit":
-        raise UserError(f"need the folder of a SIT run; {folder} is of {content['experiment']}: name another")
+        raise UserError(f"need the folder of a SIT run, got {folder} of {content['experiment']}: name another")
     check_shape(content, str(path), {"config": SETTINGS}, remedy)
     settings = content["config"]
     config = from_dict(ModelConfig, settings["model"])
     both = nn.ModuleDict({"model": SiT(config), "average": SiT(config)})
     if checkpoint.load(folder / "checkpoints", both) is None:
-        raise UserError(f"{folder} has no checkpoint to sample from; train it first, with checkpoint.every above 0")
+        raise UserError(f"{folder} must have a checkpoint, has none: train it first, with checkpoint.every above 0")
     model = both["average"].to(device).eval()
     model.projector = None
     return model, settings
 
 
 def open_model(options: Options, device: torch.device) -> tuple[SiT, dict[str, Any], Decode]:
-    """Open a run or file: the model, the config's section of its objective, and the decoder of its outputs."""
+    """Open a run or file: the model, its [objective] section, and the decoder of its outputs."""
     if options.run.is_file():
         model, settings = open_published(options.run).to(device).eval(), PUBLISHED
     else:
         model, settings = load_run(options.run, device)
     if options.guidance != 1 and settings["objective"]["label_dropout"] == 0:
         raise UserError(
-            f"--guidance {options.guidance:g} needs a model that learnt to go without a class, {options.run} was "
-            "trained with objective.label_dropout 0: leave --guidance out"
+            f"--guidance {options.guidance:g} needs a model trained with objective.label_dropout above 0, "
+            f"{options.run} has 0: leave --guidance out"
         )
     if options.guided_channels > model.config.channels:
         raise UserError(
@@ -150,7 +149,7 @@ def open_model(options: Options, device: torch.device) -> tuple[SiT, dict[str, A
 
 
 def sample(options: Options, process: launch.Process) -> Path:
-    """Draw the images, each rank its share, and write them; returns the picture's path."""
+    """Draw the images, divided among the ranks, and write them; returns the picture's path."""
     check(options)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as in training
     run = options.run
@@ -172,24 +171,24 @@ def sample(options: Options, process: launch.Process) -> Path:
 def draw_all(
     model: SiT, objective: dict[str, Any], decode: Decode, options: Options, folder: Path, process: launch.Process
 ) -> np.ndarray | None:
-    """Draw each rank's share; rank 0 gets them all, (count, side, side, 1 or 3) uint8.
+    """Draw the images, divided among the ranks; returns all on rank 0, (count, side, side, 1 or 3) uint8.
 
-    Raises UserError where the disk of `folder` has no room for the .npz.
+    Raises UserError if the disk of `folder` has no room for the .npz.
     """
     together = options.batch_size * process.world_size
     images, filled, rounds = None, 0, range(0, options.count, together)
     with progress(rounds, is_main=process.is_main, desc="sampling", unit="round") as bar:
         for start in bar:
             first = start + options.batch_size * process.rank
-            mine = list(range(first, min(first + options.batch_size, options.count)))  # the last round may leave none
+            mine = list(range(first, min(first + options.batch_size, options.count)))  # may be empty in the last round
             drawn = None
             if mine:
                 dtype = precision(options.dtype, process)
                 drawn = draw(model, mine, options, objective, options.seed, process.device, dtype)
                 if not drawn.isfinite().all():
                     raise UserError(
-                        f"{options.run} draws images that are not finite: lower --guidance, or name a run "
-                        "that has not diverged"
+                        f"images must be finite, those of {options.run} are not: lower --guidance, or name a run that "
+                        "has not diverged"
                     )
                 drawn = decode(drawn)
                 drawn = drawn.permute(0, 2, 3, 1).cpu().numpy()  # (B, side, side, 1 or 3)
@@ -204,7 +203,7 @@ def draw_all(
 
 
 def gather(images: np.ndarray | None, process: launch.Process) -> list[np.ndarray]:
-    """Bring all ranks' images to rank 0, in the order of the ranks; a rank may have none."""
+    """Gather all ranks' images on rank 0, in the order of the ranks; a rank may have none."""
     parts = [images]
     if dist.is_initialized():
         parts = [None] * process.world_size if process.is_main else []
@@ -215,10 +214,10 @@ def gather(images: np.ndarray | None, process: launch.Process) -> list[np.ndarra
 def preview(
     average: nn.Module, decode: Decode, settings: Any, process: launch.Process, folder: Path, step: int
 ) -> None:
-    """Draw a few images into samples/ in the middle of training; all ranks draw the same, and under FSDP all must."""
+    """Draw a few images into samples/ during training; all ranks draw the same, which FSDP requires."""
     objective = {"path": settings.objective.path, "prediction": settings.objective.prediction}
     count, sampler = settings.eval.preview, Sampler(steps=settings.eval.preview_steps)
-    dtype = precision(settings.dtype, process)  # training's: in shards the weights come in it
+    dtype = precision(settings.dtype, process)  # that of training, in which FSDP gathers the weights
     drawn = draw(average, list(range(count)), sampler, objective, 0, process.device, dtype)
     if process.is_main:
         out = folder / "samples" / f"{step:08d}.png"

@@ -1,17 +1,17 @@
-"""How images, places and times become tokens: patches, sin-cos positions, the waves of a timestep (all DiT's).
+"""Embeddings of images, positions and times, all DiT's: patches, sin-cos positions, cosines and sines of a timestep.
 
-Letters: B images, H = W side, N patches, P side of a patch, C width.
+Shapes: B images, H = W side, N patches, P side of a patch, C width.
 """
 
 import torch
 from torch import Tensor
 
-FREQUENCIES = 128  # of the timestep, a cosine and a sine each (DiT)
-LONGEST_PERIOD = 10_000  # over 2 pi: of timesteps and positions alike (Vaswani et al. 2017)
+FREQUENCIES = 128  # of the timestep, with a cosine and a sine each (DiT)
+LONGEST_PERIOD = 10_000  # divided by 2 pi; of timesteps and positions (Vaswani et al. 2017)
 
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
-    """Cut (B, channels, H, W) into patches (B, N, P P channels), row by row; in a patch the channel varies fastest."""
+    """Cut (B, channels, H, W) into patches (B, N, P P channels), row by row; within a patch channels vary fastest."""
     B, channels, H, W = x.shape
     rows, columns = H // patch_size, W // patch_size
     x = x.reshape(B, channels, rows, patch_size, columns, patch_size)
@@ -19,7 +19,7 @@ def patchify(x: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch_size: int, channels: int) -> Tensor:
-    """Put the patches (B, N, P P channels) of a square together: (B, channels, H, W); the inverse of patchify."""
+    """Invert patchify for a square: (B, N, P P channels) -> (B, channels, H, W)."""
     B, N, _ = patches.shape
     grid = round(N**0.5)
     x = patches.reshape(B, grid, grid, patch_size, patch_size, channels)
@@ -32,17 +32,17 @@ def timestep_frequencies(dtype: torch.dtype, device: torch.device | None = None)
 
 
 def timestep_waves(t: Tensor) -> Tensor:
-    """Turn times t (B,) into cosines, then sines: (B, 2 FREQUENCIES), in fp32 or more."""
+    """Return cosines, then sines, of times t (B,): (B, 2 FREQUENCIES), in fp32 or wider."""
     t = t.to(torch.promote_types(t.dtype, torch.float32))
     angles = t[:, None] * timestep_frequencies(t.dtype, t.device)  # (B, FREQUENCIES)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:
-    """Return the positions (grid grid, width) of row-major tokens in float64.
+    """Return the position embeddings (grid grid, width) of row-major tokens in float64.
 
-    The first half of the channels tells the column, the second the row, as sines, then cosines of width / 4
-    frequencies each (MAE, He et al. 2021, which DiT follows).
+    The first half of the channels encodes the column, the second the row, as sines, then cosines of width / 4
+    frequencies (MAE, He et al. 2021, which DiT follows).
     """
     frequencies = LONGEST_PERIOD ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies  # (grid, C / 4)

@@ -1,4 +1,4 @@
-"""Train a SiT with representation alignment (REPA) by one of the optimizers, on one device or, under torchrun, on many.
+"""Train a SiT with representation alignment (REPA), on one device or, under torchrun, on several.
 
     python -m SIT.train SIT/configs/digits.toml --optimizer.name muon --optimizer.lr 4e-3
     torchrun --standalone --nproc-per-node 8 -m SIT.train SIT/configs/sit_b2_imagenet.toml
@@ -6,14 +6,14 @@
     python -m SIT.train SIT/configs/digits.toml --resume
 
 The run's folder, runs/sit/GROUP/NAME, holds metrics.jsonl, config.json, samples/, checkpoints/ and wandb/. On a CPU a
-resumed run repeats, bit for bit, what it would have done uninterrupted.
+resumed run matches an uninterrupted one bit for bit.
 """
 
 from common.config import parse_config
 from common.guard import main_guard
 from SIT.config import Config, SiTOptimizerConfig
 
-if __name__ == "__main__":  # --help and mistakes now: the imports below take seconds
+if __name__ == "__main__":  # --help and errors before the imports below, which take seconds
     main_guard(lambda: parse_config(Config))
 
 import copy
@@ -48,19 +48,19 @@ def main() -> None:
 
 
 def train(settings: Config, process: launch.Process) -> bool:
-    """Train until `settings.steps`, or until asked to stop; returns whether the end was reached."""
+    """Train until `settings.steps` or a stop request; returns whether all steps were taken."""
     for name in (settings.optimizer.name, *settings.optimizer.tuned_lr):
-        rule_named(name)  # an unknown one fails now, before any data is touched
+        rule_named(name)  # an unknown one fails before any data is read
     settings.optimizer.peak_lr()
     items = open_items(settings, process)
     counts = {name: len(part) for name, part in items.items()}
     launch.refuse_differences({"config": config.to_dict(settings), "images": counts}, process)
     encoder = open_encoder(settings, process)
     vae = settings.data.vae or items["train"].vae
-    settings = replace(settings, data=replace(settings.data, vae=vae))  # for sampling from it
+    settings = replace(settings, data=replace(settings.data, vae=vae))  # recorded for SIT.sample
     kind, channels, scaling = settings.data.kind, settings.model.channels, items["train"].scaling
     decode = open_decoder(kind, vae, channels, process.device, scaling) if settings.eval.preview else None
-    launch.seed_all(settings.seed)  # after all else that may draw: the weights depend on nothing but the seed
+    launch.seed_all(settings.seed)  # last before the weights, which then depend only on the seed
     model, average, network = build_model(settings, items["train"], encoder, process)
     optimizer = build(settings.optimizer, model, network)
     roles = tensor_roles(model, settings.optimizer.modulation)
@@ -75,7 +75,7 @@ def train(settings: Config, process: launch.Process) -> bool:
         scaler=scaler,
         unit="images",
         units_per_step=settings.data.batch_size,
-        # eval.images decides which are left to train on; the rate is in the run's name; folders may have been moved.
+        # eval.images decides the training split; the rate is in the run's name; folders may have moved.
         fixed=("clip", "dtype", "ema", "eval.images", "model", "data", "objective", "optimizer", "schedule"),
         free=("data.folder", "data.micro_batch", "data.workers", "data.read_ahead", "data.on_corrupt", "data.vae")
         + ("objective.encoder_folder", "optimizer.lr", "optimizer.tuned_lr"),
@@ -94,7 +94,7 @@ def train(settings: Config, process: launch.Process) -> bool:
             (denoising, projection), norm = run.read(parts, norm)
             loss = denoising + settings.objective.projection_weight * projection
 
-            metrics = watch(step + 1)  # of the weights before this step; not in its time
+            metrics = watch(step + 1)  # measures the weights before this step; not timed
             run.timer.optimizer()
             if run.accepts(loss, norm):
                 scaler.step(optimizer)
@@ -116,11 +116,11 @@ def train(settings: Config, process: launch.Process) -> bool:
 
 
 def open_items(settings: Config, process: launch.Process) -> dict[str, data.Items]:
-    """Open the images of training, "train", and those held out for validation, "val"."""
+    """Open the training images, "train", and those held out for validation, "val"."""
     if settings.data.batch_size < process.world_size:
         raise UserError(
             f"data.batch_size must be an image per rank or more, for {process.world_size} ranks; "
-            f"got {settings.data.batch_size}; raise it or set NGPU"
+            f"got {settings.data.batch_size}; raise it, or start fewer (NGPU)"
         )
     if settings.data.kind == "digits":
         items = data.digits()
@@ -145,7 +145,7 @@ def open_items(settings: Config, process: launch.Process) -> dict[str, data.Item
 
 
 def open_encoder(settings: Config, process: launch.Process) -> Encoder | None:
-    """Load the frozen encoder that tokens are aligned with."""
+    """Load the frozen encoder for alignment; None without one."""
     if not settings.objective.encoder:
         return None
     folder = settings.objective.encoder_folder or None
@@ -156,14 +156,14 @@ def open_encoder(settings: Config, process: launch.Process) -> Encoder | None:
 def build_model(
     settings: Config, items: data.Items, encoder: Encoder | None, process: launch.Process
 ) -> tuple[SiT, SiT, nn.Module]:
-    """Return the model, the average of its weights over time, and the network that trains the model."""
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, for what autocast leaves in fp32
+    """Return the model, the moving average of its weights, and the network to train."""
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, for fp32 operations under autocast
     torch.set_flush_denormal(True)  # saturated attention is subnormal, which CPUs compute slowly
     wanted = (encoder.z_dim, encoder.grid) if encoder else (0, settings.model.grid)
     if (settings.model.z_dim, settings.model.grid) != wanted:
         raise UserError(
-            f"[model] must have z_dim {wanted[0]} and {wanted[1]} tokens a side, as objective.encoder "
-            f"{settings.objective.encoder!r} has them; got z_dim {settings.model.z_dim} and {settings.model.grid}"
+            f"[model] must have z_dim {wanted[0]} and {wanted[1]} tokens per side, those of objective.encoder "
+            f"{settings.objective.encoder!r}; got z_dim {settings.model.z_dim} and {settings.model.grid}"
         )
     model, dtype = SiT(settings.model), precision(settings.dtype, process)
     model.recompute = settings.recompute
@@ -175,7 +175,7 @@ def build_model(
 
 
 def build(settings: SiTOptimizerConfig, model: SiT, network: nn.Module) -> RuleOptimizer:
-    """Build the optimizer; every option that is set reaches the rule, which refuses what it does not have."""
+    """Build the optimizer; the rule refuses unknown options."""
     blocks = {"*.attn.qkv.weight": 3} if settings.split_qkv else None
     roles = tensor_roles(model, settings.modulation)
     return build_optimizer(network, settings.name, qkv_split=blocks, roles=roles, **settings.arguments())
@@ -183,7 +183,7 @@ def build(settings: SiTOptimizerConfig, model: SiT, network: nn.Module) -> RuleO
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, keep: float) -> None:
-    """Move the average of the weights towards the model's: each rank its own shards."""
+    """Update the moving average of the weights; each rank its own shards."""
     averages, weights = ([local_of(param) for param in each.parameters()] for each in (average, model))
     get_ema_multi_avg_fn(keep)(averages, weights, None)
 
@@ -191,20 +191,20 @@ def update_average(average: nn.Module, model: nn.Module, keep: float) -> None:
 def read_batches(
     items: data.Items, steps: range, settings: Config, process: launch.Process
 ) -> Iterator[dict[str, Tensor]]:
-    """Give the batch of each piece of each step, with its noise, times and dropped labels; a thread reads ahead."""
+    """Yield each step's micro-batches with noise, times and dropped labels; a thread reads ahead."""
     batch_size = settings.data.batch_size
 
-    @lru_cache(maxsize=1)  # one step's pieces share it
+    @lru_cache(maxsize=1)  # shared by the micro-batches of a step
     def drawn(step: int) -> Draws:
         return draw((TRAINING, settings.seed, step), batch_size, settings.model.input_shape, settings.objective)
 
-    def read(place: tuple[int, tuple[slice, int]]) -> dict[str, Tensor]:
-        step, (rows, _) = place
+    def read(step_and_piece: tuple[int, tuple[slice, int]]) -> dict[str, Tensor]:
+        step, (rows, _) = step_and_piece
         batch = data.batch(items, seed=settings.seed, step=step, rows=rows, global_batch=batch_size)
         return batch | {name: each[rows] for name, each in drawn(step)._asdict().items()}
 
-    places = itertools.product(steps, cut_batch(batch_size, settings.data.micro_batch, process))
-    return read_ahead(read, places, settings.data.read_ahead, process.device)
+    pieces = itertools.product(steps, cut_batch(batch_size, settings.data.micro_batch, process))
+    return read_ahead(read, pieces, settings.data.read_ahead, process.device)
 
 
 def accumulate_gradient(
@@ -215,18 +215,18 @@ def accumulate_gradient(
     settings: Config,
     process: launch.Process,
 ) -> Tensor:
-    """Leave the gradient of the global batch's mean loss in the parameters, and return this rank's share of its parts.
+    """Accumulate the gradient of the global batch's mean loss; returns this rank's share of its parts.
 
-    These are (2,), the denoising and the projection loss.
+    These are (2,): the denoising and the projection loss.
     """
     network.train()
     batch_size, shares = settings.data.batch_size, process.world_size
     mine = cut_batch(batch_size, settings.data.micro_batch, process)
-    totals = 0  # then (2,): of the denoising and the projection loss
+    totals = 0  # becomes (2,): the denoising and the projection loss
     for number, (_, count) in enumerate(mine, start=1):
         batch = data.move(next(batches), process.device)
         draws = Draws(*(batch[name] for name in Draws._fields))
-        with synchronizing(network, number == len(mine)):  # the ranks' gradients meet once per step
+        with synchronizing(network, number == len(mine)):  # gradients are reduced once per step
             losses = losses_of(network, batch, draws, encoder, settings, process)
             parts = torch.stack([each.mean() for each in losses]) * (count * shares / batch_size)
             loss = parts[0] + settings.objective.projection_weight * parts[1]

@@ -1,7 +1,7 @@
-"""Paths between data and noise, the kinds of prediction on them, the losses, and the samplers.
+"""Paths between data and noise, the network's possible predictions, losses, and samplers.
 
-At time t a point is x_t = a x + s e of data x and standard normal noise e; t = 0 is data, t = 1 noise. Its velocity is
-a' x + s' e, its score -e / s (SiT, Ma et al., arXiv 2401.08740). Letters: B samples, N tokens, Z features; t is (B,).
+At time t, x_t = a x + s e for data x and standard normal noise e; t = 0 is data, t = 1 noise. The velocity is a' x +
+s' e, the score -e / s (SiT, Ma et al., arXiv 2401.08740). Shapes: B samples, N tokens, Z features; t is (B,).
 """
 
 import math
@@ -19,17 +19,17 @@ from SIT.config import Prediction
 PREDICTIONS = get_args(Prediction)
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x (B, ...), t (B,)) -> (B, ...)
 
-# Where a or s is 0 a prediction of noise does not determine the data, nor one of data or score the noise. SiT leaves
-# out as much of the time at either end; here the divisor stays as large.
+# Where a = 0 the noise or score does not determine the data, where s = 0 the data does not determine the noise. SiT
+# excludes this much time at either end; here the divisor is bounded below instead.
 SMALLEST_DIVISOR = 1e-3
 
-# Of the logarithm of s / a in log-normal times: EDM's (Karras et al., arXiv 2206.00364, table 1), as REPA takes them.
+# Of log(s / a) in log-normal times: EDM's (Karras et al., arXiv 2206.00364, table 1), used by REPA.
 LOGNORMAL_MEAN, LOGNORMAL_STD = -1.2, 1.2
 
 
 @dataclass(frozen=True)
 class Path:
-    """A way from data to noise."""
+    """A path from data to noise."""
 
     name: Literal["linear", "cosine"] = "linear"
     """linear: a = 1 - t, s = t; cosine: a = cos(pi t / 2), s = sin(pi t / 2)."""
@@ -47,7 +47,7 @@ class Path:
         return cosine, sine, -half_pi * sine, half_pi * cosine
 
     def time_of(self, ratio: Tensor) -> Tensor:
-        """Return the times at which s / a has these values."""
+        """Return the times of these values of s / a."""
         return ratio / (1 + ratio) if self.name == "linear" else ratio.atan() * (2 / math.pi)
 
 
@@ -66,7 +66,7 @@ def interpolate(x: Tensor, e: Tensor, t: Tensor, path: Path = LINEAR) -> Tensor:
 
 
 def target(x: Tensor, e: Tensor, t: Tensor, path: Path = LINEAR, prediction: str = "velocity") -> Tensor:
-    """Return the target (B, ...) of a network that predicts velocity, noise, data or score, of (x, e) at t."""
+    """Return the target (B, ...) at (x, e, t) of a network that predicts velocity, noise, data or score."""
     _, s, da, ds = _coefficients(path, t, x)
     if prediction == "velocity":
         return da * x + ds * e
@@ -80,7 +80,7 @@ def target(x: Tensor, e: Tensor, t: Tensor, path: Path = LINEAR, prediction: str
 
 
 def endpoints(value: Tensor, x_t: Tensor, t: Tensor, path: Path, prediction: str) -> tuple[Tensor, Tensor]:
-    """Return the data and the noise (B, ...) that a network's output `value` at x_t amounts to."""
+    """Return the data and the noise (B, ...) implied by a network's output `value` at x_t."""
     a, s, da, ds = _coefficients(path, t, x_t)
     if prediction == "velocity":
         determinant = a * ds - s * da  # of (x, e) -> (x_t, v): 1 on the linear path, pi / 2 on the cosine one
@@ -94,28 +94,28 @@ def endpoints(value: Tensor, x_t: Tensor, t: Tensor, path: Path, prediction: str
 
 
 def to_velocity(value: Tensor, x_t: Tensor, t: Tensor, path: Path = LINEAR, prediction: str = "velocity") -> Tensor:
-    """Turn a network's output at x_t into the velocity there."""
+    """Convert a network's output at x_t to a velocity."""
     if prediction == "velocity":
-        return value  # to the bit
+        return value  # unchanged to the bit
     return target(*endpoints(value, x_t, t, path, prediction), t, path, "velocity")
 
 
 def to_score(value: Tensor, x_t: Tensor, t: Tensor, path: Path = LINEAR, prediction: str = "velocity") -> Tensor:
-    """Turn a network's output at x_t into the score there, the gradient of the log density of x_t."""
+    """Convert a network's output at x_t to a score, the gradient of the log density of x_t."""
     return target(*endpoints(value, x_t, t, path, prediction), t, path, "score")
 
 
 def first_time(steps: int, prediction: str = "velocity") -> float:
-    """Return the time at which to begin `steps` steps of a sampler, with the noise as the state.
+    """Return the time at which a sampler with `steps` steps starts from noise.
 
-    1, but for noise and score, which at t = 1 do not depend on the data: it would be made from the network's error,
-    divided by a = 0. A step later that error is multiplied by about `steps`, and the step by 1 / steps.
+    1, except for noise and score, which at t = 1 do not determine the data: the network's error would be divided by
+    a = 0. One step later the error is multiplied by about `steps`, and the step by 1 / steps.
     """
     return 1 - 1 / (steps + 1) if prediction in ("noise", "score") else 1.0
 
 
 def times(batch: int, how: str = "uniform", generator: torch.Generator | None = None, path: Path = LINEAR) -> Tensor:
-    """Draw times (B,) for training, on the generator's device; lognormal: s / a is, with EDM's mean and width."""
+    """Draw training times (B,) on the generator's device; lognormal: of s / a, with EDM's mean and deviation."""
     device = generator.device if generator is not None else None
     if how == "uniform":
         return torch.rand(batch, generator=generator, device=device)
@@ -128,9 +128,9 @@ def times(batch: int, how: str = "uniform", generator: torch.Generator | None = 
 def denoising_loss(
     value: Tensor, x: Tensor, e: Tensor, t: Tensor, path: Path = LINEAR, prediction: str = "velocity"
 ) -> Tensor:
-    """Return the mean squared error of each sample's output `value` (B, ...), in fp32 or more: (B,).
+    """Return the mean squared error of each sample's output `value` (B, ...), in fp32 or wider: (B,).
 
-    A score's is times s, as SiT weighs it: for small s the target -e / s would outweigh all other times.
+    The error of a score is multiplied by s, as in SiT: for small s the target -e / s would dominate all other times.
     """
     error = _precise(value) - _precise(target(x, e, t, path, prediction))
     if prediction == "score":
@@ -139,7 +139,7 @@ def denoising_loss(
 
 
 def projection_loss(projected: Tensor, features: Tensor) -> Tensor:
-    """Return minus the mean cosine of each sample's tokens with the encoder's, (B, N, Z) -> (B,), in fp32 or more.
+    """Return minus the mean cosine of each sample's tokens with the encoder's, (B, N, Z) -> (B,), in fp32 or wider.
 
     Source: REPA, Yu et al., arXiv 2410.06940.
     """
@@ -159,13 +159,12 @@ def guided(
     interval: tuple[float, float] = (0.0, 1.0),
     channels: int | None = None,
 ) -> Velocity:
-    """Bind labels y (B,) to model_velocity(x, t, y), guided away from its velocity without a class.
+    """Return model_velocity(x, t, y) with labels y (B,) and classifier-free guidance (Ho and Salimans, 2207.12598).
 
-    scale: 1 is no guidance, 0 no class (Ho and Salimans, arXiv 2207.12598). interval: the times, both ends included,
-    at which to guide (Kynkaanniemi et al., arXiv 2404.07724); elsewhere, and at scale 1, the model runs on B samples
-    rather than 2 B. All times of a call are taken to be its first one's. Of Heun's two calls per step each goes by its
-    own time, in REPA's sampler both by the step's. channels: guide the first so many alone, as DiT's and SiT's own
-    samplers do with 3 of 4; the others keep the velocity with the class.
+    scale: 1 is no guidance, 0 no class. interval: times with guidance, both ends included (Kynkaanniemi et al., arXiv
+    2404.07724); elsewhere, and at scale 1, the model runs on B samples instead of 2 B. All times of a call must be
+    equal; each of Heun's two calls per step uses its own, while REPA's sampler uses the step's for both. channels:
+    guide only the first so many, as DiT's and SiT's samplers do with 3 of 4; the others keep the class's velocity.
 
     Raises ValueError for an interval outside 0 <= low <= high <= 1.
     """
@@ -179,8 +178,8 @@ def guided(
         labels = torch.cat([y, torch.full_like(y, null_class)])  # (2 B,)
         both = _precise(model_velocity(torch.cat([x, x]), torch.cat([t, t]), labels))  # (2 B, ...)
         of_class, of_none = both.chunk(2)
-        moved = of_none + scale * (of_class - of_none)
-        return moved if channels is None else torch.cat([moved[:, :channels], of_class[:, channels:]], dim=1)
+        mixed = of_none + scale * (of_class - of_none)
+        return mixed if channels is None else torch.cat([mixed[:, :channels], of_class[:, channels:]], dim=1)
 
     return velocity
 
@@ -189,10 +188,10 @@ def guided(
 def sample_ode(
     velocity: Velocity, noise: Tensor, steps: int, method: Literal["euler", "heun"] = "euler", start: float = 1.0
 ) -> Tensor:
-    """Follow a velocity from noise (B, ...) at t = start (first_time) to data at t = 0 in equal steps: (B, ...).
+    """Integrate a velocity from noise (B, ...) at t = start (first_time) to data at t = 0 in equal steps: (B, ...).
 
-    Velocities are asked for in the dtype of `noise`; the state between them is in float64. Heun takes two per step, but
-    one in the last, as EDM does: at t = 0 a velocity made from another prediction is singular.
+    Velocities are evaluated in the dtype of `noise`; the state is float64. Heun needs two per step, but one in the last
+    step, as in EDM: at t = 0 a velocity converted from another prediction is singular.
     """
     if method not in ("euler", "heun"):
         raise ValueError(f"method must be euler or heun, got {method!r}")
@@ -218,12 +217,12 @@ def sample_sde(
     last_step: float = 0.04,
     start: float = 1.0,
 ) -> Tensor:
-    """Follow the reverse diffusion from noise (B, ...) at t = start to data at t = 0 by Euler-Maruyama: (B, ...).
+    """Integrate the reverse diffusion from noise (B, ...) at t = start to data at t = 0 by Euler-Maruyama: (B, ...).
 
     dx = (v - w / 2 score) dt + sqrt(w) dW with w = 2 s, which is REPA's 2 t on the linear path. It has the velocity's
-    marginals for any w; with this one the drift is v + e, finite at t = 0. The state is in float64, as in sample_ode.
+    marginals for any w; with this one the drift is v + e, finite at t = 0. The state is float64, as in sample_ode.
 
-    generator: of the noise that is added, as in normal_like. last_step: the last step's length, which adds none; the
+    generator: of the added noise, as in normal_like. last_step: length of the last step, which adds no noise; the
     others are equal. 0.04 is SiT's and REPA's.
     """
     _refuse_no_steps(steps)
@@ -244,7 +243,7 @@ def sample_sde(
 def normal_like(x: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
     """Draw standard normal noise (B, ...) for samples x (B, ...), on the generator's device.
 
-    generator: one for all, or one for each sample, which then does not depend on the others of its batch.
+    generator: one for all, or one per sample, whose noise then does not depend on the batch.
     """
     if isinstance(generator, Sequence):
         return torch.stack([normal_like(sample, own) for sample, own in zip(x, generator, strict=True)])
@@ -258,12 +257,12 @@ def _refuse_no_steps(steps: int) -> None:
 
 
 def _state(noise: Tensor) -> Tensor:
-    """Copy the noise to float64; to the CPU from Apple's GPU, which has none."""
+    """Copy the noise to float64, on the CPU for Apple's GPUs, which do not have it."""
     return (noise.cpu() if noise.device.type == "mps" else noise).double()
 
 
 def _evaluate(velocity: Velocity, state: Tensor, t: float, like: Tensor) -> Tensor:
-    """Ask for the velocity of a float64 state at one time, in the dtype and on the device of `like`."""
+    """Evaluate the velocity of a float64 state at one time, in the dtype and on the device of `like`."""
     x = state.to(like.dtype).to(like.device)
     value = velocity(x, torch.full((len(x),), t, dtype=like.dtype, device=like.device))
     return value.to(state.device).double()

@@ -152,7 +152,7 @@ def test_hold_out_divides_the_items_and_keeps_classes_mixed():
     assert min(splits["val"]) < 60 and max(splits["val"]) > 190
     assert splits["val"] == data.hold_out(250, 20)["val"].tolist()
     assert len(data.hold_out(250, 1000)["val"]) == 25 and len(data.hold_out(4, 1000)["val"]) == 1
-    with pytest.raises(UserError, match="one to validate, there is 1"):
+    with pytest.raises(UserError, match="one to validate, got 1"):
         data.hold_out(1, 1)
 
 
@@ -277,7 +277,7 @@ def test_latents_without_images_go_without_their_folder(tmp_path):
     (tmp_path / "images").rename(tmp_path / "elsewhere")
     fetched = draw(Latents(tmp_path, with_images=False))
     assert fetched.keys() == {"x", "y"} and sorted(identities(fetched)) == list(range(12))
-    with pytest.raises(UserError, match=r"need the folder .*images, which is not there: run `.* convert`"):
+    with pytest.raises(UserError, match=r"need the folder .*images, which is missing: run `.* convert`"):
         Latents(tmp_path)
 
 
@@ -409,7 +409,7 @@ def test_latents_refuse_a_latent_of_another_shape(tmp_path, shape):
     write_folder(tmp_path)
     write_latent(tmp_path / "vae-sd/class2/5.npy", 0, shape=shape)
     for on_corrupt in ("fail", "skip"):  # nothing is broken: it belongs to another model
-        with pytest.raises(UserError, match=r"latents must be of one shape, \(4, 3, 4\); .*class2/5\.npy is \("):
+        with pytest.raises(UserError, match=r"latents must have one shape, \(4, 3, 4\); .*class2/5\.npy is \("):
             draw(Latents(tmp_path, on_corrupt=on_corrupt))
 
 
@@ -424,7 +424,7 @@ def test_latents_refuse_arrays_that_are_no_mean_and_deviation(tmp_path, shape):
 def test_latents_refuse_an_image_of_another_size(tmp_path):
     write_folder(tmp_path)
     write_image(tmp_path / "images/class2/5.png", 5, side=6)
-    with pytest.raises(UserError, match=r"images must be of one shape; .* is \(3, [56], [56]\), another is"):
+    with pytest.raises(UserError, match=r"images must have one shape; .* is \(3, [56], [56]\), another is"):
         draw(Latents(tmp_path))
 
 
@@ -513,10 +513,10 @@ def test_skipping_everything_is_refused(tmp_path):
     items = Latents(tmp_path, on_corrupt="skip")
     for k in range(3):
         empty(tmp_path / f"vae-sd/class{k}/{k}.npy")
-    with pytest.raises(UserError, match="must hold an item that can be read, has none"):
+    with pytest.raises(UserError, match="must hold a readable item, has none"):
         draw(items, global_batch=1)
     assert len(items.skipped) == 3
-    with pytest.raises(UserError, match="must hold a latent that can be read"):
+    with pytest.raises(UserError, match="must hold a readable latent"):
         Latents(tmp_path, on_corrupt="skip")
 
 

@@ -230,7 +230,7 @@ def test_digits_features_and_logits_match_those_of_the_saved_network(trained, tm
 
 
 def test_digits_cnn_refuses_other_images_and_files(tmp_path):
-    with pytest.raises(ValueError, match=r"reads uint8 images \(B, 1, 8, 8\), got \(2, 1, 8, 8\) torch\.float32"):
+    with pytest.raises(ValueError, match=r"needs uint8 images \(B, 1, 8, 8\), got \(2, 1, 8, 8\) torch\.float32"):
         DigitsCNN()(torch.zeros(2, 1, 8, 8))
     with pytest.raises(ValueError, match=r"got \(2, 3, 8, 8\)"):
         DigitsCNN().tokens(uint8_images(2, 3, 8, 8))
@@ -282,7 +282,7 @@ def test_vae_round_trip_matches_an_identity_put_in_its_place():
 
 
 def test_vae_refuses_a_side_that_does_not_divide():
-    with pytest.raises(UserError, match="side is a multiple of 2, got 15"):
+    with pytest.raises(UserError, match="a side that is a multiple of 2, got 15"):
         tiny_vae().latent_shape(15)
 
 

@@ -96,7 +96,7 @@ def test_table_of_several_runs_has_a_row_a_method_and_validation_first(runs, tmp
     half_a_digit = 0.51 * 10.0 ** -len(printed_mean.partition(".")[2])
     distances = [float(row[5].split(" ")[0]) for row in rows]
     assert distances == sorted(distances)
-    assert "muon-lr4e-3-s1 diverged, and is left out" in capsys.readouterr().err
+    assert "muon-lr4e-3-s1 diverged; skipped" in capsys.readouterr().err
 
     record = json.loads(out.with_suffix(".json").read_text())
     of_method = [run["frechet"] for run in record["runs"] if run["optimizer"] == rows[0][0].lower()]
@@ -128,13 +128,13 @@ def test_picture_of_several_runs_shows_the_first_digits_of_each(runs, tmp_path, 
 
 
 def test_runs_that_cannot_be_measured_refuse_in_one_line(runs, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=f"need the folders of runs with checkpoints; {tmp_path} has none"):
+    with pytest.raises(UserError, match=f"need folders of runs with checkpoints; {tmp_path} has none"):
         find_runs((tmp_path,))
-    with pytest.raises(UserError, match=r"two are default/adamw-lr4e-3-s1: evaluate them apart"):
+    with pytest.raises(UserError, match=r"two are default/adamw-lr4e-3-s1: evaluate them singly"):
         shutil.copytree(runs / "runs" / "default" / "adamw-lr4e-3-s1", tmp_path / "default" / "adamw-lr4e-3-s1")
         monkeypatch.setattr(measures, "FOLDER", runs)
         evaluate_digits(Options((runs / "runs", tmp_path), count=40, steps=1, out=tmp_path / "a.png"))
-    with pytest.raises(UserError, match="--count asks for 64,000 GB"):
+    with pytest.raises(UserError, match="--count needs 64,000 GB"):
         evaluate_digits(Options((runs,), count=10**12))
     with pytest.raises(UserError, match="count must be 40 or more; got 9"):
         evaluate_digits(Options((runs,), count=9))
@@ -191,7 +191,7 @@ def test_fid_refuses_without_torch_fidelity_or_a_reference(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(UserError, match="pip install torch-fidelity"):
         fid(tmp_path / "a.npz", tmp_path)
-    with pytest.raises(UserError, match=r"FID needs --reference, a folder of images or a \.npz that exists; got None"):
+    with pytest.raises(UserError, match=r"FID needs --reference, an existing folder of images or \.npz; got None"):
         fid(tmp_path / "a.npz", None)
     (tmp_path / "a.txt").write_text("no images")
     with pytest.raises(UserError, match=r"--reference must be a folder of images or a \.npz, .*a\.txt is neither"):

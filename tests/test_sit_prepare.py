@@ -157,7 +157,7 @@ def test_convert_names_a_corrupt_image_or_skips_it_with_a_count(source, tmp_path
 def test_convert_refuses_a_source_of_which_nothing_can_be_read(source, tmp_path):
     for path in source.rglob("*_*"):
         path.write_bytes(b"not an image")
-    with pytest.raises(UserError, match=r"must hold an image that can be read .* 4 of 4 hold none, the first is ant"):
+    with pytest.raises(UserError, match=r"must hold a readable image .* 4 of 4 hold none, the first is ant"):
         convert.convert(Convert(source, tmp_path / "data", size=SIZE, on_corrupt="skip", workers=2))
     assert not (tmp_path / "data/images/dataset.json").exists()
 
@@ -175,7 +175,7 @@ def test_convert_matches_16_bit_images_scaled_to_8_bits(tmp_path):
 def test_convert_refuses_pixels_without_a_known_white(tmp_path, dtype):
     Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "deep.tif")
     with pytest.raises(
-        Corrupt, match=r"deep\.tif must be a whole image, .* no known white: save 8 or 16 bits"
+        Corrupt, match=r"deep\.tif must be a whole image, .* an unknown range: save 8 or 16 bits"
     ) as caught:
         read_image(tmp_path / "deep.tif")
     assert "\n" not in str(caught.value)
@@ -190,7 +190,7 @@ def test_convert_counts_and_names_files_that_are_no_images(source, tmp_path, cap
     Image.new("L", (9, 9)).save(source / ".thumbnails/t.png")
     convert.convert(Convert(source, tmp_path / "data", size=SIZE, workers=2))
     printed = capsys.readouterr()
-    assert "4 files are no images, and are left out (.gif: 2, " in printed.err
+    assert "4 files that are not images skipped (.gif: 2, " in printed.err
     assert ".txt: 1" in printed.err and "no suffix: 1" in printed.err and "the first is LICENSE" in printed.err
     record = json.loads((tmp_path / "data/images/dataset.json").read_text())
     assert record["classes"] == list(CLASSES) and ["bee/scan.png", 1] in record["labels"]
@@ -216,7 +216,7 @@ def test_convert_refuses_to_write_into_its_source(source, monkeypatch):
     before = contents(source)
     monkeypatch.chdir(source)
     for out in (source, source / "ant", Path(".")):
-        with pytest.raises(UserError, match="--out must lie outside of the source"):
+        with pytest.raises(UserError, match="--out must be outside the source"):
             convert.convert(Convert(source, out, size=SIZE))
     assert contents(source) == before
 
@@ -224,15 +224,15 @@ def test_convert_refuses_to_write_into_its_source(source, monkeypatch):
 def test_convert_refuses_images_outside_of_class_folders_and_names_that_collide(source, tmp_path):
     config = Convert(source, tmp_path / "data", size=SIZE)
     shutil.copy(source / "ant/ant_0.JPEG", source)
-    with pytest.raises(UserError, match=r"ant_0\.JPEG is outside of one"):
+    with pytest.raises(UserError, match=r"ant_0\.JPEG outside of one"):
         convert.convert(config)
     (source / "ant_0.JPEG").rename(source / "ant/ant_0.jpg")
     with pytest.raises(UserError, match=r"ant/ant_0\.(jpg|JPEG) and ant/ant_0\.(jpg|JPEG) must have names"):
         convert.convert(config)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="a folder for each class, there is none"):
+    with pytest.raises(UserError, match="a folder of images per class, got none"):
         convert.convert(Convert(tmp_path / "empty", tmp_path / "data"))
-    with pytest.raises(UserError, match=r"need the folder .*nowhere, which is not there: name a folder that exists"):
+    with pytest.raises(UserError, match=r"need the folder .*nowhere, which is missing: name a folder that exists"):
         convert.convert(Convert(tmp_path / "nowhere", tmp_path / "data"))
     assert not (tmp_path / "data").exists()
 
@@ -244,7 +244,7 @@ def test_convert_refuses_a_folder_of_another_size_or_of_other_files(source, conv
     assert contents(converted) == before
     (tmp_path / "mine/images").mkdir(parents=True)
     (tmp_path / "mine/images/holiday.png").write_bytes(b"precious")
-    with pytest.raises(UserError, match=r"has files but no request\.json"):
+    with pytest.raises(UserError, match=r"got files without request\.json"):
         convert.convert(Convert(source, tmp_path / "mine"))
 
 
@@ -313,7 +313,7 @@ def test_encode_that_was_interrupted_resumes_to_the_same_bits(converted, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         encode(converted)
     assert not (converted / "vae-sd/dataset.json").exists() and len(list(converted.rglob("*.npy"))) == written
-    with pytest.raises(UserError, match=r"must hold dataset\.json, which is written when all else is there"):
+    with pytest.raises(UserError, match=r"must hold dataset\.json, which is written last"):
         Latents(converted, n_class=4)
     monkeypatch.setattr(np, "save", save)
     encode(converted)

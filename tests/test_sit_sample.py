@@ -161,10 +161,10 @@ def test_folder_that_is_no_run_refuses_in_one_line(model, tmp_path):
         with pytest.raises(UserError, match=r"config\.json must (be|hold) .*: name the folder of a SIT run"):
             load_run(tmp_path, CPU)
     write_record(tmp_path, model.config, experiment="nanogpt")
-    with pytest.raises(UserError, match=r"need the folder of a SIT run; .* is of nanogpt"):
+    with pytest.raises(UserError, match=r"need the folder of a SIT run, got .* of nanogpt"):
         load_run(tmp_path, CPU)
     write_record(tmp_path, model.config)
-    with pytest.raises(UserError, match=r"has no checkpoint to sample from"):
+    with pytest.raises(UserError, match=r"must have a checkpoint"):
         load_run(tmp_path, CPU)
 
 
@@ -177,9 +177,9 @@ def test_folder_that_is_no_run_refuses_in_one_line(model, tmp_path):
         (["--guidance", "nan"], "--guidance must be a number up to 1000, got nan"),
         (["--guidance", "1e38"], "--guidance must be a number up to 1000, got 1e+38"),
         (["--guided-channels", "2"], "--guided-channels must be at most the model's 1, got 2"),
-        (["--count", "1000000000000", "--steps", "1"], "--count asks for 64,000 GB"),
+        (["--count", "1000000000000", "--steps", "1"], "--count needs 64,000 GB"),
         (["--cout", "3"], "command line: Unrecognized options: --cout, 3; the nearest is --count"),
-        (["--out", "a.npz", "--npz"], "--out is the picture, a .png, beside which --npz writes its file; got a.npz"),
+        (["--out", "a.npz", "--npz"], "--out must be the picture, a .png, beside which --npz writes its file; got"),
         (["--guidance", "2", "--interval", "0.8", "0.2"], "a guidance interval must be 0 <= low <= high <= 1"),
     ],
 )
@@ -215,7 +215,7 @@ def test_sample_of_any_file_refuses_in_one_line(tmp_path, write):
 
 def test_images_that_are_not_finite_refuse(run, tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "draw", lambda *given: draw(*given) * torch.nan)
-    with pytest.raises(UserError, match="draws images that are not finite: lower --guidance"):
+    with pytest.raises(UserError, match="are not: lower --guidance"):
         sample(Options(run=run, count=1, steps=1, out=tmp_path / "a.png", device="cpu"), ONE)
     assert not (tmp_path / "a.png").exists()
 
@@ -254,5 +254,5 @@ def test_decoder_of_another_vae_is_refused(tmp_path):
     decode = open_decoder("latents", str(tmp_path), 3, CPU, 0.18215)
     assert decode(torch.zeros(1, 3, 4, 4)).shape == (1, 3, 8, 8)
     for channels, scaling in ((4, None), (3, 0.13)):
-        with pytest.raises(UserError, match=r"need the VAE that encoded .* has 3 and 0.18215: name the other"):
+        with pytest.raises(UserError, match=r"need the VAE of the latents .* has 3 and 0.18215: name the other"):
             open_decoder("latents", str(tmp_path), channels, CPU, scaling)

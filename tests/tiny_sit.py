@@ -2,7 +2,7 @@
 
 import torch
 
-from SIT.vae import VAE, vae_from_config
+from SIT.vae import VAE
 
 DINOV2 = {
     "hidden_size": 16,
@@ -33,5 +33,7 @@ def tiny_dinov2(**changes):
 
 def tiny_vae(**changes) -> VAE:
     """A VAE whose latents have 3 channels and half the side of the image, always with the same weights."""
+    from diffusers import AutoencoderKL
+
     torch.manual_seed(0)
-    return vae_from_config(**AUTOENCODER | changes)
+    return VAE(AutoencoderKL(**AUTOENCODER | changes))
