@@ -348,7 +348,7 @@ def set_labels(text):
         (remove_label, "each latent must have its label, 2 of 12 have none, the first is class2/5"),
         (remove_one_of_either, "each latent must have its image, 1 of 11 have none, the first is class2/5"),
         (add_image, "each image must have its latent, 1 of 13 have none, the first is class0/extra"),
-        (add_twin, r"class0/3\.(png|jpg) and class0/3\.(png|jpg) must have names of their own"),
+        (add_twin, r"class0/3\.(png|jpg) and class0/3\.(png|jpg) must have different names"),
         (add_second_label, "must label each file once; its 13 labels are of 12"),
         (set_class(4), r"whole number from 0 to 3, class2/5\.npy has 4: correct dataset\.json or set model\.n_class"),
         (set_class(-1), r"class2/5\.npy has -1"),

@@ -166,7 +166,7 @@ def test_fid_hands_the_images_of_a_npz_to_torch_fidelity(tmp_path, monkeypatch):
     [
         ({"mu": np.zeros(3), "arr_0": np.zeros((3, 4, 4, 3), np.uint8)}, "is ADM's reference"),
         ({"x": np.zeros(3)}, "arr_0"),
-        ({"arr_0": np.zeros((3, 4, 4), np.uint8)}, r"must hold images .* has \(3, 4, 4\) uint8"),
+        ({"arr_0": np.zeros((3, 4, 4), np.uint8)}, r"must hold images .* got \(3, 4, 4\) uint8"),
         ({"arr_0": np.zeros((3, 4, 4, 3))}, "must hold images .* float64"),
     ],
 )

@@ -332,7 +332,7 @@ def test_load_published_refuses_what_does_not_fit_in_one_line(change, named):
 
 def test_load_published_refuses_what_does_not_tell_which_way_its_time_runs():
     config = ModelConfig(**{**vars(TINY), "z_dim": 0})
-    with pytest.raises(ValueError, match="doubled outputs, as SiT's, or projectors, as REPA's"):
+    with pytest.raises(ValueError, match=r"doubled outputs \(SiT\) or projectors \(REPA\)"):
         load_published(SiT(config), published_state(config, projector=False))
 
 

@@ -199,7 +199,7 @@ def test_convert_counts_and_names_files_that_are_no_images(source, tmp_path, cap
 def test_convert_refuses_a_class_without_an_image_that_would_shift_the_others(source, tmp_path):
     config = Convert(source, tmp_path / "data", size=SIZE, on_corrupt="skip", workers=2)
     (source / "bird").mkdir()
-    with pytest.raises(UserError, match="1 of 5 hold none, the first is bird: convert its files, or move it elsewhere"):
+    with pytest.raises(UserError, match="1 of 5 hold none, the first is bird: convert its files, or move it away"):
         convert.convert(config)
     Image.new("L", (9, 9)).save(source / "bird/b.gif")
     with pytest.raises(UserError, match="1 of 5 hold none, the first is bird"):
@@ -227,7 +227,7 @@ def test_convert_refuses_images_outside_of_class_folders_and_names_that_collide(
     with pytest.raises(UserError, match=r"ant_0\.JPEG outside of one"):
         convert.convert(config)
     (source / "ant_0.JPEG").rename(source / "ant/ant_0.jpg")
-    with pytest.raises(UserError, match=r"ant/ant_0\.(jpg|JPEG) and ant/ant_0\.(jpg|JPEG) must have names"):
+    with pytest.raises(UserError, match=r"ant/ant_0\.(jpg|JPEG) and ant/ant_0\.(jpg|JPEG) must have different names"):
         convert.convert(config)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="a folder of images per class, got none"):

@@ -224,7 +224,7 @@ def test_guidance_refuses_a_model_that_never_went_without_a_class(run, tmp_path,
     monkeypatch.setitem(OBJECTIVE, "label_dropout", 0.0)
     write_record(tmp_path, model.config)
     (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
-    with pytest.raises(UserError, match="label_dropout 0: leave --guidance out"):
+    with pytest.raises(UserError, match="label_dropout above 0, .* has 0: leave --guidance out"):
         sample(Options(run=tmp_path, guidance=2.0, device="cpu"), ONE)
     sample(Options(run=tmp_path, count=1, steps=1, device="cpu"), ONE)
 
@@ -254,5 +254,5 @@ def test_decoder_of_another_vae_is_refused(tmp_path):
     decode = open_decoder("latents", str(tmp_path), 3, CPU, 0.18215)
     assert decode(torch.zeros(1, 3, 4, 4)).shape == (1, 3, 8, 8)
     for channels, scaling in ((4, None), (3, 0.13)):
-        with pytest.raises(UserError, match=r"need the VAE of the latents .* has 3 and 0.18215: name the other"):
+        with pytest.raises(UserError, match=r"need the VAE of the latents, .* has 3 and 0.18215: name the other"):
             open_decoder("latents", str(tmp_path), channels, CPU, scaling)
