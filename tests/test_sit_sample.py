@@ -224,7 +224,7 @@ def test_guidance_refuses_a_model_that_never_went_without_a_class(run, tmp_path,
     monkeypatch.setitem(OBJECTIVE, "label_dropout", 0.0)
     write_record(tmp_path, model.config)
     (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
-    with pytest.raises(UserError, match="label_dropout above 0, .* has 0: leave --guidance out"):
+    with pytest.raises(UserError, match=r"label_dropout above 0, .* has 0: leave --guidance out"):
         sample(Options(run=tmp_path, guidance=2.0, device="cpu"), ONE)
     sample(Options(run=tmp_path, count=1, steps=1, device="cpu"), ONE)
 
