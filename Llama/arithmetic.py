@@ -1,10 +1,10 @@
-"""Make word problems in arithmetic, with answers: small instruction data to fine-tune the small Llama on.
+"""Generate arithmetic word problems with answers: small instruction data to fine-tune the small Llama on.
 
     python -m Llama.arithmetic --out data/llama_arithmetic
 
-No problem for validation is among those for training; its numbers may be there, with another name, thing or wording:
-a model of this size does not learn in minutes to compute what it has not seen. The folder holds train.jsonl and
-val.jsonl, {"instruction": ..., "output": ...} a line, the output being the equation: "7 + 12 = 19".
+No validation problem is in the training set, but its numbers may be, with another name, thing or wording: a model of
+this size does not learn in minutes to compute with unseen numbers. The folder holds train.jsonl and val.jsonl, with
+{"instruction": ..., "output": ...} per line; the output is the equation: "7 + 12 = 19".
 """
 
 import json
@@ -19,14 +19,14 @@ from common.options import parse_options
 from common.whole import locked, written_aside
 
 FOLDER = Path("data/llama_arithmetic")
-MOST = 1_000_000  # problems
+MOST = 1_000_000  # problems per file
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo")
 THINGS = ("books", "cards", "coins", "files", "keys", "lines", "maps", "pages")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of problem: its numbers, what is asked in one way or another, and the equation that answers it."""
+    """A kind of problem: its numbers, alternative questions, and the equation that answers them."""
 
     numbers: list[tuple[int, int]]
     questions: tuple[str, ...]
@@ -65,16 +65,16 @@ KINDS = (
 @dataclass(frozen=True)
 class Options:
     out: Path = FOLDER
-    """The folder to make; one that is there is left alone."""
+    """Folder to write; an existing one is kept."""
     train: int = 8192
-    """Problems to train on."""
+    """Number of training problems."""
     val: int = 512
-    """Problems that are held out."""
+    """Number of validation problems."""
     seed: int = 0
 
 
 def problems(count: int, seed: int) -> list[dict[str, str]]:
-    """Draw problems, no two alike."""
+    """Draw distinct problems."""
     draw = random.Random(seed)
     found: dict[str, str] = {}
     for _ in range(10 * count):
@@ -85,11 +85,11 @@ def problems(count: int, seed: int) -> list[dict[str, str]]:
         found[question] = kind.answer(a, b)
         if len(found) == count:
             return [{"instruction": question, "output": answer} for question, answer in found.items()]
-    raise ValueError(f"need {count} different problems, and there are about {len(found)}: ask for fewer")
+    raise ValueError(f"need {count} different problems, there are about {len(found)}: lower --train or --val")
 
 
 def make(options: Options) -> Path:
-    """Write the two files, unless the folder is there, and return it; ValueError for counts out of range."""
+    """Write the two files unless the folder exists; returns it. Raises ValueError for counts out of range."""
     for name in ("train", "val"):
         if not 1 <= (count := getattr(options, name)) <= MOST:
             raise ValueError(f"--{name} must be 1 to {MOST} problems, got {count}")
@@ -97,7 +97,7 @@ def make(options: Options) -> Path:
         raise ValueError(f"--seed must be 0 or more, got {options.seed}")
     with locked(options.out):
         if options.out.exists():
-            print(f"{options.out} is there")
+            print(f"{options.out} exists")
             return options.out
         drawn = problems(options.train + options.val, options.seed)
         with written_aside(options.out) as partial:

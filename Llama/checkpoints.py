@@ -1,7 +1,7 @@
-"""torchtitan's checkpoints, only finite ones, each proven whole by a manifest and read without executing anything.
+"""torchtitan's checkpoints: finite values only, verified by a manifest, and read without executing code.
 
-A run's folder has checkpoint/step-N/: torchtitan's files, and manifest.json with their SHA-256, written last. A run
-that resumes takes the newest checkpoint whose files are as they were written, and says which ones it passed over.
+A run's folder has checkpoint/step-N/: torchtitan's files, and manifest.json with their SHA-256, written last. A resumed
+run loads the newest undamaged checkpoint, and warns about those it skips.
 """
 
 import re
@@ -27,22 +27,22 @@ from common.manifest import MANIFEST, Damaged, read_manifest, verify_manifest, w
 from common.runlog import write_end
 from common.tensor_reader import TensorReader, refuse_unlisted
 
-FOLDER = "checkpoint"  # torchtitan's folder of them, below a run's
+FOLDER = "checkpoint"  # torchtitan's name, below a run's folder
 
 
 class Checkpointer(titan.CheckpointManager):
-    """torchtitan's, that saves only finite tensors, and loads only checkpoints that are as they were written."""
+    """torchtitan's manager, except that it saves only finite tensors and loads only undamaged checkpoints."""
 
     def __init__(self, *, checkpoint_config: Checkpoint, **parts: Any):
         self._checksums, self._proof = checkpoint_config.checksums, Future()
         self._proof.set_result(None)
         self._thread, self._keep = ThreadPoolExecutor(1, "manifest"), checkpoint_config.keep_latest_k
-        # torchtitan would remove older ones before the new one is on the disk, and count later ones, passed over.
+        # torchtitan would remove older ones before the new one is on disk, and would count later, skipped ones.
         super().__init__(checkpoint_config=replace(checkpoint_config, keep_latest_k=0), **parts)
 
     @torch.no_grad()
     def save(self, curr_step: int, last_step: bool = False) -> None:
-        """Save if it is due; raises Diverged, on all ranks, where weights or the optimizer's state are not finite."""
+        """Save if due; raises Diverged, on all ranks, if weights or optimizer state are not finite."""
         if not self._should_save(curr_step, last_step):
             return
         self._refuse_not_finite(curr_step)
@@ -57,7 +57,7 @@ class Checkpointer(titan.CheckpointManager):
             self._proof.result()
 
     def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
-        """Save as torchtitan does; raises OSError, with the cause, where that fails."""
+        """Save as torchtitan does; raises OSError with the cause if that fails."""
         try:
             return super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
         except CheckpointException as error:
@@ -65,7 +65,7 @@ class Checkpointer(titan.CheckpointManager):
 
     def _prove(self, folder: Path, step: int, pending: Future | None) -> None:
         if pending is not None:
-            pending.result()  # asynchronous, and not on the disk before
+            pending.result()  # an asynchronous save is on disk only now
         write_manifest(folder, {"step": step}, self._checksums)
         remove_others(folder.parent, step, self._keep)
 
@@ -89,23 +89,23 @@ class Checkpointer(titan.CheckpointManager):
         if process_rank() == 0:
             write_end(run, step, {})
         raise Diverged(
-            f"training needs finite weights and momentum, and after step {step} they are not: nothing was saved, and "
-            "earlier checkpoints are as they were; start anew with a lower learning rate, or with one from the weights "
-            f"of an earlier step: --checkpoint.initial_load_path {run}/{FOLDER}/step-N"
+            f"training needs finite weights and momentum, and after step {step} they are not: nothing was saved, "
+            "earlier checkpoints are untouched; start over with a lower learning rate, or from earlier weights: "
+            f"--checkpoint.initial_load_path {run}/{FOLDER}/step-N"
         )
 
     @torch.no_grad()
     def load(self, step: int = -1) -> bool:
-        """Load the checkpoint of `step`, or the newest whole one (-1), or without any the weights to start from."""
+        """Load the checkpoint of `step`, or the newest complete one (-1); without any, the initial weights."""
         if not self.enable:
             return False
         found = on_main(lambda: find_step(Path(self.folder), step))
-        if found is None:  # torchtitan would take the folder for a reason not to load weights to start from
+        if found is None:  # torchtitan loads no initial weights if the folder exists
             on_main(lambda: shutil.rmtree(self.folder, ignore_errors=True))
         return super().load(-1 if found is None else found)
 
     def dcp_load(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
-        """Read a checkpoint into `state_dict`, as torchtitan does, but without executing what it holds."""
+        """Read a checkpoint into `state_dict`, as torchtitan does, but without executing code."""
         if from_hf:
             return super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
         try:
@@ -118,7 +118,7 @@ class Checkpointer(titan.CheckpointManager):
         self.states[titan.MODEL].load_state_dict(state_dict)
 
     def close(self) -> None:
-        """Wait until the last checkpoint is on the disk, and end the threads."""
+        """Wait until the last checkpoint is on disk, and stop the threads."""
         try:
             if getattr(self, "save_future", None):
                 self._async_wait()
@@ -130,24 +130,24 @@ class Checkpointer(titan.CheckpointManager):
 
 def _not_saved(path: str, error: CheckpointException) -> str:
     return (
-        f"a checkpoint cannot be written to {path}: {_cause(error)}; earlier ones are as they were: mend that, and the "
-        "same command with --job.resume goes on from them"
+        f"a checkpoint cannot be written to {path}: {_cause(error)}; earlier ones are untouched: fix that, and the "
+        "same command with --job.resume continues from them"
     )
 
 
 def _cause(error: CheckpointException) -> str:
-    """Return the first rank's failure in one line: torch's own message holds the tracebacks of all."""
+    """Return the first rank's failure in one line: torch's own message contains all tracebacks."""
     cause: BaseException = next(iter(error.failures.values()))[0]
     while cause.__context__ is not None and not isinstance(cause, OSError | UserError):
-        cause = cause.__context__  # torch hides a full disk behind an assertion about positions in its file
+        cause = cause.__context__  # torch hides a full disk behind an assertion about file positions
     return one_line(cause)[:300]
 
 
 class PlainPlanner(DefaultLoadPlanner):
-    """torch's planner, whose entries that are no tensors may be numbers, strings and collections of them alone."""
+    """torch's planner, except that entries other than tensors may only be numbers, strings and collections of them."""
 
     def load_bytes(self, read_item: dcp.ReadItem, value: BytesIO) -> None:
-        """Read an entry with weights_only; torch would unpickle it freely."""
+        """Read an entry with weights_only; torch would unpickle it without restriction."""
         checked = BytesIO()
         torch.save(torch.load(value, weights_only=True), checked)
         checked.seek(0)
@@ -155,7 +155,7 @@ class PlainPlanner(DefaultLoadPlanner):
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether this rank's part of a tensor has neither inf nor NaN."""
+    """Return whether this rank's shard of a tensor has neither inf nor NaN."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return bool(torch.isfinite(local).all())
 
@@ -164,9 +164,9 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def find_step(folder: Path, step: int = -1) -> int | None:
-    """Return the newest step, or `step` itself, whose checkpoint is as it was written; None where none was finished.
+    """Return the newest step (or `step`) with an undamaged checkpoint; None if no checkpoint was finished.
 
-    Damaged ones are passed over with a warning. Raises UserError where all are damaged, or the one asked for is.
+    Damaged ones are skipped with a warning. Raises UserError if all are damaged, or `step` is damaged or missing.
     """
     wanted = {number: path for number, path in numbered(folder).items() if step in (-1, number)}
     if step != -1 and step not in wanted:
@@ -182,16 +182,16 @@ def find_step(folder: Path, step: int = -1) -> int | None:
             return number
     if damaged:
         raise UserError(
-            f"a checkpoint must be as it was written; none in {folder} is ({'; '.join(damaged)[:300]}): restore one, "
-            "or start without --job.resume"
+            f"a checkpoint must be undamaged; none in {folder} is ({'; '.join(damaged)[:300]}): restore one, or start "
+            "without --job.resume"
         )
     return None
 
 
 def numbered(folder: Path) -> dict[int, Path]:
-    """Return the checkpoints of a folder by their steps, but those that a killed run did not finish."""
+    """Return a folder's checkpoints by step, without those that a killed run did not finish."""
     matches = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*"))
-    ended = (".metadata", MANIFEST)  # either tells that torchtitan had written all; both are there unless one was lost
+    ended = (".metadata", MANIFEST)  # written last; normally both exist, but one may be lost
     return {int(match[1]): path for match, path in matches if match and any((path / name).is_file() for name in ended)}
 
 
@@ -204,7 +204,7 @@ def remove_others(folder: Path, step: int, keep: int) -> None:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """Return a run's newest checkpoint whose files have the sizes that they were written with, or None without any."""
+    """Return a run's newest checkpoint whose files have the recorded sizes; None without any."""
     for _, path in sorted(numbered(run / FOLDER).items(), reverse=True):
         try:
             verify(path, contents=False)
@@ -215,15 +215,14 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def verify(path: Path, contents: bool = True) -> None:
-    """Compare a checkpoint's files with its manifest, with SHA-256 or (`contents` false) by sizes; raises Damaged.
+    """Compare a checkpoint's files with its manifest, by SHA-256 or (`contents` false) by size; raises Damaged.
 
-    One without a manifest (another program's, or of a run killed while it was written) must have the bytes that its
-    metadata names.
+    One without a manifest (of another program, or of a killed run) must have the bytes that its metadata names.
     """
     try:
         if (path / MANIFEST).is_file():
             manifest = verify_manifest(path) if contents else read_manifest(path)
-            if path.name.startswith("step-") and path.name != f"step-{manifest.get('step')}":  # one may rename a copy
+            if path.name.startswith("step-") and path.name != f"step-{manifest.get('step')}":  # a renamed copy
                 raise Damaged(f"its {MANIFEST} is of step {manifest.get('step')}")
             refuse_unlisted(TensorReader(path).read_metadata(), manifest["files"])
             return
@@ -234,4 +233,4 @@ def verify(path: Path, contents: bool = True) -> None:
     except OSError as error:
         raise Damaged(f"a file cannot be read: {one_line(error)}") from error
     if contents:
-        warn(f"checkpoint {path} has no {MANIFEST}: its sizes alone were compared")
+        warn(f"checkpoint {path} has no {MANIFEST}: only its sizes were compared")

@@ -1,4 +1,4 @@
-"""What of a Llama config cannot work, each refused in one line before any data is touched."""
+"""Checks of a Llama config: invalid combinations fail in one line, before any data is read."""
 
 import os
 from dataclasses import replace
@@ -15,12 +15,12 @@ from Llama.templates import FINE_TUNING, TEMPLATES
 if TYPE_CHECKING:
     from Llama.config import JobConfig, Model
 
-TEXTS = ("c4", "c4_validation", "text")  # the second is torchtitan's name for a part of the first
-BYTES_A_PARAMETER = 12  # of a run on CPUs: weight, gradient and one momentum in float32; AdamW has another
+TEXTS = ("c4", "c4_validation", "text")  # the second is torchtitan's name for C4's validation split
+BYTES_PER_PARAMETER = 12  # on CPUs: weight, gradient and one momentum in float32; AdamW has a second one
 
 
 def check_data(settings: "JobConfig") -> None:
-    """Refuse data sets that do not exist, or not for this."""
+    """Raise ConfigError for unknown data sets, and for those of the other task."""
     training, validation = settings.training, settings.validation
     kinds = FINE_TUNING if is_fine_tuning(settings) else TEXTS
     for name, value, names in [
@@ -34,43 +34,43 @@ def check_data(settings: "JobConfig") -> None:
         raise ConfigError("validation.pretrain_path needs validation.pretrain_dataset, c4 or text; got the path alone")
     if validation.pretrain_dataset and not is_fine_tuning(settings):
         raise ConfigError(
-            f"validation.pretrain_dataset is for fine-tuning; training.dataset is {training.dataset!r}: leave it out"
+            f"validation.pretrain_dataset needs fine-tuning; training.dataset is {training.dataset!r}: leave it out"
         )
     if settings.fine_tuning.template not in TEMPLATES:
         names = ", ".join(TEMPLATES)
         raise ConfigError(f"fine_tuning.template must be one of {names}; got {settings.fine_tuning.template!r}")
     if settings.fine_tuning.packing and not is_fine_tuning(settings):
-        raise ConfigError("fine_tuning.packing is for instructions; texts are always packed, leave it out")
+        raise ConfigError("fine_tuning.packing needs instructions; texts are always packed: leave it out")
 
 
 def environment() -> tuple[int, int]:
-    """Return this process's rank and the number of ranks, as torchrun names them, or (0, 1) without any of the names.
+    """Return rank and world size from torchrun's variables; (0, 1) without them.
 
-    Raises UserError where one is missing, which would leave this process waiting for others, or is no number.
+    Raises UserError for a variable that is not a number, or is missing: this process would wait for others forever.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
-    there = {name: os.environ[name] for name in names if name in os.environ}
-    if not there:
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if not given:
         return 0, 1
     for name in names:
-        if not there.get(name, "").isdecimal():
+        if not given.get(name, "").isdecimal():
             raise UserError(
-                f"torchrun sets {', '.join(names)}, each a number; {name} is {there.get(name, 'missing')!r} and "
-                f"{next(iter(there))} is set: start with torchrun (bash Llama/run.sh), or unset them all"
+                f"torchrun sets {', '.join(names)}, each a number; {name} is {given.get(name, 'missing')!r} and "
+                f"{next(iter(given))} is set: start with torchrun (bash Llama/run.sh), or unset them all"
             )
-    rank, ranks = int(there["RANK"]), int(there["WORLD_SIZE"])
+    rank, ranks = int(given["RANK"]), int(given["WORLD_SIZE"])
     if rank >= ranks:
         raise UserError(f"RANK must be below WORLD_SIZE {ranks}; got {rank}: start with torchrun (bash Llama/run.sh)")
     return rank, ranks
 
 
 def is_fine_tuning(settings: "JobConfig") -> bool:
-    """Whether the data are instructions, and not text."""
+    """Return whether the data are instructions, not text."""
     return settings.training.dataset in FINE_TUNING
 
 
 def shape_of(model: "Model") -> Shape:
-    """Return the shape that a config names; ConfigError where it names none."""
+    """Return the shape that a config names; raises ConfigError for an unknown name."""
     if model.name not in FLAVORS:
         raise ConfigError(f"model.name must be one of {', '.join(FLAVORS)}; got {model.name!r}")
     flavors = FLAVORS[model.name]
@@ -80,23 +80,23 @@ def shape_of(model: "Model") -> Shape:
 
 
 def check_flavor(settings: "JobConfig") -> None:
-    """Refuse a model that does not exist, or that is too large for a machine without GPUs."""
+    """Raise ConfigError for an unknown model, and for one too large for a machine without GPUs."""
     shape = shape_of(settings.model)
     if not on_cpu() or settings.comm.mode != "default":
         return
     with torch.device("meta"):
         count = sum(param.numel() for param in Llama(shape).parameters())
-    needed, there = count * BYTES_A_PARAMETER / 1e9, CPU.get_device_properties().total_memory / 1e9
-    if needed > there:
+    needed, available = count * BYTES_PER_PARAMETER / 1e9, CPU.get_device_properties().total_memory / 1e9
+    if needed > available:
         raise ConfigError(
             f"{settings.model.name} {settings.model.flavor} needs about {needed:,.0f} GB for weights, gradients and "
-            f"momentum; this machine has no GPU and {there:,.0f} GB of memory: use GPUs, or run the small one, bash "
-            "Llama/run.sh"
+            f"momentum; this machine has no GPU and {available:,.0f} GB of memory: use GPUs, or run the small one, "
+            "bash Llama/run.sh"
         )
 
 
 def fit_precision(settings: "JobConfig") -> "JobConfig":
-    """Have a GPU without bfloat16 compute in float32, and say so: torchtitan has no loss scale for float16."""
+    """Switch to float32 on GPUs without bfloat16, with a warning: torchtitan has no loss scale for float16."""
     training = settings.training
     if training.mixed_precision_param != "bfloat16" or not torch.cuda.is_available():
         return settings
@@ -109,17 +109,17 @@ def fit_precision(settings: "JobConfig") -> "JobConfig":
 
 
 def data_ranks(settings: "JobConfig", world_size: int) -> int:
-    """Return the number of ranks that see different sequences; ConfigError where the parallelism does not fit."""
+    """Return the number of ranks with different sequences; raises ConfigError for an impossible parallelism."""
     parallelism = settings.parallelism
     if parallelism.pipeline_parallel_degree != 1:
         raise ConfigError(
             f"pipeline_parallel_degree must be 1, got {parallelism.pipeline_parallel_degree}: torchtitan 0.2.2's "
-            "pipelines leave gradients as sums over tokens, which clipping then cuts down; use FSDP and tensor degrees"
+            "pipelines sum gradients over tokens, which breaks clipping; use FSDP and tensor degrees"
         )
     if parallelism.context_parallel_degree != 1:
         raise ConfigError(
             f"context_parallel_degree must be 1, got {parallelism.context_parallel_degree}: it is not tested here, and "
-            "4,096 tokens fit a GPU; use FSDP and tensor degrees"
+            "4,096 tokens fit on a GPU; use FSDP and tensor degrees"
         )
     model_ranks, shape = parallelism.tensor_parallel_degree, shape_of(settings.model)
     if model_ranks > 1 and shape.tied:
@@ -131,7 +131,7 @@ def data_ranks(settings: "JobConfig", world_size: int) -> int:
     if heads % model_ranks:
         raise ConfigError(f"tensor_parallel_degree must divide the {heads} key and value heads; got {model_ranks}")
     if settings.training.seq_len % 2:
-        raise ConfigError(f"training.seq_len must be even, as torchtitan cuts it; got {settings.training.seq_len}")
+        raise ConfigError(f"training.seq_len must be even, for torchtitan; got {settings.training.seq_len}")
     for section in ("training", "validation"):
         length = getattr(settings, section).seq_len
         if model_ranks > 1 and length % (2 * model_ranks):
@@ -146,18 +146,18 @@ def data_ranks(settings: "JobConfig", world_size: int) -> int:
     if wanted != ranks:
         raise ConfigError(
             f"[parallelism] must use the {world_size} ranks there are; data_parallel_replicate_degree {replicas} and "
-            f"data_parallel_shard_degree {shards} make {wanted} of {ranks}; set NGPU or the degrees (-1: what is left)"
+            f"data_parallel_shard_degree {shards} make {wanted} of {ranks}; set NGPU or the degrees (-1: the rest)"
         )
     if model_ranks > 1 and replicas > 1 and replicas == ranks:
         raise ConfigError(
-            f"data_parallel_shard_degree must be above 1 beside tensor_parallel_degree {model_ranks}: torchtitan "
-            "replicates no tensor-parallel model without FSDP"
+            f"data_parallel_shard_degree must be above 1 with tensor_parallel_degree {model_ranks}: torchtitan does "
+            "not replicate tensor-parallel models without FSDP"
         )
     return ranks
 
 
 def check_batches(settings: "JobConfig", ranks: int) -> None:
-    """Refuse batches, lanes and validation windows that the data-parallel ranks cannot share evenly."""
+    """Raise ConfigError for batches, lanes and validation windows that the data-parallel ranks cannot share evenly."""
     training = settings.training
     for name, value in [
         ("training.global_batch_size", training.global_batch_size),

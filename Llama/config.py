@@ -1,8 +1,8 @@
-"""Every knob of a run: torchtitan's own sections, with those replaced that this repository reads differently.
+"""Settings of a run: torchtitan's sections, some of them replaced by this repository's.
 
     settings = parse_config(["Llama/train_configs/stdlib.toml", "--optimizer.name", "muon"])
 
-An [optimizer] key is one that some rule here has; one that the chosen rule does not have is an error at once.
+Options of the optimizer are checked when the config is read.
 """
 
 import os
@@ -34,19 +34,19 @@ from optimizers.rule import rule_named
 @dataclass
 class Job(titan.Job):
     dump_folder: str = "runs/llama"
-    """Folder of all runs; a run's own is GROUP/NAME in it."""
+    """Folder of all runs; a run's is GROUP/NAME in it."""
     group: str = "default"
     """Folder of the run below dump_folder, and its group in Weights & Biases."""
     resume: bool = False
-    """Continue from the newest checkpoint of this run; without it, an earlier run's folder is moved aside."""
+    """Continue from the newest checkpoint of this run; otherwise an earlier run's folder is moved aside."""
 
 
 @dataclass
 class Model(titan.Model):
     name: str = "llama2"
-    """llama2 or llama3.1: a family of Llama/model.py."""
+    """llama2, llama3.1 or qwen2.5: a family of Llama/model.py."""
     flavor: str = "7B"
-    """Of llama2 7B, 13B, 70B, or debug (2 million parameters); of llama3.1 8B, 70B."""
+    """llama2: 7B, 13B, 70B or debug (2 million parameters); llama3.1: 8B, 70B; qwen2.5: 0.5B, debug."""
     hf_assets_path: str = "data/llama2"
     """Folder with tokenizer.json and tokenizer_config.json, as on the Hugging Face Hub."""
 
@@ -54,22 +54,22 @@ class Model(titan.Model):
 @dataclass
 class Training(titan.Training):
     dataset: str = "c4"
-    """To pretrain on, c4 (streamed from the Hugging Face Hub) or text (files of dataset_path); to fine-tune on,
-    mathinstruct (from the Hub) or instructions (files of dataset_path)."""
+    """Pretraining: c4 (streamed from the Hugging Face Hub) or text (files of dataset_path); fine-tuning: mathinstruct
+    (from the Hub) or instructions (files of dataset_path)."""
     dataset_path: str | None = None
-    """A folder or file: of text, .jsonl or .parquet with a column "text", or plain text; of instructions, .jsonl or
-    .parquet with "instruction" and "output", or "messages"; of c4 and mathinstruct, a copy of the Hub's folder."""
+    """A folder or file. text: .jsonl or .parquet with a column "text", or plain text; instructions: .jsonl or .parquet
+    with "instruction" and "output", or "messages"; c4, mathinstruct: a copy of the Hub's folder."""
     lanes: int = 64
-    """Parts that a text's documents are dealt into; ranks share them evenly: any divisor of it resumes a run."""
+    """Number of lanes that documents are dealt to; the number of ranks may be any divisor, also of a resumed run."""
     local_batch_size: int = 1
-    """Sequences that one rank takes through the model at once, at most; the result does not depend on it."""
+    """Largest number of sequences per forward pass of a rank; the result does not depend on it."""
     global_batch_size: int = 8
     """Sequences per step, over all ranks and micro-batches."""
     max_norm: float = 1.0
-    """The norm that gradients are clipped to; 0 clips none."""
+    """Largest norm of the gradient; 0 disables clipping."""
     gradient_sync: Literal["replicas", "step"] = "replicas"
-    """Gradients of replicas (HSDP, DDP) meet once per step; those of shards (FSDP) after each micro-batch, or, with
-    step, once per step too: less to send, and whole gradients in the memory of each rank, 4 bytes per parameter."""
+    """Gradients are reduced over replicas (HSDP, DDP) once per step, and over shards (FSDP) after each micro-batch or,
+    with "step", once per step too: less traffic, but full gradients on each rank, 4 bytes per parameter."""
 
     def __post_init__(self):
         at_least(1, self, "lanes", "local_batch_size", "global_batch_size", "seq_len", "steps")
@@ -80,19 +80,19 @@ class Validation(titan.Validation):
     enable: bool = True
     """Validate at step 0, every `freq` steps and at the end."""
     dataset: str | None = None
-    """As training.dataset; None is training's, with its path."""
+    """Like training.dataset; None: training's, with its path."""
     freq: int = 500
     """Steps between validations."""
     windows: int = 512
-    """Sequences, over all ranks: the first of the set, and the same at every validation."""
+    """Number of sequences, over all ranks: always the first of the set."""
     pretrain_dataset: str | None = None
-    """While fine-tuning: c4 or text, whose loss (val/pretrain_loss) shows what is forgotten."""
+    """While fine-tuning: c4 or text, whose loss (val/pretrain_loss) measures forgetting."""
     pretrain_path: str | None = None
     """Its dataset_path."""
     local_batch_size: int = 0
-    """Sequences on one rank at once, at most; 0 is training's."""
+    """Largest number of sequences per forward pass of a rank; 0: training's."""
     seq_len: int = 0
-    """0 is training's."""
+    """Tokens per sequence; 0: training's."""
 
     def __post_init__(self):
         at_least(1, self, "freq", "windows")
@@ -101,11 +101,11 @@ class Validation(titan.Validation):
 @dataclass
 class FineTuning:
     template: str = "alpaca"
-    """How a conversation is written (Llama/templates.py): question, alpaca or llama3."""
+    """Text format of conversations (Llama/templates.py): question, alpaca or llama3."""
     packing: bool = False
-    """Several examples a row, which do not see each other; else one, padded to the longest of its micro-batch."""
+    """Several examples per row, without attention between them; otherwise one, padded to its micro-batch's longest."""
     held_out: int = 1024
-    """Examples of mathinstruct, which has no validation split, that are kept for validation."""
+    """Validation examples of mathinstruct, which has no validation split."""
 
 
 @dataclass
@@ -121,24 +121,24 @@ class Checkpoint(titan.Checkpoint):
     initial_load_path: str | None = None
     """Weights to start from: a folder of Hugging Face's *.safetensors, of a run, or of one of its checkpoints."""
     last_save_model_only: bool = False
-    """The last one can be resumed, too, with more steps."""
+    """False: the last checkpoint can also be resumed, for more steps."""
     keep_latest_k: int = 2
-    """Newest checkpoints that are kept; 0 keeps all."""
+    """Number of newest checkpoints to keep; 0 keeps all."""
     checksums: bool = True
-    """Hash every file (SHA-256, about 1 GB/s per core) once it is saved, and compare before loading; else its size."""
+    """Hash every saved file (SHA-256, about 1 GB/s per core) and verify it before loading; otherwise only its size."""
 
 
 @dataclass
 class Debug(titan.Debug):
     seed: int = 1337
-    """Seeds the weights and the order of local documents."""
+    """Seed of the weights and of the order of local documents."""
 
 
 @dataclass
 class JobConfig(titan.JobConfig):
     job: Job = field(default_factory=Job)
     model: Model = field(default_factory=Model)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # torchtitan's would mostly be left unread
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # instead of torchtitan's
     training: Training = field(default_factory=Training)
     validation: Validation = field(default_factory=Validation)
     fine_tuning: FineTuning = field(default_factory=FineTuning)
@@ -149,13 +149,13 @@ class JobConfig(titan.JobConfig):
 
 
 def parse_config(argv: list[str] | None = None) -> JobConfig:
-    """Read `[CONFIG.toml ...] [--section.key value ...]`, checked in itself; see common.config.
+    """Read and check `[CONFIG.toml ...] [--section.key value ...]`; see common.config.
 
-    Raises ConfigError, one line, for what is unknown, unread, of a wrong type, or impossible with this many ranks.
+    Raises ConfigError for settings that are unknown, unread, of a wrong type, or impossible with this many ranks.
     """
     settings = parse(JobConfig, argv)
     check_sections(settings, JobConfig())
-    fake = settings.comm.mode == "fake_backend"  # torchtitan's dry run: one process, as if there were NGPU
+    fake = settings.comm.mode == "fake_backend"  # torchtitan's dry run: one process simulates NGPU ranks
     world_size = int(os.environ.get("NGPU" if fake else "WORLD_SIZE", 1))
     check_flavor(settings)
     check_data(settings)
@@ -164,13 +164,13 @@ def parse_config(argv: list[str] | None = None) -> JobConfig:
     settings = filled_in(settings, ranks)
     for name in (settings.optimizer.name, *settings.optimizer.tuned_lr):
         rule_named(name)
-    # Refuses on a stand-in what it would refuse on the model.
+    # Checks the options on a stand-in for the model.
     build_optimizer(nn.Linear(2, 2), settings.optimizer.name, **settings.optimizer.arguments())
     return with_weights(settings)
 
 
 def filled_in(settings: JobConfig, ranks: int) -> JobConfig:
-    """Put values where a config leaves them to others."""
+    """Fill in settings that default to other settings."""
     training, validation = settings.training, settings.validation
     share = training.global_batch_size // ranks
     most = min(training.local_batch_size, share)
@@ -186,18 +186,18 @@ def filled_in(settings: JobConfig, ranks: int) -> JobConfig:
 
 
 def with_weights(settings: JobConfig) -> JobConfig:
-    """Find the weights to start from, and refuse those of another model."""
+    """Find the initial weights; raises ConfigError or UserError if they are missing or of another model."""
     path, model = settings.checkpoint.initial_load_path, settings.model
     if path is None and is_fine_tuning(settings):
         raise ConfigError(
             "fine-tuning needs weights to start from, and checkpoint.initial_load_path is not set; name a folder of "
-            "Hugging Face's, or a run's"
+            "Hugging Face weights, or a run"
         )
     if path is None:
         return settings
     if not settings.checkpoint.enable:
         raise ConfigError(
-            "checkpoint.initial_load_path needs checkpoint.enable, got false: torchtitan's checkpoints load it; to "
+            "checkpoint.initial_load_path needs checkpoint.enable, got false: torchtitan's checkpointing loads it; to "
             "save none, set checkpoint.load_only"
         )
     folder, is_hf = find_weights(Path(path))

@@ -1,4 +1,4 @@
-"""What torchtitan 0.2.2 needs in order to run without a GPU: on CPUs, with gloo between the processes."""
+"""Adaptations of torchtitan 0.2.2 to machines without a GPU: CPUs, with gloo between processes."""
 
 import importlib.util
 import os
@@ -17,9 +17,9 @@ from common.launch import peak_memory_mb
 
 
 def adapt_torchtitan() -> None:
-    """Make torchtitan importable without triton, and have it choose the CPU where there is no GPU that it can use."""
-    if importlib.util.find_spec("triton") is None:  # torch's CUDA builds bring it along; others would not use it
-        # The one module that imports triton, for mixtures of experts, which no Llama here has.
+    """Make torchtitan importable without triton, and let it use the CPU if there is no GPU that it can use."""
+    if importlib.util.find_spec("triton") is None:  # part of torch's CUDA builds; others do not use it
+        # The only module that imports triton, for mixtures of experts, which no Llama here has.
         kernels = types.ModuleType("torchtitan.models.moe.kernels")
         kernels.generate_permute_indices = None
         sys.modules.setdefault(kernels.__name__, kernels)
@@ -27,19 +27,19 @@ def adapt_torchtitan() -> None:
         with (
             mock.patch("torch._utils._get_available_device_type", lambda: "cpu"),
             mock.patch("torch._utils._get_device_module", lambda device_type: CPU),
-            # Flex attention, which no Llama here uses, would load the compiler into every process: seconds.
+            # Importing flex attention would load the compiler in every process, which takes seconds.
             mock.patch("torch.compile", lambda function, **options: function),
         ):
-            import torchtitan.tools.utils  # noqa: F401  (asks once, and keeps the answers)
+            import torchtitan.tools.utils  # noqa: F401  (chooses the device on import)
 
 
 def on_cpu() -> bool:
-    """Whether there is no GPU here, or one without collectives (Apple's)."""
+    """Return whether there is no GPU, or one without collectives (Apple's)."""
     return not torch.accelerator.is_available() or torch.accelerator.current_accelerator().type == "mps"
 
 
 def adapt_model(model: nn.Module) -> None:
-    """Do without a multiply-and-sum of FSDP2's gradients, which gloo lacks, and flex attention's, which CPUs lack."""
+    """Replace FSDP2's scaled sum of gradients, which gloo lacks, and flex attention, which CPUs lack."""
     if on_cpu():
         from torchtitan.models.attention import FlexAttentionWrapper
 
@@ -52,13 +52,13 @@ def adapt_model(model: nn.Module) -> None:
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, *, block_mask: BlockMask, scale: float | None, enable_gqa: bool, return_lse: bool
 ) -> Tensor:
-    """Attend (b, heads, T, width) as flex attention does, by a mask that is written out."""
+    """Compute flex attention (b, heads, T, width) with a dense mask."""
     mask = create_mask(block_mask.mask_mod, len(q), None, q.shape[2], k.shape[2], device=q.device)  # (b, 1, T, T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
 
 
 class CPU:
-    """What torchtitan asks of a device's module: torch.cpu has half of it, and calls its current device "cpu"."""
+    """The device module that torchtitan expects: torch.cpu lacks half of it, and its current device is "cpu"."""
 
     set_device = torch.cpu.set_device
     synchronize = torch.cpu.synchronize
@@ -78,7 +78,7 @@ class CPU:
 
     @staticmethod
     def memory_stats(device=None) -> dict[str, int]:
-        """The most memory that the process has used since it started."""
+        """Return the process's peak memory since its start."""
         peak = int(peak_memory_mb(torch.device("cpu")) * 2**20)
         return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak, "num_alloc_retries": 0, "num_ooms": 0}
 

@@ -1,9 +1,9 @@
 """Batches of packed text whose order does not depend on the number of ranks, and whose position is saved.
 
-The documents are dealt to `lanes`, document d to lane d mod lanes. Each lane puts its documents one after the other,
-between begin and end tokens, and cuts them into windows of T + 1 tokens. Window n of the run comes from lane
-n mod lanes; step s takes the windows from s x global batch on, and rank r of W those with n mod W = r. So W may be any
-divisor of the lanes, may change when a run resumes, and the batches stay.
+Documents are dealt to `lanes`, document d to lane d mod lanes. Each lane concatenates its documents, with begin and end
+tokens, and cuts them into windows of T + 1 tokens. Window n of the run comes from lane n mod lanes; step s takes the
+windows from s x global batch on, and rank r of W those with n mod W = r. W may be any divisor of the lanes and may
+change when a run resumes, without changing the batches.
 """
 
 import json
@@ -24,30 +24,30 @@ from Llama.config import JobConfig
 from Llama.sources import Documents, open_source, read
 from Llama.tokenizer import Tokenizer
 
-Batch = tuple[dict[str, Tensor], Tensor]  # {"input": (b, T)}, labels (b, T), int64, as torchtitan wants them
+Batch = tuple[dict[str, Tensor], Tensor]  # {"input": (b, T)}, labels (b, T), int64, for torchtitan
 
-TOGETHER = 16  # documents of a lane: enough for the cores of one GPU's process
+TOGETHER = 16  # documents of a lane per tokenizer call: enough for the cores of one GPU's process
 
 
 class Position(NamedTuple):
-    """What a lane goes on from; neither changes once it is here."""
+    """The position of a lane; immutable."""
 
     documents: dict[str, Any]
-    tokens: np.ndarray  # (n,) int64, of documents that were read, and not given out
+    tokens: np.ndarray  # (n,) int64, read but not yet returned
 
 
 class Lane:
-    """Windows (T + 1,) of one lane's documents; the last token of a window is the first of the next."""
+    """Windows (T + 1,) of one lane's documents; each starts with the last token of the one before."""
 
     def __init__(self, documents: Documents, tokenizer: Tokenizer, length: int, together: int = 1):
-        """together: documents that are tokenized at once, on all cores."""
+        """together: number of documents per tokenizer call, which uses all cores."""
         self._documents, self._tokenizer, self._length, self._together = documents, tokenizer, length, together
         self._tokens = np.empty(0, np.int64)
         self.tokens_read = self.bytes_read = 0
 
     @property
     def epoch(self) -> int:
-        """How often the documents have all been read."""
+        """Number of completed passes over the documents."""
         return self._documents.epoch
 
     def window(self) -> np.ndarray:
@@ -62,26 +62,25 @@ class Lane:
         return window
 
     def position(self) -> Position:
-        """Return what the next window depends on."""
+        """Return the position of the next window."""
         return Position(self._documents.state_dict(), self._tokens)
 
     def move_to(self, position: Position) -> None:
-        """Go on from a position."""
+        """Continue from a position."""
         self._documents.load_state_dict(position.documents)
         self._tokens = position.tokens
 
 
 class Loader(BaseDataLoader):
-    """The batches of one rank, each read and tokenized by a thread while the one before is trained on.
+    """The batches of one rank; a thread reads and tokenizes the next one during training.
 
-    The state is that of the batches given out: the positions of the lanes by their numbers, so that other ranks can
-    take them.
+    The state is that of the returned batches: the positions of the lanes by number, so that other ranks can load them.
     """
 
     def __init__(self, lanes: list[Lane | None], rank: int, ranks: int, batch_size: int):
-        """lanes: all of them in order, None for those that this rank has no part in."""
+        """lanes: all lanes in order, None for those of other ranks."""
         self._lanes, self._rank, self._ranks, self._batch_size = lanes, rank, ranks, batch_size
-        self._given = 0  # windows that all ranks together have been given
+        self._given = 0  # windows returned so far, over all ranks
         self._positions = {i: lane.position() for i, lane in enumerate(lanes) if lane}
 
     def __iter__(self) -> Iterator[Batch]:
@@ -94,7 +93,7 @@ class Loader(BaseDataLoader):
                 yield to_batch(rows)
 
     def _read(self, given: int) -> tuple[np.ndarray, int, dict[int, Position]]:
-        """Read windows (b, T + 1) after `given` ones; return them, those given then, and the positions that changed."""
+        """Read the windows (b, T + 1) after the first `given`; returns them, the new `given` and the new positions."""
         rows, positions = [], {}
         for _ in range(self._batch_size):
             number = (given + self._rank) % len(self._lanes)
@@ -104,7 +103,7 @@ class Loader(BaseDataLoader):
         return np.stack(rows), given, positions
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the positions of this rank's lanes, as JSON, and the windows that all ranks were given."""
+        """Return the positions of this rank's lanes, as JSON, and the number of windows returned over all ranks."""
         lanes = {
             f"lane_{i}": json.dumps({"documents": documents, "tokens": tokens.tolist()})
             for i, (documents, tokens) in self._positions.items()
@@ -112,7 +111,7 @@ class Loader(BaseDataLoader):
         return {"position": self._given, **lanes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state; to be called before the first batch."""
+        """Continue from a state; call it before the first batch."""
         self._given = state["position"]
         for i in self._positions:
             lane = json.loads(state[f"lane_{i}"])
@@ -121,16 +120,16 @@ class Loader(BaseDataLoader):
 
 
 def to_batch(rows: np.ndarray) -> Batch:
-    """Cut windows (b, T + 1) into inputs (b, T) and the labels one token later (b, T)."""
+    """Split windows (b, T + 1) into inputs (b, T) and labels (b, T), one token later."""
     tokens = torch.from_numpy(rows)
     return {"input": tokens[:, :-1].contiguous()}, tokens[:, 1:].contiguous()
 
 
-# ---- What torchtitan calls
+# ---- Called by torchtitan
 
 
 def build_loader(dp_world_size: int, dp_rank: int, tokenizer: Tokenizer, job_config: JobConfig) -> Loader:
-    """Make the training batches of one data-parallel rank."""
+    """Return the training batches of one data-parallel rank."""
     training = job_config.training
     source = open_source(training.dataset, training.dataset_path, "train")
     if isinstance(source, datasets.Dataset) and len(source) < training.lanes:
@@ -150,13 +149,13 @@ def build_loader(dp_world_size: int, dp_rank: int, tokenizer: Tokenizer, job_con
 def validation_windows(
     tokenizer: Tokenizer, job_config: JobConfig, name: str, path: str | None, mine: slice
 ) -> tuple[list[Batch], float]:
-    """Read one rank's batches of the windows that every validation is on, and the UTF-8 bytes of text per token in all.
+    """Return one rank's batches of the fixed validation windows, and the UTF-8 bytes per token of all windows' text.
 
-    Raises UserError where the set `name` holds fewer than validation.windows.
+    Raises UserError if the set `name` holds fewer than validation.windows.
     """
     validation = job_config.validation
     lane = Lane(read(open_source(name, path, "validation"), 0, 1, seed=0), tokenizer, validation.seq_len)
-    windows = []  # the seed above is 0: the same set for every run
+    windows = []  # seed 0 above: the same set for every run
     for found in range(validation.windows):
         windows.append(lane.window())
         if lane.epoch:
@@ -170,16 +169,16 @@ def validation_windows(
 
 
 def build_tokenizer(job_config: JobConfig) -> Tokenizer:
-    """Read the tokenizer of model.hf_assets_path; UserError where there is none, or one that the model cannot use."""
+    """Return the tokenizer of model.hf_assets_path; raises UserError if it is missing or does not fit the model."""
     folder, model = Path(job_config.model.hf_assets_path), job_config.model
     tokenizer = Tokenizer(folder)
     if tokenizer.eos_id is None:
         raise UserError(
-            f"the tokenizer of model.hf_assets_path must name the eos_token that documents end with; {folder} has none "
-            "in tokenizer_config.json: add it, or name another tokenizer"
+            f"the tokenizer of model.hf_assets_path must have an eos_token, which ends documents; {folder} has none in "
+            "tokenizer_config.json: add it, or name another tokenizer"
         )
     size, most = tokenizer.get_vocab_size(), shape_of(model).vocab_size
-    exact = model.flavor != "debug" and model.name != "qwen2.5"  # a published model has its own; Qwen's table is padded
+    exact = model.flavor != "debug" and model.name != "qwen2.5"  # of published models; Qwen's table is padded
     if size > most or (exact and size < most):
         raise UserError(
             f"the tokenizer of model.hf_assets_path must have the {most} tokens of {model.name} {model.flavor}; "

@@ -1,11 +1,9 @@
-"""Weights in Hugging Face's format: their names, the file of each tensor, and the checks of a foreign folder.
+"""Weights in Hugging Face's format: names, the file of each tensor, and checks of foreign folders.
 
-A model of this repository is a plain Llama or Qwen2.5 in floating point. A folder that holds anything else (quantized
-tensors, other biases, another activation, a tensor twice) is refused in one line, since the rest would load and compute
-other values.
+A model of this repository is a plain Llama or Qwen2.5 in floating point. Any other folder (quantized tensors, other
+biases, another activation, a duplicate tensor) is refused in one line, since it could load and compute wrong values.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,17 +25,18 @@ from torch.distributed.tensor import DTensor, Replicate
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 
 from common import UserError, one_line
+from common.json_files import read_object
 from Llama.model import Shape, weights_on_meta
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# safetensors' names of the element types that weights may have, github.com/huggingface/safetensors
+# safetensors' names of the supported element types, github.com/huggingface/safetensors
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INDEX = "*.safetensors.index.json"
-NOT_WEIGHTS = "rotary_emb.inv_freq"  # a table that old exports hold, and that is computed here
+NOT_WEIGHTS = "rotary_emb.inv_freq"  # a table in old exports, computed here
 
-# Entries of config.json that change no logits: ids, defaults of generation and training, and who wrote the file.
+# Entries of config.json that do not change logits: ids, defaults of generation and training, and provenance.
 IRRELEVANT = set(
     "architectures attention_dropout bad_words_ids bos_token_id chunk_size_feed_forward do_sample dtype eos_token_id "
     "finetuning_task gradient_checkpointing id2label initializer_range label2id max_length max_position_embeddings "
@@ -47,7 +46,7 @@ IRRELEVANT = set(
 
 
 class Adapter(Llama3StateDictAdapter):
-    """torchtitan's translation to Hugging Face's names, also for weights that are sharded within an attention head."""
+    """torchtitan's conversion to Hugging Face's names, also for weights sharded within an attention head."""
 
     def __init__(self, model_args: Shape, hf_assets_path: str | None):
         super().__init__(model_args, hf_assets_path)
@@ -61,12 +60,12 @@ class Adapter(Llama3StateDictAdapter):
             self.from_hf_map["model.embed_tokens.weight"] = "shared.weight"
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Rename, and order the entries of each head as Hugging Face's rotary embedding reads them."""
+        """Rename, and reorder the entries of each head for Hugging Face's rotary embedding."""
         found = super().to_hf(state_dict)
         return found | {key: self._permute(found[key][:, None], heads)[:, 0] for key, heads in self._biases(found)}
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Undo `to_hf`."""
+        """Invert `to_hf`."""
         ordered = {
             key: self._reverse_permute(hf_state_dict[key][:, None], heads)[:, 0]
             for key, heads in self._biases(hf_state_dict)
@@ -74,12 +73,12 @@ class Adapter(Llama3StateDictAdapter):
         return super().from_hf(hf_state_dict | ordered)
 
     def _biases(self, state_dict: dict[str, Any]) -> Iterator[tuple[str, int]]:
-        """List the biases of queries and keys, in Hugging Face's names, and into how many heads each is cut."""
+        """Yield the biases of queries and keys by Hugging Face's names, with their numbers of heads."""
         heads = {"q_proj.bias": self.model_args.n_heads, "k_proj.bias": self.model_args.n_kv_heads}
         return ((key, count) for key in state_dict for end, count in heads.items() if key.endswith(end))
 
     def _permute(self, weight: Tensor, *sizes: int) -> Tensor:
-        # A view of a shard would mix heads, without an error where their number happens to divide.
+        # A view of a shard would mix heads, without an error if the sizes happen to divide.
         if isinstance(weight, DTensor):
             weight = weight.redistribute(placements=[Replicate()] * weight.device_mesh.ndim)
         return super()._permute(weight, *sizes)
@@ -90,7 +89,7 @@ class Adapter(Llama3StateDictAdapter):
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file, by its header."""
+    """A tensor of a file, from its header."""
 
     file: Path
     shape: tuple[int, ...]
@@ -98,7 +97,7 @@ class Stored:
 
 
 class Reader(HuggingFaceStorageReader):
-    """torch's reader of safetensors, by `stored_tensors`: torch's own takes the last file that holds a name."""
+    """torch's reader of safetensors, with `stored_tensors`: torch's uses the last file that holds a name."""
 
     def read_metadata(self) -> Metadata:
         tensors, storage = {}, {}
@@ -112,10 +111,10 @@ class Reader(HuggingFaceStorageReader):
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Read the headers of a folder's *.safetensors: those that its index names, or all.
+    """Return the tensors in the headers of a folder's *.safetensors: those of its index, or all.
 
-    Raises UserError for an index or a file that cannot be read, a tensor in two files, and an element type that is
-    no float of 16 bits or more.
+    Raises UserError for an index or file that cannot be read, a tensor in two files, and an element type other than a
+    float of 16 bits or more.
     """
     owner = read_index(folder)
     tensors: dict[str, Stored] = {}
@@ -126,11 +125,11 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
             if name in tensors:
                 raise UserError(
                     f"each tensor must be in one file; {name} is in {tensors[name].file} and in {file}: remove one, or "
-                    "add the model.safetensors.index.json that says which"
+                    "add the folder's model.safetensors.index.json"
                 )
             if found.dtype not in DTYPES:
                 raise UserError(
-                    f"weights must be float32, float16 or bfloat16; {name} in {file} is {found.dtype}: download the "
+                    f"weights must be float32, float16 or bfloat16; {name} in {file} is {found.dtype}: download "
                     "weights that are not quantized"
                 )
             tensors[name] = found
@@ -141,7 +140,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Return the file of each tensor by the folder's index, or {} where there is none; UserError for a damaged one."""
+    """Return the file of each tensor from the folder's index, {} without one; raises UserError if it is damaged."""
     indices = sorted(folder.glob(INDEX))
     if not indices:
         return {}
@@ -157,7 +156,7 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """Read the shapes and element types of a file; UserError, with its name, where it is missing, cut or damaged."""
+    """Return the shapes and element types of a file; raises UserError if it is missing, truncated or damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -172,23 +171,17 @@ def read_header(file: Path) -> dict[str, Stored]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds a JSON object; UserError where it does not."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} must be readable JSON; it is not ({one_line(error)[:100]}): restore it") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} must hold a JSON object; it holds {found!r:.40}: restore it")
-    return found
+    """Return the JSON object in a file; raises UserError for anything else."""
+    return read_object(path, {}, "restore it")
 
 
 # ---- config.json
 
 
 def check_config(path: Path, shape: Shape, name: str) -> None:
-    """Refuse a config.json that differs from `shape` in anything that changes logits, unknown entries included.
+    """Raise UserError if a config.json differs from `shape` in any entry, known or not, that can change logits.
 
-    The file is read as JSON: transformers' AutoConfig would offer to run code that a folder brings along.
+    The file is read as JSON: transformers' AutoConfig could run code of the folder.
     """
     entries, ours = read_json(path), hf_config(shape)
     if (kind := entries.get("model_type", ours.model_type)) != ours.model_type:
@@ -197,9 +190,9 @@ def check_config(path: Path, shape: Shape, name: str) -> None:
             "other weights"
         )
     expected = ours.to_dict() | {"head_dim": shape.dim // shape.n_heads}
-    try:  # in today's words: older files have rope_theta and rope_scaling, and leave out what was the default
+    try:  # normalized: older files have rope_theta and rope_scaling, and omit former defaults
         found = type(ours)(**{key: value for key, value in entries.items() if key != "model_type"}).to_dict()
-    except Exception as error:  # transformers' checks share no narrower class
+    except Exception as error:  # errors of transformers' checks have no narrower common class
         raise UserError(f"{path} must be the config.json of {name}: {one_line(error)[:200]}; restore it") from error
     for key in sorted(found.keys() - IRRELEVANT):
         value, here = found[key], expected.get(key)
@@ -207,14 +200,14 @@ def check_config(path: Path, shape: Shape, name: str) -> None:
             continue
         remedy = "name their own model.name and model.flavor, or other weights"
         if key == "tie_word_embeddings" and value:
-            remedy = "their head is tied to the embedding, as this model's is not; name other weights"
+            remedy = "their head is tied to the embedding, this model's is not; name other weights"
         elif here in (None, False):
-            remedy = "the model here has no such thing; name other weights"
+            remedy = "the model here does not support it; name other weights"
         raise UserError(f"the weights of {name} must have {key} {here}; {path} says {value}: {remedy}")
 
 
 def hf_config(shape: Shape, **more: Any) -> "PretrainedConfig":
-    """Write a shape as transformers' config."""
+    """Convert a shape to transformers' config."""
     from transformers import LlamaConfig, Qwen2Config
 
     scaling = shape.rope_scaling_args

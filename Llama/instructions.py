@@ -1,7 +1,7 @@
-"""Instructions and their responses as batches, of which only the responses are trained on.
+"""Batches of instructions and responses, with labels on the responses only.
 
-A row is one example, or several that fit into it where they are packed. Row n of an epoch, whose order is drawn from
-(seed, epoch), goes to rank n mod W, so that the batches stay where the number W of ranks changes.
+A row is one example or, with packing, several. Row n of an epoch, whose order is drawn from (seed, epoch), goes to rank
+n mod W, so that batches do not depend on the number W of ranks.
 """
 
 import json
@@ -26,17 +26,17 @@ from Llama.templates import ROLES, TEMPLATES, Messages, Template
 from Llama.tokenizer import Example, Tokenizer, encode
 
 MATH_INSTRUCT = "TIGER-Lab/MathInstruct"  # on the Hugging Face Hub; has a training split only
-WIDTH = 64  # padded rows are a multiple of this long, so that kernels see few different shapes
-CHUNK = 1024  # conversations that are tokenized together, on all cores
+WIDTH = 64  # the length of padded rows is a multiple of it, so that kernels see few different shapes
+CHUNK = 1024  # conversations per tokenizer call, which uses all cores
 
 
 # ---- Examples
 
 
 def fit(examples: list[Example], length: int) -> tuple[list[Example], int, int]:
-    """Cut examples to `length` inputs, that is `length` + 1 tokens.
+    """Cut examples to `length` inputs, that is, `length` + 1 tokens.
 
-    Returns those with a response left, how many were cut, and how many had no response left.
+    Returns those that still have a response, the number cut, and the number without a response.
     """
     cut = [Example(example.tokens[: length + 1], example.trained[: length + 1]) for example in examples]
     kept = [example for example in cut if example.trained.any()]
@@ -44,10 +44,9 @@ def fit(examples: list[Example], length: int) -> tuple[list[Example], int, int]:
 
 
 def read_examples(tokenizer: Tokenizer, settings: JobConfig, split: str) -> list[Example]:
-    """Read and tokenize the examples of a split, and say how many were cut.
+    """Read and tokenize the examples of a split; logs how many were cut.
 
-    Raises UserError for a template that the tokenizer has no tokens for, rows that are no conversation, and a hub
-    that cannot be reached.
+    Raises UserError for a template whose tokens the tokenizer lacks, malformed rows, and an unreachable hub.
     """
     template = TEMPLATES[settings.fine_tuning.template]
     check_tokens(tokenizer, template, settings)
@@ -66,27 +65,27 @@ def read_examples(tokenizer: Tokenizer, settings: JobConfig, split: str) -> list
             f"training.seq_len {length} tokens; none of {len(examples)} does"
         )
     logger.info(
-        f"{split}: {len(examples):,} examples; {cut:,} were longer than {length} tokens and cut, {lost:,} of them "
-        "before their response, and left out"
+        f"{split}: {len(examples):,} examples; {cut:,} longer than {length} tokens were cut, {lost:,} of them before "
+        "their response, and dropped"
     )
     return kept
 
 
 def check_tokens(tokenizer: Tokenizer, template: Template, settings: JobConfig) -> None:
-    """Refuse a template with tokens that the tokenizer does not have."""
+    """Raise UserError for a template whose tokens the tokenizer lacks."""
     folder, name = settings.model.hf_assets_path, settings.fine_tuning.template
     wanted = {token: token for token in sorted(template.tokens())} | {"its begin of text": tokenizer.bos_token}
     if template.end is None:
         wanted["its end of text"] = tokenizer.eos_token
-    for what, token in wanted.items():
+    for description, token in wanted.items():
         if token is None or tokenizer.token_to_id(token) is None:
             raise UserError(
-                f"the template {name} needs a tokenizer with {what}, which {folder} lacks; set "
+                f"the template {name} needs a tokenizer with {description}, which {folder} lacks; set "
                 "fine_tuning.template, or name the model's own tokenizer"
             )
     if tokenizer.begins_with_space and template.lead != " ":
         raise UserError(
-            f"the template {name} needs a tokenizer that puts no space before a text; that of {folder} does: set "
+            f"the template {name} needs a tokenizer that adds no space before a text; that of {folder} does: set "
             "fine_tuning.template, or name the model's own tokenizer"
         )
 
@@ -95,7 +94,7 @@ def check_tokens(tokenizer: Tokenizer, template: Template, settings: JobConfig) 
 
 
 def open_conversations(name: str, path: str | None, split: str, held_out: int) -> Iterator[Messages]:
-    """Read the conversations of "mathinstruct", or the "instructions" of local files."""
+    """Return the conversations of "mathinstruct", or the "instructions" of local files."""
     if name == "instructions":
         return (conversation(row, where) for where, row in local_rows(path, split))
     path = path or MATH_INSTRUCT
@@ -106,12 +105,12 @@ def open_conversations(name: str, path: str | None, split: str, held_out: int) -
 
 
 def load_math_instruct(path: str) -> Any:
-    """Fetch MathInstruct (a datasets.Dataset) from the Hub, or from its copy at `path`."""
+    """Return MathInstruct (a datasets.Dataset) from the Hub, or from a copy at `path`."""
     import datasets
 
     try:
         return datasets.load_dataset(path, split="train")
-    except Exception as error:  # the Hub's failures share no narrower class
+    except Exception as error:  # Hub errors have no narrower common class
         raise UserError(
             f"mathinstruct ({path}) is not reachable ({one_line(error)[:100]}): where there is no internet, set "
             "dataset_path to a copy of the data set, or train on local files (dataset instructions)"
@@ -119,7 +118,7 @@ def load_math_instruct(path: str) -> Any:
 
 
 def local_rows(path: str | None, split: str) -> Iterator[tuple[str, Any]]:
-    """Read the rows of .jsonl and .parquet files, and where each stands."""
+    """Yield (location, row) of .jsonl and .parquet files."""
     if path is None:
         raise UserError(
             "the data set instructions needs its files; set training.dataset_path and validation.dataset_path"
@@ -133,21 +132,21 @@ def local_rows(path: str | None, split: str) -> Iterator[tuple[str, Any]]:
 
 
 def jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """Read the rows of a .jsonl file, and where each stands; UserError for a line that is no JSON, or no UTF-8."""
+    """Yield (location, row) of a .jsonl file; raises UserError for a line that is not JSON or not UTF-8."""
     number = 0
     try:
         with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield f"{file}, line {number}", json.loads(line)
-    except UnicodeDecodeError as error:  # of a block of the file, so the line is not known
+    except UnicodeDecodeError as error:  # of a block of lines: the line is unknown
         raise UserError(f"{file} must be UTF-8, is not after line {number} ({one_line(error)}): convert it") from error
     except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{file}, line {number} must be JSON, one object a line: {one_line(error)}") from error
+        raise UserError(f"{file}, line {number} must be JSON, one object per line: {one_line(error)}") from error
 
 
 def parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """Read the rows of a .parquet file, and where each stands; UserError for a file that is none."""
+    """Yield (location, row) of a .parquet file; raises UserError if it is damaged."""
     from pyarrow import ArrowException, parquet  # only such files need it
 
     try:
@@ -167,7 +166,7 @@ def conversation(row: Any, where: str) -> Messages:
         missing = [key for key, text in texts.items() if not isinstance(text, str)]
         if missing:
             raise UserError(
-                f'{where} must have "instruction" and "output" texts, or "messages"; {missing[0]!r} is missing or no '
+                f'{where} must have "instruction" and "output" texts, or "messages"; {missing[0]!r} is missing or not '
                 f"text, of {sorted(row)}"
             )
         question = "\n".join(filter(None, [row["instruction"], row.get("input")]))
@@ -178,13 +177,13 @@ def conversation(row: Any, where: str) -> Messages:
     )
     if not well_formed or not any(each["role"] == "assistant" for each in messages):
         raise UserError(
-            f'{where}: each of "messages" must have a "role", one of {", ".join(ROLES)}, and a text as "content", and '
-            "one be the assistant's"
+            f'{where}: each of "messages" must have a "role", one of {", ".join(ROLES)}, and text as "content", and '
+            "one must be the assistant's"
         )
     for each in messages:
         try:
             each["content"].encode()
-        except UnicodeEncodeError as error:  # JSON can spell one half of a surrogate pair, which no tokenizer takes
+        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer accepts
             raise UserError(f"{where}: a text must be valid Unicode, has half a surrogate pair: correct it") from error
     return messages
 
@@ -193,7 +192,7 @@ def conversation(row: Any, where: str) -> Messages:
 
 
 def rows_of_epoch(lengths: np.ndarray, order: np.ndarray, packing: bool, room: int) -> list[list[int]]:
-    """Put examples of `lengths` inputs into rows, in order: one a row, or as many as `room` inputs take."""
+    """Distribute examples of `lengths` inputs to rows, in order: one per row, or as many as fit in `room` inputs."""
     if not packing:
         return [[int(i)] for i in order]
     rows, used = [], room
@@ -207,10 +206,10 @@ def rows_of_epoch(lengths: np.ndarray, order: np.ndarray, packing: bool, room: i
 
 
 def to_batch(rows: list[list[Example]], packing: bool, room: int) -> Batch:
-    """Lay rows out as inputs (b, T) and labels (b, T), one token later, where only responses are not ignored.
+    """Return inputs (b, T) and labels (b, T), one token later and ignored outside responses.
 
-    T is the longest row's, rounded up, or `room` of packed rows; these have "positions" (b, T), too, which begin
-    anew with each example: Llama.model attends within examples by them.
+    T is the longest row's, rounded up; of packed rows it is `room`. These also have "positions" (b, T), which restart
+    with each example: by them Llama.model restricts attention to an example.
     """
     longest = max(sum(len(example.tokens) - 1 for example in row) for row in rows)
     length = room if packing else min(-(-longest // WIDTH) * WIDTH, room)
@@ -228,7 +227,7 @@ def to_batch(rows: list[list[Example]], packing: bool, room: int) -> Batch:
 
 
 class Loader(BaseDataLoader):
-    """The batches of one rank, without end; the state is where all ranks are together."""
+    """The endless batches of one rank; the state is the position that all ranks share."""
 
     def __init__(self, examples: list[Example], settings: JobConfig, rank: int, ranks: int):
         self._examples, self._settings, self._rank, self._ranks = examples, settings, rank, ranks
@@ -259,14 +258,14 @@ class Loader(BaseDataLoader):
 
 
 def build_loader(dp_world_size: int, dp_rank: int, tokenizer: Tokenizer, job_config: JobConfig) -> Loader:
-    """Make the training batches of one data-parallel rank."""
+    """Return the training batches of one data-parallel rank."""
     return Loader(read_examples(tokenizer, job_config, "train"), job_config, dp_rank, dp_world_size)
 
 
 def validation_rows(tokenizer: Tokenizer, job_config: JobConfig, mine: slice) -> list[Batch]:
-    """Read the batches of one rank of the validation set, an example a row; the first `windows` of the set.
+    """Return one rank's batches of the validation set's first `windows` examples, one per row.
 
-    Raises UserError where the set holds fewer.
+    Raises UserError if the set holds fewer.
     """
     validation, training = job_config.validation, job_config.training
     examples = read_examples(tokenizer, job_config, "validation")
@@ -277,5 +276,5 @@ def validation_rows(tokenizer: Tokenizer, job_config: JobConfig, mine: slice) ->
         )
     rows = [[example] for example in examples[: validation.windows][mine]]
     size = validation.local_batch_size
-    packing = job_config.fine_tuning.packing  # the model then wants positions
+    packing = job_config.fine_tuning.packing  # the model then needs positions
     return [to_batch(rows[start : start + size], packing, training.seq_len) for start in range(0, len(rows), size)]

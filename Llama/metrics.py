@@ -1,4 +1,4 @@
-"""torchtitan's metrics in the run log of this repository, under the keys that all experiments share."""
+"""torchtitan's metrics in this repository's run log, under the keys of all experiments."""
 
 import hashlib
 import math
@@ -15,26 +15,26 @@ from common.timer import Timer
 from Llama.checks import is_fine_tuning
 from Llama.config import JobConfig
 
-# Sections that make no other run: figures must not tell runs apart by them.
+# Sections that do not distinguish runs in figures.
 BOOKKEEPING = ("job", "profiling", "metrics", "comm", "memory_estimation", "fault_tolerance", "experimental", "debug")
 
 
 def name_of(settings: JobConfig) -> str:
-    """Name a run after what is varied."""
+    """Return a run's name, from the settings that are varied."""
     optimizer = settings.optimizer
     return run_name(optimizer.name, optimizer.peak_lr(), settings.debug.seed, optimizer.adamw_lr)
 
 
 def record_of(settings: JobConfig) -> dict[str, Any]:
-    """Return what of a config tells runs apart, for config.json."""
+    """Return the settings that distinguish runs, for config.json."""
     sections = {key: value for key, value in config.to_dict(settings).items() if key not in BOOKKEEPING}
-    tokenizer = Path(settings.model.hf_assets_path, "tokenizer.json")  # a prepared one may be made anew, and otherwise
+    tokenizer = Path(settings.model.hf_assets_path, "tokenizer.json")  # it may be prepared again, differently
     digest = hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else None
     return {"seed": settings.debug.seed, "tokenizer": digest, **sections}
 
 
 def work(settings: JobConfig) -> tuple[str, int]:
-    """Return what is counted, and how many a step takes: tokens, or while fine-tuning, where many are padding, rows."""
+    """Return the unit of data and its number per step: tokens, or rows in fine-tuning, where many are padding."""
     training = settings.training
     if is_fine_tuning(settings):
         return "rows", training.global_batch_size
@@ -42,18 +42,18 @@ def work(settings: JobConfig) -> tuple[str, int]:
 
 
 class MetricsProcessor(titan.MetricsProcessor):
-    """torchtitan's, which also writes metrics.jsonl; `open` it once the checkpoint is loaded."""
+    """torchtitan's processor, which also writes metrics.jsonl; `open` it after the checkpoint is loaded."""
 
     def __init__(self, job_config: JobConfig, parallel_dims, model_args=None):
         super().__init__(job_config, parallel_dims)
         self.timer = Timer(torch.device(device_type))
         peak = None if device_type == "cpu" else gpu.peak_flops(self.device_memory_monitor.device_name)
         self.knows_peak = peak is not None
-        self.gpu_peak_flops = peak or self.gpu_peak_flops  # of the console's MFU: torchtitan's guess
+        self.gpu_peak_flops = peak or self.gpu_peak_flops  # for the console's MFU; else torchtitan's guess
         self.probed: dict[str, Any] = {}  # measured before this step's update
 
     def open(self, step: int) -> None:
-        """Start the run log, or continue it after `step`."""
+        """Open the run log, new or continued after `step`."""
         settings = self.job_config
         runlog = RunLog(
             Path(settings.job.dump_folder),
@@ -73,22 +73,22 @@ class MetricsProcessor(titan.MetricsProcessor):
 
 
 class _Logger(titan.BaseLogger):
-    """Hands what torchtitan logs to its own logger (TensorBoard, if asked for), and to the run log."""
+    """Passes torchtitan's metrics to its own logger (TensorBoard, if enabled) and to the run log."""
 
     def __init__(self, processor: MetricsProcessor, inner: titan.BaseLogger, runlog: RunLog):
         self._processor, self._inner, self._runlog = processor, inner, runlog
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        """Log a line of training or of validation; raises Diverged, on all ranks, where training cannot go on."""
+        """Log metrics of training or validation; raises Diverged, on all ranks, for non-finite losses or gradients."""
         self._inner.log(metrics, step)
         settings = self._processor.job_config
-        training, (unit, of_a_step) = settings.training, work(settings)
+        training, (unit, per_step) = settings.training, work(settings)
         if "validation_metrics/loss" in metrics:
             shared = self._validation(metrics, step)
         else:
             shared = self._training(metrics)
-            shared[f"{unit}_per_second"] = of_a_step / shared["step_ms"] * 1000  # of all ranks
-        self._runlog.log(step, {unit: step * of_a_step, **shared})
+            shared[f"{unit}_per_second"] = per_step / shared["step_ms"] * 1000  # of all ranks
+        self._runlog.log(step, {unit: step * per_step, **shared})
         if "val/loss" in shared:
             if step == training.steps:
                 self._last_validation(step, shared)
@@ -105,8 +105,8 @@ class _Logger(titan.BaseLogger):
     def _diverged(self, step: int, needed: str) -> NoReturn:
         self._end(step, {})
         raise Diverged(
-            f"training needs finite {needed}; start anew with a lower learning rate, or with one from the weights of "
-            "an earlier step: --checkpoint.initial_load_path RUN/checkpoint/step-N"
+            f"training needs finite {needed}; start over with a lower learning rate, or from the weights of an earlier "
+            "step: --checkpoint.initial_load_path RUN/checkpoint/step-N"
         )
 
     def _end(self, step: int, validation: dict[str, float]) -> None:
@@ -133,7 +133,7 @@ class _Logger(titan.BaseLogger):
             "peak_memory_mb": metrics["memory/max_active(GiB)"] * 1024,
         }
         shared |= self._processor.probed
-        if self._processor.knows_peak:  # torchtitan takes others for an A100
+        if self._processor.knows_peak:  # torchtitan assumes an A100 otherwise
             shared["mfu"] = metrics["mfu(%)"] / 100
         return shared
 

@@ -1,4 +1,4 @@
-"""Llama-2, Llama-3.1 and Qwen2.5: torchtitan's transformer with the published shapes, and layout-free weights."""
+"""Llama-2, Llama-3.1 and Qwen2.5: torchtitan's transformer with published shapes, and weights independent of layout."""
 
 from dataclasses import dataclass
 
@@ -15,21 +15,21 @@ from torchtitan.models.llama3.model.args import RoPEScalingArgs
 
 @dataclass
 class Shape(TransformerModelArgs):
-    """torchtitan's, whose default is Llama-3.1's stretching of rotary wavelengths."""
+    """torchtitan's shape, whose default is Llama-3.1's scaling of rotary wavelengths."""
 
     qkv_bias: bool = False
     """Whether queries, keys and values have biases: Qwen2.5's do."""
     tied: bool = False
-    """Whether the head is the embedding's table."""
+    """Whether the head is tied to the embedding."""
 
     def update_from_config(self, job_config, **_) -> None:
         super().update_from_config(job_config)
         self.max_seq_len = max(job_config.training.seq_len, job_config.validation.seq_len)
         packing = job_config.fine_tuning.packing
-        self.attn_type = "flex" if packing else "sdpa"  # what can look at one example of several in a row
+        self.attn_type = "flex" if packing else "sdpa"  # only flex supports attention within packed examples
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-        """Return the number of parameters, and the operations per token, those of a head that is tied included."""
+        """Return the number of parameters, and the operations per token, including those of a tied head."""
         count, flops = super().get_nparams_and_flops(model, seq_len)
         return count, flops + (6 * self.vocab_size * self.dim if self.tied else 0)
 
@@ -79,11 +79,11 @@ FLAVORS = {
         ),
     },
 }
-TIED_STD = 0.02  # of a table that is the head, too: initializer_range of Qwen2.5's config.json
+TIED_STD = 0.02  # of a tied table: initializer_range of Qwen2.5's config.json
 
 
 class Llama(Transformer):
-    """torchtitan's transformer, whose weights at the start are the same on any number of ranks."""
+    """torchtitan's transformer, with initial weights that do not depend on the number of ranks."""
 
     def __init__(self, shape: Shape):
         super().__init__(shape)
@@ -97,7 +97,7 @@ class Llama(Transformer):
 
     @torch.no_grad()
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
-        """Draw the weights with the default generator, which must be seeded alike on all ranks."""
+        """Draw the weights with the default generator, which must have the same seed on all ranks."""
         with _DrawWhole():
             super().init_weights(buffer_device)
             if self.model_args.tied:
@@ -107,9 +107,9 @@ class Llama(Transformer):
                 param.zero_()
 
     def get_attention_masks(self, input_batch: Tensor, tokenizer, extra_inputs: dict[str, Tensor]) -> BlockMask:
-        """Let a token see those before it in its example: positions (b, T) begin anew with each; a text has none.
+        """Return a causal mask within packed examples, at whose starts positions (b, T) are 0; texts have none.
 
-        Raises TypeError, as torchtitan expects it, for a model whose rows hold one text.
+        Raises TypeError, as torchtitan expects, for a model without packed rows.
         """
         if self.model_args.attn_type != "flex":
             raise TypeError("only packed rows need a mask")
@@ -124,7 +124,7 @@ class Llama(Transformer):
 
 
 class OfTable(nn.Module):
-    """What reads a table that the model itself holds, so that FSDP keeps it whole from the first layer to the last."""
+    """A layer whose table is the model's parameter, so that FSDP keeps it gathered from the first layer to the last."""
 
     def __init__(self, table: nn.Embedding):
         super().__init__()
@@ -153,14 +153,14 @@ def weights_on_meta(shape: Shape) -> dict[str, Tensor]:
 
 
 class _DrawWhole(TorchFunctionMode):
-    """Draws a DTensor's random values for the whole tensor, on each rank, and keeps this rank's shard.
+    """Draws a DTensor's random values for the whole tensor on each rank, and keeps this rank's shard.
 
-    On CPUs every rank would otherwise draw its shard from the same seed, that is, the same values for each.
+    Otherwise, on CPUs, all ranks draw their shards from the same seed: equal values in all shards.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is nn.init.normal_:  # it would call Tensor.normal_ where this mode does not see it
+        if function is nn.init.normal_:  # it calls Tensor.normal_ where this mode is inactive
             function, args, kwargs = Tensor.normal_, (kwargs["tensor"], kwargs["mean"], kwargs["std"]), {}
         if function not in (Tensor.normal_, Tensor.uniform_) or not isinstance(args[0], DTensor):
             return function(*args, **kwargs)

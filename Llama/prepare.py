@@ -1,13 +1,13 @@
-"""Write the text and the tokenizer that a small Llama is trained with, from files on this machine.
+"""Prepare text and a tokenizer for a small Llama, from local files.
 
     python -m Llama.prepare stdlib                              # this Python's standard library, into data/llama_stdlib
     python -m Llama.prepare notes/ --out data/notes --vocab-size 8192
-    python -m Llama.prepare Llama/train_configs/stdlib.toml     # what that config needs, if it is the first of these
+    python -m Llama.prepare Llama/train_configs/stdlib.toml     # the data of that config, if embedded
 
-The folder holds train.jsonl and val.jsonl, a {"text": ...} a line, and a byte-level BPE that is trained on the first:
-tokenizer.json and tokenizer_config.json. Texts are cut into documents of some thousand characters: lanes read whole
-documents (see Llama/data.py), and long ones would make neighbouring batches alike. The folder appears once it is whole;
-one that is already there is left alone.
+The folder holds train.jsonl and val.jsonl, with {"text": ...} per line, and a byte-level BPE trained on the former:
+tokenizer.json and tokenizer_config.json. Texts are cut into documents of some thousand characters, since lanes read
+whole documents (see Llama/data.py) and long ones would correlate successive batches. The folder is written atomically;
+an existing one that is up to date is kept.
 """
 
 import json
@@ -36,7 +36,7 @@ from common.whole import locked, written_aside
 from Llama import arithmetic
 from Llama.hf import read_json
 
-BEGIN, END = "<s>", "</s>"  # Llama-2's names for them
+BEGIN, END = "<s>", "</s>"  # Llama-2's names
 META = "meta.json"
 STDLIB = Path("data/llama_stdlib")
 MOST = 10_000_000  # of tokens, and of a document's characters
@@ -47,17 +47,17 @@ class Prepare:
     source: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="SOURCE")]]
     """stdlib (this Python's standard library), or a file or folder of text, .jsonl and .parquet."""
     out: Path | None = None
-    """The folder to make; by default data/llama_NAME, after the source."""
+    """Folder to write; by default data/llama_NAME, after the source."""
     vocab_size: int = 4096
-    """Tokens of the BPE, at most: those of the flavor debug."""
+    """Largest number of tokens of the BPE; the default is that of the flavor debug."""
     val_fraction: float = 0.05
-    """The part kept for validation; the same files as nanoGPT's."""
+    """Fraction held out for validation; the same files as nanoGPT's."""
     document_length: int = 4096
-    """Characters of a document, at most but for its last line; longer texts are cut at ends of lines."""
+    """Characters per document; longer texts are cut at the next end of line."""
 
 
 def prepare(config: Prepare) -> Path:
-    """Make the folder that is asked for unless it is there, and return it."""
+    """Prepare the requested folder unless it is up to date; returns it."""
     folder = config.out or Path("data", f"llama_{Path(config.source).resolve().stem}")
     if not 0 < config.val_fraction < 1:
         raise ValueError(f"--val-fraction must be between 0 and 1, got {config.val_fraction}")
@@ -74,28 +74,28 @@ def prepare(config: Prepare) -> Path:
         readable = [file for file in files if is_readable(file)]
         if not readable:
             raise ValueError(f"{config.source} must hold UTF-8 text or .parquet, has none: convert it (iconv -t utf-8)")
-        parts = split_files(root, readable, config.val_fraction)
+        spans = split_files(root, readable, config.val_fraction)
         with written_aside(folder) as partial:
             counts = {
-                name: write_texts(partial / f"{name}.jsonl", parts[name], config.document_length) for name in parts
+                name: write_texts(partial / f"{name}.jsonl", spans[name], config.document_length) for name in spans
             }
             if not all(counts.values()):
                 raise ValueError(
                     f"{config.source} must hold text for training and for validation, has {counts['train']} documents "
                     f"and {counts['val']}: add text, or change --val-fraction"
                 )
-            size = write_tokenizer(partial, texts(parts["train"]), config.vocab_size)
+            size = write_tokenizer(partial, texts(spans["train"]), config.vocab_size)
             (partial / META).write_text(json.dumps({**request, "documents": counts, "tokens": size}, indent=2) + "\n")
     print(f"{folder}: {counts['train']:,} documents for training, {counts['val']:,} for validation, {size:,} tokens")
     return folder
 
 
 def is_up_to_date(folder: Path, request: dict) -> bool:
-    """Whether the folder holds what is asked for; ValueError where it holds something else."""
+    """Return whether the folder is the requested one; raises ValueError if it holds something else."""
     if not folder.exists():
         return False
     if not (folder / META).is_file():
-        raise ValueError(f"{folder} must be free, or made by Llama.prepare; it has no {META}: choose another --out")
+        raise ValueError(f"{folder} must be new, or made by Llama.prepare; it has no {META}: choose another --out")
     meta = read_json(folder / META)
     for key in ("source", "vocab_size", "val_fraction", "document_length"):
         if meta.get(key) != request[key]:
@@ -106,10 +106,10 @@ def is_up_to_date(folder: Path, request: dict) -> bool:
     return meta.get("content") == request["content"]
 
 
-def texts(parts: list[FileSpan]) -> Iterator[str]:
-    """Read the documents of parts of files."""
-    for part in parts:
-        for text, _ in pieces(part):
+def texts(spans: list[FileSpan]) -> Iterator[str]:
+    """Yield the texts of spans of files."""
+    for span in spans:
+        for text, _ in pieces(span):
             yield text
 
 
@@ -122,10 +122,10 @@ def cut(text: str, length: int) -> Iterator[str]:
         start = stop
 
 
-def write_texts(path: Path, parts: list[FileSpan], length: int) -> int:
-    """Write documents as JSON lines, with a progress bar, and return how many."""
+def write_texts(path: Path, spans: list[FileSpan], length: int) -> int:
+    """Write documents as JSON lines, with a progress bar; returns their number."""
     count = 0
-    documents = (piece for text in texts(parts) for piece in cut(text, length))
+    documents = (piece for text in texts(spans) for piece in cut(text, length))
     with path.open("w", encoding="utf-8") as file:
         for document in progress(documents, desc=path.name, unit=" documents"):
             file.write(json.dumps({"text": document}) + "\n")
@@ -134,14 +134,14 @@ def write_texts(path: Path, parts: list[FileSpan], length: int) -> int:
 
 
 def write_tokenizer(folder: Path, documents: Iterator[str], vocab_size: int) -> int:
-    """Train a byte-level BPE, write it as on the Hugging Face Hub, and return its size."""
+    """Train a byte-level BPE and write it in Hugging Face's format; returns its size."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[BEGIN, END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte, so that there is no unknown text
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte, so that no text is unknown
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
@@ -153,7 +153,7 @@ def write_tokenizer(folder: Path, documents: Iterator[str], vocab_size: int) -> 
 
 def main() -> None:
     if sys.argv[1:] and sys.argv[1].endswith(".toml"):
-        from Llama.config import parse_config  # torchtitan takes seconds to import
+        from Llama.config import parse_config  # here: torchtitan takes seconds to import
 
         settings = parse_config()
         if Path(settings.model.hf_assets_path) == STDLIB:

@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# Fine-tunes a Llama on instructions with each optimizer, prints a table and draws the curves into images/.
-#   bash Llama/run_sft.sh                                             the small Llama on word problems: minutes, anywhere
-#   bash Llama/run_sft.sh Llama/train_configs/sft_llama3_8b.toml      Llama-3.1-8B on MathInstruct, on all GPUs here
+# Fine-tunes a Llama on instructions with each optimizer, prints a table and draws the curves into runs/llama/GROUP.
+#   bash Llama/run_sft.sh                                             the small Llama on word problems: minutes on a CPU
+#   bash Llama/run_sft.sh Llama/train_configs/sft_llama3_8b.toml      Llama-3.1-8B on MathInstruct, on all local GPUs
 #   BASE=runs/llama/stdlib/muon-... bash Llama/run_sft.sh             from other weights: Hugging Face's, or a run's
-#   OPTIMIZERS="olion adamw" LR=1e-3 bash Llama/run_sft.sh --training.steps 200    some knobs; others as in Llama/run.sh
-# The small Llama is pretrained by AdamW first, once, so that what follows asks the paper's question: how does each
-# optimizer fine-tune what AdamW has pretrained?
+#   OPTIMIZERS="olion adamw" LR=1e-3 bash Llama/run_sft.sh --training.steps 200    options as in Llama/run.sh
+# The small Llama is first pretrained by AdamW, once: as in the paper, each optimizer fine-tunes AdamW's weights.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -14,7 +13,7 @@ if [[ $# -gt 0 && "$1" != -* ]]; then
   CONFIG=$1
   shift
 fi
-BASE=${BASE:-} # weights to start from; empty: as the config says
+BASE=${BASE:-} # weights to start from; empty: the config's
 
 if [[ "$CONFIG" == */sft_arithmetic.toml && -z "$BASE" ]]; then
   finished() { find runs/llama/sft_base -path '*/adamw-*/finished.json' 2>/dev/null | head -n 1; }

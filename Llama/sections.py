@@ -1,4 +1,4 @@
-"""torchtitan's sections of a config: numbers that it would stumble over, and keys that nothing here reads."""
+"""Checks of torchtitan's sections of a config: invalid values, and settings that nothing here reads."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from Llama.config import JobConfig
 
-# What torchtitan reads and this repository does not, keys and whole sections, with what stands in its place.
+# Settings and sections of torchtitan that nothing here reads -> the reason, or the setting to use instead.
 NOT_READ = {
     "job.config_file": "name the file itself, before the flags",
     "job.custom_config_module": "Llama/config.py is the config",
@@ -23,7 +23,7 @@ NOT_READ = {
     "model.converters": "weights are trained in float32 or bfloat16",
     "model.print_after_conversion": "weights are trained in float32 or bfloat16",
     "quantize": "weights are trained in float32 or bfloat16",
-    "training.dataloader": "a thread of the training process makes the batches",
+    "training.dataloader": "a thread of the training process reads the batches",
     "validation.dataloader": "windows are read once, before training",
     "validation.steps": "set validation.windows",
     "fault_tolerance": "checkpoints resume on another number of ranks",
@@ -40,15 +40,15 @@ NOT_READ = {
     "parallelism.pipeline_parallel_schedule_csv": "there are no pipelines here",
     "parallelism.pipeline_parallel_microbatch_size": "there are no pipelines here",
     "parallelism.pipeline_parallel_expert_parallel_overlap": "there are no pipelines here",
-    "parallelism.context_parallel_load_balancer": "sequences are not cut over ranks here",
-    "parallelism.context_parallel_rotate_method": "sequences are not cut over ranks here",
-    "checkpoint.create_seed_checkpoint": "weights at the start do not depend on the layout",
+    "parallelism.context_parallel_load_balancer": "sequences are not sharded here",
+    "parallelism.context_parallel_rotate_method": "sequences are not sharded here",
+    "checkpoint.create_seed_checkpoint": "initial weights do not depend on the layout",
     "checkpoint.enable_ft_dataloader_checkpoints": "checkpoints resume on another number of ranks",
     "checkpoint.folder": "checkpoints are in the run's folder, in checkpoint/",
-    "checkpoint.initial_load_in_hf": "checkpoint.initial_load_path tells by its files",
+    "checkpoint.initial_load_in_hf": "the files of checkpoint.initial_load_path decide it",
     "checkpoint.initial_load_in_hf_quantized": "quantized weights are not trained here",
-    "checkpoint.initial_load_model_only": "a run is continued with job.resume",
-    "checkpoint.last_save_in_hf": "export with python -m Llama.weights, and keep what can be resumed",
+    "checkpoint.initial_load_model_only": "to continue a run, set job.resume",
+    "checkpoint.last_save_in_hf": "export with python -m Llama.weights; the checkpoint can then be resumed",
 }
 LEAST = {
     "checkpoint.interval": 1,
@@ -70,19 +70,14 @@ LEAST = {
     "validation.local_batch_size": 0,
     "validation.seq_len": 0,
 }
-MOST = {"training.lanes": 2**16, "debug.seed": 2**63 - 1}  # the seed is one that every generator takes
+MOST = {"training.lanes": 2**16, "debug.seed": 2**63 - 1}  # the seed: every generator's limit
 MOST_OF_ALL = 2**31 - 1  # of whole numbers: torchtitan saves its step as an int32
-SAVED = (
-    "model",
-    "optimizer",
-    "lr_scheduler",
-    "dataloader",
-    "train_state",
-)  # torchtitan's names of a checkpoint's parts
+# torchtitan's names of a checkpoint's parts.
+SAVED = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state")
 
 
 def check_sections(settings: "JobConfig", defaults: "JobConfig") -> None:
-    """Refuse, each in one line: what is set and read by nothing, and what torchtitan could not work with."""
+    """Raise ConfigError for settings that nothing reads, and for values that torchtitan cannot use."""
     check_unread(settings, defaults)
     check_numbers(settings)
     check_folders(settings)
@@ -92,7 +87,7 @@ def check_sections(settings: "JobConfig", defaults: "JobConfig") -> None:
 
 
 def check_unread(settings: "JobConfig", defaults: "JobConfig") -> None:
-    """Refuse what is set, and would be read by nothing."""
+    """Raise ConfigError for settings that nothing reads."""
     default = flat(defaults)
     for key, value in flat(settings).items():
         name = next((name for name in NOT_READ if f"{key}.".startswith(f"{name}.")), None)
@@ -101,7 +96,7 @@ def check_unread(settings: "JobConfig", defaults: "JobConfig") -> None:
 
 
 def check_numbers(settings: "JobConfig") -> None:
-    """Refuse numbers that are not finite, or out of range."""
+    """Raise ConfigError for numbers that are not finite, or out of range."""
     for key, value in flat(settings).items():
         values = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
         numbers = [each for each in values if isinstance(each, int | float) and not isinstance(each, bool)]
@@ -115,11 +110,11 @@ def check_numbers(settings: "JobConfig") -> None:
                 raise ConfigError(f"{key} must be at most {most}; got {str(number)[:40]}")
     shards = settings.parallelism.data_parallel_shard_degree
     if shards < 1 and shards != -1:
-        raise ConfigError(f"data_parallel_shard_degree must be 1 or more, or -1, the ranks that are left; got {shards}")
+        raise ConfigError(f"data_parallel_shard_degree must be 1 or more, or -1, the remaining ranks; got {shards}")
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Name each setting of a config of dataclasses "section.key"."""
+    """Flatten a config of dataclasses: each setting is named "section.key"."""
     found = {}
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), prefix + field.name
@@ -128,10 +123,10 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def check_folders(settings: "JobConfig") -> None:
-    """Refuse folders and groups that would be written outside of their place, or are none."""
+    """Raise ConfigError for folders outside the runs' folder, and for texts with NUL."""
     for key, value in flat(settings).items():
         if isinstance(value, str) and "\0" in value:
-            raise ConfigError(f"{key} must be plain text; got {value!r:.60}, with a NUL in it")
+            raise ConfigError(f"{key} must be text without NUL; got {value!r:.60}")
     for key in ("job.group", "profiling.save_traces_folder", "profiling.save_memory_snapshot_folder"):
         path = PurePath(flat(settings)[key])
         if path.is_absolute() or not path.parts or ".." in path.parts:
@@ -139,7 +134,7 @@ def check_folders(settings: "JobConfig") -> None:
 
 
 def check_steps(settings: "JobConfig") -> None:
-    """Refuse numbers of steps that torchtitan would stumble over."""
+    """Raise ConfigError for inconsistent numbers of steps."""
     planned, steps = settings.lr_scheduler.total_steps, settings.training.steps
     if planned is not None and planned < steps:
         raise ConfigError(
@@ -157,7 +152,7 @@ def check_steps(settings: "JobConfig") -> None:
 
 
 def check_schedule(schedule: "LRScheduler", steps: int) -> None:
-    """Refuse a schedule with rates outside zero and the peak, or with a warm-up that never ends."""
+    """Raise ConfigError for a schedule with rates below 0 or above the peak, or a warm-up that never ends."""
     if not 0 <= schedule.warmup_steps <= steps:
         raise ConfigError(f"lr_scheduler.warmup_steps must be between 0 and {steps} steps; got {schedule.warmup_steps}")
     for name in ("decay_ratio", "min_lr_factor"):
@@ -167,12 +162,12 @@ def check_schedule(schedule: "LRScheduler", steps: int) -> None:
 
 
 def check_device(settings: "JobConfig") -> None:
-    """Refuse what torchtitan does on GPUs alone, or what is not tested here."""
+    """Raise ConfigError for features that need a GPU, or are not tested here."""
     profiling, training = settings.profiling, settings.training
     if settings.checkpoint.async_mode not in ("disabled", "async"):
         raise ConfigError(
-            f"checkpoint.async_mode must be disabled or async; got {settings.checkpoint.async_mode!r}, whose process "
-            "of its own is not tested here"
+            f"checkpoint.async_mode must be disabled or async; got {settings.checkpoint.async_mode!r}, which is not "
+            "tested here"
         )
     if training.enable_cpu_offload:
         raise ConfigError("training.enable_cpu_offload must be false: the optimizers step where the model computes")
@@ -188,7 +183,7 @@ def check_device(settings: "JobConfig") -> None:
 
 
 def check_graph(settings: "JobConfig") -> None:
-    """Refuse recomputation, compilation and loading that torchtitan would only refuse once the model is built."""
+    """Raise ConfigError for settings that torchtitan would refuse only after building the model."""
     recompute, compiled, tensor = settings.activation_checkpoint, settings.compile, settings.parallelism
     every = recompute.selective_ac_option
     if every != "op" and not (every.isdecimal() and int(every) > 0):
@@ -211,7 +206,7 @@ def check_graph(settings: "JobConfig") -> None:
         if wrong := [name for name in found if name not in known]:
             raise ConfigError(f"{key} must be of {', '.join(known)}; got {wrong[0]!r}")
     if compiled.enable and compiled.backend != "inductor":
-        from torch._dynamo import list_backends  # seconds
+        from torch._dynamo import list_backends  # here: takes seconds
 
         if compiled.backend not in (known := list_backends(exclude_tags=())):
             raise ConfigError(f"compile.backend must be one of {', '.join(known)}; got {compiled.backend!r}")

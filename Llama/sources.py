@@ -1,4 +1,4 @@
-"""Documents that a Llama is trained on: local files, or a stream of C4, each with a position to go on from."""
+"""Training documents: local files, or a stream of C4, each with a position to resume from."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -22,7 +22,7 @@ NO_TEXT = "{} must hold text, has none: add text, or name another file"
 
 
 class Documents(Protocol):
-    """The texts of one lane, without end, and the position in them."""
+    """The endless texts of one lane, and the position in them."""
 
     epoch: int
 
@@ -32,7 +32,7 @@ class Documents(Protocol):
 
 
 class LocalDocuments:
-    """Documents of a data set on disk, in an order that is drawn anew from (seed, epoch)."""
+    """Documents of a local data set; the order of each epoch is drawn from (seed, epoch)."""
 
     def __init__(self, source: datasets.Dataset, lane: int, lanes: int, seed: int):
         self._source, self._first, self._stride, self._seed = source, lane, lanes, seed
@@ -54,16 +54,16 @@ class LocalDocuments:
 
 
 class StreamedDocuments:
-    """Documents of a data set that is read over the network, in its own order."""
+    """Documents of a data set read over the network, in its own order."""
 
     def __init__(self, source: datasets.IterableDataset, lane: int, lanes: int):
         self._source = split_dataset_by_node(source, lane, lanes)
         self._rows = iter(self._source)
-        self._loaded: dict[str, Any] | None = None  # the position, until the first draw: datasets would tell the start
+        self._loaded: dict[str, Any] | None = None  # until the first row, for which datasets reports the start
 
     @property
     def epoch(self) -> int:
-        """How often the documents have all been read."""
+        """Number of completed passes over the documents."""
         return self._source.epoch
 
     def __next__(self) -> str:
@@ -78,11 +78,11 @@ class StreamedDocuments:
         return text_of(row["text"], "a row of the stream")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, of JSON's types."""
+        """Return the position, JSON-serializable."""
         return deepcopy(self._loaded) or self._source.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a position."""
+        """Continue from a position."""
         self._loaded = deepcopy(state)
         self._source.load_state_dict(state)
         self._source.set_epoch(state["epoch"])
@@ -93,7 +93,7 @@ class StreamedDocuments:
 
 
 def read(source: Source, lane: int, lanes: int, seed: int) -> Documents:
-    """Deal a data set to lanes, and return the documents of one."""
+    """Return the documents of one lane of a data set."""
     if isinstance(source, datasets.Dataset):
         return LocalDocuments(source, lane, lanes, seed)
     return StreamedDocuments(source, lane, lanes)
@@ -102,13 +102,13 @@ def read(source: Source, lane: int, lanes: int, seed: int) -> Documents:
 def open_source(name: str, path: str | None, split: str) -> Source:
     """Open "c4" as a stream from the Hub (or its copy at `path`), or the "text" of local files.
 
-    Raises UserError for another name, a hub that cannot be reached, files that are missing or have no text.
+    Raises UserError for another name, an unreachable hub, and files that are missing or without text.
     """
     datasets.disable_progress_bars()
     if name in ("c4", "c4_validation"):
         return open_c4(path or "allenai/c4", split)
     if name != "text":
-        raise UserError(f"the data set must be c4 or text, got {name!r}; for your own files, text")
+        raise UserError(f"the data set must be c4 or text, got {name!r}; your own files are text")
     if path is None:
         raise UserError("the data set text needs its files; set training.dataset_path and validation.dataset_path")
     return open_text(Path(path), split)
@@ -116,21 +116,21 @@ def open_source(name: str, path: str | None, split: str) -> Source:
 
 def open_c4(path: str, split: str) -> datasets.IterableDataset:
     """Stream C4's English part, from a folder or from the Hub."""
-    if Path(path).is_dir():  # by its files: the data set's README.md, which names them, is often not copied
-        pattern = f"en/c4-{split}.*.json.gz"  # as that README has it
+    if Path(path).is_dir():  # by file names: the data set's README.md, which lists them, is often not copied
+        pattern = f"en/c4-{split}.*.json.gz"  # from that README
         files = [str(file) for file in sorted(Path(path).glob(pattern))]
         if not files:
             raise UserError(f"the copy of C4 in {path} must hold {pattern}, has none: copy them, or name its folder")
         try:
             return datasets.load_dataset("json", data_files=files, split="train", streaming=True)
-        except Exception as error:  # of gzip, JSON or pyarrow: they share no narrower class
+        except Exception as error:  # of gzip, JSON or pyarrow: no narrower common class
             raise UserError(
                 f"the copy of C4 in {path} must hold whole files; they cannot be read ({one_line(error)[:200]}): copy "
                 "them again"
             ) from error
     try:
         return datasets.load_dataset(path, name="en", split=split, streaming=True)
-    except Exception as error:  # the Hub's failures share no narrower class
+    except Exception as error:  # Hub errors have no narrower common class
         raise UserError(
             f"c4 ({path}) cannot be opened ({one_line(error)[:200]}): where there is no internet, set dataset_path to "
             "a copy of the data set, or train on local files (dataset text)"
@@ -138,12 +138,12 @@ def open_c4(path: str, split: str) -> datasets.IterableDataset:
 
 
 def split_of(path: Path, split: str) -> Path:
-    """Return a folder's file of one split, or a path without such files; UserError where only the other is there."""
+    """Return a folder's file of one split, or `path` without split files; raises UserError if only the other exists."""
     present = [name for name in SPLIT_FILES.values() if (path / name).is_file()]
     if present and SPLIT_FILES[split] not in present:
         raise UserError(
-            f"{path} must have {SPLIT_FILES[split]} beside {present[0]}, has none: add it, or name a folder or file of "
-            f"its own as {'training' if split == 'train' else 'validation'}.dataset_path"
+            f"{path} must have {SPLIT_FILES[split]} beside {present[0]}, has none: add it, or name another folder or "
+            f"file as {'training' if split == 'train' else 'validation'}.dataset_path"
         )
     return path / SPLIT_FILES[split] if present else path
 
@@ -154,25 +154,25 @@ def open_text(path: Path, split: str) -> datasets.Dataset:
     tables = [file for file in files if file.suffix in TABLES]
     names = [str(file) for file in tables or files]
     if len(names) < len(files) and process_rank() == 0:
-        warn(f"{path}: beside {' and '.join(TABLES)} the {len(files) - len(names)} other files are left out")
+        warn(f"{path}: {len(files) - len(names)} files other than {' and '.join(TABLES)} skipped")
     try:
         if not tables:
             if not any(file.stat().st_size for file in files):
                 raise UserError(NO_TEXT.format(path))
             return datasets.load_dataset("text", data_files=names, split="train", sample_by="document")
-        # `content` makes the cache, which goes by the arguments, see that a file has changed.
+        # The cache's key is the arguments: `content` makes it depend on changes of the files.
         rows = {"names": names, "content": fingerprint(root, tables)}
         features = datasets.Features({"text": datasets.Value("string")})
         return datasets.Dataset.from_generator(rows_of, features=features, gen_kwargs=rows)
     except datasets.exceptions.DatasetGenerationError as error:
         cause = error.__cause__ or error
-        if isinstance(cause, UserError):  # of rows_of, with file and row
+        if isinstance(cause, UserError):  # from rows_of, with file and row
             raise cause from None
         raise UserError(f"{path} must hold text: {one_line(cause)[:200]}") from error
 
 
 def rows_of(names: list[str], content: str) -> Iterator[dict[str, str]]:
-    """Read the rows of .jsonl and .parquet files, one file after the other; UserError where none has any text."""
+    """Yield the rows of .jsonl and .parquet files in order; raises UserError if none has text."""
     empty = True
     for name in names:
         for text in texts(Path(name)):

@@ -1,4 +1,4 @@
-"""The TrainSpecs "llama2" and "llama3.1": which parts of torchtitan's training are replaced, and by what."""
+"""The TrainSpecs "llama2", "llama3.1" and "qwen2.5": the replacements of parts of torchtitan's training."""
 
 from torch import nn
 from torchtitan.components.dataloader import BaseDataLoader
@@ -22,10 +22,10 @@ from optimizers import build_optimizer
 
 
 class Optimizers(OptimizersContainer):
-    """This repository's optimizer, for a model in one part (config.py refuses pipelines)."""
+    """This repository's optimizer, for a model in one part (checks.py refuses pipelines)."""
 
     def __init__(self, model_parts: list[nn.Module], settings: OptimizerConfig, parallel_dims: ParallelDims):
-        # Under FSDP and tensor parallelism parameters say themselves how they lie; plain ones are DDP's.
+        # Under FSDP and tensor parallelism parameters are DTensors with a layout; plain ones need DDP's group.
         group = None
         if parallel_dims.dp_replicate_enabled and not parallel_dims.fsdp_enabled:
             group = parallel_dims.get_mesh("dp_replicate").get_group()
@@ -34,7 +34,7 @@ class Optimizers(OptimizersContainer):
             build_optimizer(part, settings.name, process_group=group, **settings.arguments()) for part in model_parts
         ]
         params = [param for part in model_parts for param in part.parameters() if param.requires_grad]
-        self._post_init(params, {"lr": settings.peak_lr()})  # torch.optim's, for the hooks
+        self._post_init(params, {"lr": settings.peak_lr()})  # torch.optim's, for hooks
 
 
 def parallelize(model: nn.Module, parallel_dims: ParallelDims, settings: JobConfig) -> nn.Module:
@@ -45,7 +45,7 @@ def parallelize(model: nn.Module, parallel_dims: ParallelDims, settings: JobConf
 
 
 def build_loader(job_config: JobConfig, **parts) -> BaseDataLoader:
-    """Make the training batches of one data-parallel rank, of text or of instructions."""
+    """Return the training batches of one data-parallel rank, of text or of instructions."""
     kind = instructions if is_fine_tuning(job_config) else data
     return kind.build_loader(job_config=job_config, **parts)
 

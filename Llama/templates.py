@@ -1,4 +1,4 @@
-"""How conversations are written as text, in training and as a chat template of transformers."""
+"""Text formats of conversations, for training and as chat templates of transformers."""
 
 import json
 import re
@@ -7,26 +7,26 @@ from dataclasses import dataclass
 
 Messages = list[dict[str, str]]  # {"role": one of ROLES, "content": ...}
 ROLES = ("system", "user", "assistant")
-FINE_TUNING = ("instructions", "mathinstruct")  # the data sets of conversations; the others are of text
+FINE_TUNING = ("instructions", "mathinstruct")  # data sets of conversations
 TOKEN = re.compile(r"(<\|\w+\|>)")  # a special token in a template's texts
 
 
 @dataclass(frozen=True)
 class Template:
-    """The text around messages. Trained on are a response, from `lead` on, and `end`."""
+    """The text around messages. Labels are on responses, from `lead` to `end`."""
 
     system: tuple[str, str]  # before and after a system message
     user: tuple[str, str]
     response: str  # before a response
-    lead: str = ""  # where a response begins: a space, for tokenizers whose words begin with one
-    end: str | None = None  # the token that ends a response; None is the tokenizer's end of text
-    preamble: str = ""  # the system message of a conversation that has none
+    lead: str = ""  # start of a response: a space, for tokenizers whose words begin with one
+    end: str | None = None  # token that ends a response; None: the tokenizer's end of text
+    preamble: str = ""  # default system message
 
     def segments(self, messages: Messages) -> Iterator[tuple[list[str], bool]]:
-        """Cut a conversation into segments, and tell whether each is a response; what follows the last is left out.
+        """Yield (segment, whether it is a response) of a conversation, up to the last response.
 
-        A segment is a list of texts and, between them, the template's tokens: [text, token, text, ...]. What messages
-        contain is text, also where it is spelled like a token.
+        A segment is a list of texts with the template's tokens in between: [text, token, text, ...]. Messages are text,
+        even if they contain the spelling of a token.
         """
         if self.preamble and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.preamble}, *messages]
@@ -44,15 +44,15 @@ class Template:
                 _extend(prompt, after)
 
     def tokens(self) -> set[str]:
-        """Return the special tokens that the template needs, but for begin and end of text."""
+        """Return the special tokens that the template needs, except begin and end of text."""
         texts = (*self.system, *self.user, self.response, self.end or "")
         return {token for text in texts for token in TOKEN.findall(text)}
 
     def jinja(self, space: str = "") -> str:
-        """Return the chat template of transformers that writes the same text.
+        """Return the equivalent chat template of transformers.
 
-        space: for a tokenizer that begins a text with a space of its own, and no text after a special token; it is
-        written out there. transformers knows no text in messages that only looks like a token.
+        space: " " for tokenizers that add a space at the start of a text but not after a special token. transformers,
+        unlike `segments`, parses the spelling of tokens in messages.
         """
         texts = {"preamble": self.preamble, "response": self.response, "lead": self.lead}
         sets = "".join(f"{{%- set {name} = {json.dumps(text)} -%}}" for name, text in texts.items())
@@ -78,7 +78,7 @@ class Template:
 
 
 def _extend(parts: list[str], template_text: str) -> None:
-    """Append a template's text to a segment, whose last part is a text before and after."""
+    """Append a template's text to a segment; the last part of a segment is always text."""
     text, *rest = TOKEN.split(template_text)
     parts[-1] += text
     parts += rest
@@ -86,7 +86,7 @@ def _extend(parts: list[str], template_text: str) -> None:
 
 TEMPLATES = {
     "question": Template(system=("", "\n"), user=("Question: ", "\n"), response="Answer:", lead=" "),
-    # Taori et al. 2023, github.com/tatsu-lab/stanford_alpaca; MAmmoTH, arXiv 2309.05653, trains on MathInstruct so.
+    # Taori et al. 2023, github.com/tatsu-lab/stanford_alpaca; used with MathInstruct by MAmmoTH, arXiv 2309.05653.
     "alpaca": Template(
         system=("", "\n\n"),
         user=("### Instruction:\n", "\n\n"),

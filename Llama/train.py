@@ -1,12 +1,12 @@
-"""Train a Llama with one of the optimizers, through torchtitan: on text, or on instructions.
+"""Train a Llama with one of the optimizers through torchtitan, on text or on instructions.
 
     torchrun --standalone --nproc-per-node 8 -m Llama.train Llama/train_configs/llama2_7b.toml
     torchrun --standalone --nproc-per-node 2 -m Llama.train Llama/train_configs/stdlib.toml --optimizer.name muon
     python -m Llama.train Llama/train_configs/stdlib.toml --job.resume
 
-Ctrl-C or SIGTERM saves and leaves. The run's folder, runs/llama/GROUP/NAME, holds metrics.jsonl, config.json,
-checkpoint/ and wandb/. Every section and flag of torchtitan 0.2.2 is there, but for those that Llama/config.py
-replaces; --help lists them.
+Ctrl-C or SIGTERM saves a checkpoint and exits. The run's folder, runs/llama/GROUP/NAME, holds metrics.jsonl,
+config.json, checkpoint/ and wandb/. The options are torchtitan 0.2.2's, except those that Llama/config.py replaces;
+--help lists them.
 """
 
 import hashlib
@@ -41,16 +41,16 @@ from Llama.metrics import name_of, record_of
 from Llama.weights import recorded
 from optimizers import Probe
 
-titan.CheckpointManager = Checkpointer  # the one part of its trainer that a TrainSpec cannot replace
+titan.CheckpointManager = Checkpointer  # a TrainSpec cannot replace it
 
 
 class Trainer(titan.Trainer):
-    """torchtitan's trainer, with a validation at step 0, times, and an end when it is asked to stop."""
+    """torchtitan's trainer, with a validation at step 0, timing, probes and stop requests."""
 
     def __init__(self, job_config: JobConfig, stop_request: launch.StopRequest):
         super().__init__(job_config)
         self.stop_request = stop_request
-        if not job_config.training.max_norm:  # torchtitan would scale gradients to nothing
+        if not job_config.training.max_norm:  # torchtitan would scale gradients to 0
             self.job_config = replace(job_config, training=replace(job_config.training, max_norm=math.inf))
         self._micro_batch = 0
         self.timer = self.metrics_processor.timer
@@ -59,7 +59,7 @@ class Trainer(titan.Trainer):
         self.optimizers.register_step_post_hook(lambda *_: self.timer.stop())
 
     def init_distributed(self) -> ParallelDims:
-        """Join the other ranks, and refuse them where they were started otherwise: they would wait for each other."""
+        """Join the process group; raises UserError if the ranks' settings differ: they would wait for each other."""
         settings = self.job_config
         join = torch.distributed.init_process_group
         if self.device.type == "cuda" and settings.comm.mode == "default":
@@ -70,12 +70,12 @@ class Trainer(titan.Trainer):
         self.process = launch.Process(rank, int(os.environ["LOCAL_RANK"]), world_size, self.device)
         if settings.comm.mode == "default":
             config = to_dict(settings)
-            folder = config["job"].pop("dump_folder")  # named after others, and so compared after them
+            folder = config["job"].pop("dump_folder")  # derived from other settings, so compared last
             launch.refuse_differences({"config": config, "files": files_of(settings), "folder": folder}, self.process)
         return dims
 
     def batch_generator(self, data_iterable):
-        """Begin: torchtitan calls this once, when the checkpoint is loaded and before the first step."""
+        """Open the log and validate; torchtitan calls this once, after loading and before the first step."""
         self.metrics_processor.open(self.step)
         unfinished = not Path(self.job_config.job.dump_folder, END).exists()
         killed_before_its_end = self.step == self.job_config.training.steps and unfinished
@@ -84,11 +84,11 @@ class Trainer(titan.Trainer):
         return super().batch_generator(data_iterable)
 
     def forward_backward_step(self, *, global_valid_tokens: torch.Tensor, **batch) -> torch.Tensor:
-        """Make DDP's mean over ranks a sum, as FSDP's is here: torchtitan's losses are shares of the global mean."""
+        """Turn DDP's mean over ranks into a sum, like FSDP's: torchtitan's losses are shares of the global mean."""
         self._micro_batch = self._micro_batch % self.gradient_accumulation_steps + 1
         last = self._micro_batch == self.gradient_accumulation_steps
         for part in self.model_parts:
-            let_gradients_meet(part, last, self.job_config.training.gradient_sync)
+            set_gradient_sync(part, last, self.job_config.training.gradient_sync)
         dims = self.parallel_dims
         ranks = dims.dp_replicate if dims.dp_replicate_enabled and not dims.fsdp_enabled else 1
         return super().forward_backward_step(global_valid_tokens=global_valid_tokens / ranks, **batch) / ranks
@@ -98,7 +98,7 @@ class Trainer(titan.Trainer):
         super().train_step(data_iterator)
 
     def before_update(self, *_) -> None:
-        """Measure what is due, then begin the optimizer's time."""
+        """Run due probes, then start the optimizer's timer."""
         self.metrics_processor.probed = self.watch(self.step)
         self.timer.optimizer()
 
@@ -108,16 +108,16 @@ class Trainer(titan.Trainer):
         if not self.stop_request.agreed(self.process):
             return True
         settings = self.job_config.checkpoint
-        if self.step % settings.interval:  # else it is saved
+        if self.step % settings.interval:  # otherwise already saved
             self.checkpointer.save(self.step, last_step=True)
         saved = settings.enable and not settings.load_only
-        after = "the same command with --job.resume goes on" if saved else "checkpoints are off"
+        after = "the same command with --job.resume continues" if saved else "checkpoints are off"
         titan.logger.info(f"stopped after step {self.step}; {after}")
         return False
 
 
-def let_gradients_meet(model: nn.Module, is_last: bool, sync: str) -> None:
-    """Have the ranks' gradients meet, or stay where they are, at the end of the next backward pass."""
+def set_gradient_sync(model: nn.Module, is_last: bool, sync: str) -> None:
+    """Reduce gradients over ranks at the end of the next backward pass, or keep them local."""
     if isinstance(model, FSDPModule) and sync == "replicas":
         model.set_requires_all_reduce(is_last)
     elif hasattr(model, "set_requires_gradient_sync"):  # FSDP's and DDP's
@@ -127,7 +127,7 @@ def let_gradients_meet(model: nn.Module, is_last: bool, sync: str) -> None:
 def main() -> None:
     """Read the configuration and train."""
     rank, _ = environment()
-    gpu.count()  # refuses those that torch cannot use
+    gpu.count()  # raises UserError for GPUs that torch cannot use
     gpu.set_allocator()
     os.environ.setdefault("MASTER_ADDR", "localhost")
     if "RANK" in os.environ:
@@ -150,21 +150,21 @@ def main() -> None:
 
 
 def start_logging() -> None:
-    """Have rank 0 tell what it does, and the others only what goes wrong."""
+    """Log everything on rank 0, and only warnings on other ranks."""
     init_logger()
     logger = logging.getLogger()
     logger.setLevel(logging.INFO if os.environ["RANK"] == "0" else logging.WARNING)
-    noise = ("Building llama",)  # the whole shape, on twenty lines
-    if on_cpu():  # where there is no peak to look up
+    noise = ("Building llama",)  # the shape, on twenty lines
+    if on_cpu():  # without a peak to look up
         noise += ("Error running lspci", "Peak flops undefined", "Peak FLOPS used")
         warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype is not supported")
         warnings.filterwarnings("ignore", message="Set timeout is now only supported for either nccl or gloo")
-    noise += ("model.safetensors.index.json not found",)  # only torchtitan's own export would read it
+    noise += ("model.safetensors.index.json not found",)  # only torchtitan's export reads it
     logger.handlers[0].addFilter(lambda entry: not entry.getMessage().startswith(noise))
 
 
 def train(settings: JobConfig) -> None:
-    """Train to the end."""
+    """Train to the last step or a stop request."""
     torch.set_flush_denormal(True)  # saturated attention is subnormal: see nanoGPT/train.py
     trainer, folder = None, Path(settings.job.dump_folder)
     try:
@@ -179,7 +179,7 @@ def train(settings: JobConfig) -> None:
 
 
 def files_of(settings: JobConfig) -> dict[str, str | None]:
-    """Hash the names and sizes of the files that a run reads: alike on ranks that see the same ones."""
+    """Return hashes of the names and sizes of the files that a run reads, to compare over ranks."""
     paths = {
         "training.dataset_path": settings.training.dataset_path,
         "validation.dataset_path": settings.validation.dataset_path,
@@ -191,21 +191,21 @@ def files_of(settings: JobConfig) -> dict[str, str | None]:
 
 
 def digest_of_files(path: Path) -> str | None:
-    """Hash the names and sizes of a file, or of all below a folder; None without any."""
+    """Hash the name and size of a file, or of all files below a folder; None without files."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     sizes = [(file.relative_to(path).as_posix(), file.stat().st_size) for file in files]
     return hashlib.sha256(json.dumps(sizes).encode()).hexdigest() if files else None
 
 
 def same_experiment(folder: Path, settings: JobConfig) -> None:
-    """Refuse to resume with another model, corpus or optimizer than the run's; length and logs may change."""
+    """Raise UserError if a resumed run's model, corpus or optimizer differ; length and logs may change."""
     if not (folder / "config.json").exists():
         return
     was, now = recorded(folder / "config.json"), record_of(settings)
     if was.get("tokenizer") != now["tokenizer"]:
         raise UserError(
-            f"--job.resume needs the tokenizer that the run began with; {settings.model.hf_assets_path} holds another: "
-            "put that back, or start anew without --job.resume"
+            f"--job.resume needs the run's tokenizer; {settings.model.hf_assets_path} holds another: restore it, or "
+            "start over without --job.resume"
         )
     training = ("dataset", "dataset_path", "global_batch_size", "lanes", "max_norm", "seq_len")
     names = ["fine_tuning.packing", "fine_tuning.template", "lr_scheduler", "model.flavor", "model.name", "optimizer"]

@@ -1,4 +1,4 @@
-"""Validation on fixed sequences: the same at every step, in every run, and on any number of ranks."""
+"""Validation on fixed sequences: the same at every step, in every run and on any number of ranks."""
 
 import math
 
@@ -17,10 +17,10 @@ from Llama.instructions import validation_rows
 
 
 class FixedSequences(Validator):
-    """Means over the label tokens of sequences that are read once; at step 0, every `freq` steps and at the end."""
+    """Means over the label tokens of fixed sequences; at step 0, every `freq` steps and at the end."""
 
     def __init__(self, job_config: JobConfig, dp_world_size: int, dp_rank: int, tokenizer, **parts):
-        """parts: what torchtitan's validator keeps besides: the loss, its mesh, pipeline schedule and so on."""
+        """parts: further attributes of torchtitan's validator: loss, mesh, pipeline schedule and so on."""
         BaseValidator.__init__(self, job_config)
         self.tokenizer = tokenizer
         vars(self).update(parts)
@@ -39,7 +39,7 @@ class FixedSequences(Validator):
         return step % self.job_config.validation.freq == 0 or step == self.job_config.training.steps
 
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
-        """Measure and log: of text the loss, of instructions also how many responses greedy decoding would repeat."""
+        """Measure and log the loss and, of instructions, the fraction of responses that greedy decoding reproduces."""
         (model,) = model_parts
         model.eval()
         if self._instructions is None:
@@ -55,10 +55,10 @@ class FixedSequences(Validator):
 
     @torch.no_grad()
     def _measure(self, model: nn.Module, batches: list[Batch], count_exact: bool = False) -> tuple[float, float]:
-        """Return the mean loss of a label token, and the share of the rows in which each is the likeliest token.
+        """Return the mean loss per label token, and the fraction of rows whose labels are all the likeliest tokens.
 
-        The second is exact match: greedy decoding repeats a response if, and only if, it would choose each of its
-        tokens after the ones before.
+        The latter is exact match: greedy decoding reproduces a response if and only if each of its tokens is the
+        likeliest after the previous ones.
         """
         loss, tokens, exact, rows = torch.zeros(4, device=device_type)
         for inputs, labels in batches:

@@ -1,11 +1,10 @@
-"""Weights from elsewhere, and for elsewhere: the Hugging Face format, and other runs' checkpoints.
+"""Import and export of weights: Hugging Face's format, and checkpoints of other runs.
 
     python -m Llama.weights runs/llama/stdlib/RUN --out exported           # for transformers, vLLM, lm-eval
     python -m Llama.weights runs/llama/stdlib/RUN --out exported --step 200 --dtype float32
 
-What is exported has config.json, model*.safetensors, the tokenizer and, of a fine-tuned run, its chat template. Any of
-the three kinds of folder (Hugging Face weights, a run, one of its checkpoints) is where a run can start:
---checkpoint.initial_load_path.
+An export holds config.json, model*.safetensors, the tokenizer and, of a fine-tuned run, its chat template. A run can
+start from Hugging Face weights, a run or one of its checkpoints: --checkpoint.initial_load_path.
 """
 
 import os
@@ -36,19 +35,19 @@ from Llama.tokenizer import Tokenizer, export_tokenizer
 @dataclass(frozen=True)
 class Options:
     run: tyro.conf.Positional[Path]
-    """The folder of a run: runs/llama/GROUP/NAME."""
+    """Folder of a run: runs/llama/GROUP/NAME."""
     out: Path
-    """The folder to make."""
+    """Folder to write."""
     step: int | None = None
-    """Of the checkpoint; None is the newest."""
+    """Step of the checkpoint; None: the newest."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of the weights that are written."""
+    """Dtype of the exported weights."""
 
 
 def find_weights(path: Path) -> tuple[Path, bool]:
-    """Find the weights that a folder holds or, of a run, its newest; and tell whether they are Hugging Face's.
+    """Return the folder of the weights at `path` (of a run: the newest), and whether they are Hugging Face's.
 
-    Raises UserError where there are none.
+    Raises UserError if there are none.
     """
     if any(path.glob("*.safetensors")):
         return path, True
@@ -56,17 +55,17 @@ def find_weights(path: Path) -> tuple[Path, bool]:
         return path, False
     if newest := newest_checkpoint(path):
         return newest, False
-    what = "holds none" if path.is_dir() else "does not exist"
+    found = "holds none" if path.is_dir() else "does not exist"
     raise UserError(
-        f"weights are *.safetensors files, a checkpoint (step-N) or the folder of a run; {path} {what}: download "
+        f"weights are *.safetensors files, a checkpoint (step-N) or the folder of a run; {path} {found}: download "
         "them (hf download ... --local-dir FOLDER), or name another folder"
     )
 
 
 def check_weights(path: Path, is_hf: bool, shape: Shape, name: str) -> None:
-    """Refuse weights that are not exactly those of a model, naming the first difference.
+    """Raise UserError, naming the first difference, for weights that are not exactly those of a model.
 
-    path, is_hf: as `find_weights` returns them. name: of the model, for the message.
+    path, is_hf: from `find_weights`. name: of the model, for the message.
     """
     expected = weights_on_meta(shape)
     if is_hf:
@@ -81,36 +80,34 @@ def check_weights(path: Path, is_hf: bool, shape: Shape, name: str) -> None:
         if key not in found or tuple(found[key]) != tuple(tensor.shape):
             there = f"it is of shape {tuple(found[key])}" if key in found else "it is missing"
             if key == "lm_head.weight" and key not in found:
-                there = "it is missing, so the head is tied to the embedding, as this model's is not"
+                there = "it is missing, so the head is tied to the embedding, and this model's is not"
             raise UserError(
                 f"the weights of {name} must have {key} of shape {tuple(tensor.shape)}; in {path} {there}: {remedy}"
             )
     if leftover := sorted(found.keys() - expected.keys()):
         raise UserError(
-            f"the weights of {name} must be those of its model alone; {path} has {leftover[0]}, too, and "
-            f"{len(leftover) - 1} more that the model does not: {remedy}"
+            f"the weights of {name} must be only those of its model; {path} also has {leftover[0]} and "
+            f"{len(leftover) - 1} more: {remedy}"
         )
 
 
 def checkpoint_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the model's tensors in a checkpoint, whose other entries are the optimizer's and the run's.
+    """Return the shapes of a checkpoint's model tensors, without entries of the optimizer and the run.
 
-    Raises UserError where they are no floats, or damaged.
+    Raises UserError for tensors that are not floats, and for a damaged checkpoint.
     """
     try:
-        # Every rank of a run comes here: the first alone reads all bytes.
+        # Called by every rank of a run: only the first reads all bytes.
         verify(path, contents=os.environ.get("RANK", "0") == "0")
         metadata = TensorReader(path).read_metadata().state_dict_metadata
     except Damaged as error:
-        raise UserError(
-            f"weights must be as they were written; {path} is not: {error}; name an older step-N"
-        ) from error
+        raise UserError(f"weights must be undamaged; {path} is not: {error}; name an older step-N") from error
     names = [key for family in ("llama2", "qwen2.5") for key in weights_on_meta(FLAVORS[family]["debug"])]
     parts = {key.partition(".")[0] for key in names}
     found = {key: entry for key, entry in metadata.items() if key.partition(".")[0] in parts}
     for key, entry in found.items():
         if not isinstance(entry, TensorStorageMetadata) or entry.properties.dtype not in DTYPES.values():
-            raise UserError(f"weights must be float tensors; {key} in {path} is none: name another checkpoint")
+            raise UserError(f"weights must be float tensors; {key} in {path} is not: name another checkpoint")
     return {key: tuple(entry.size) for key, entry in found.items()}
 
 
@@ -118,12 +115,12 @@ def checkpoint_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def export(options: Options) -> Path:
-    """Write a run's weights as transformers reads them, and return the folder."""
+    """Write a run's weights in transformers' format; returns the folder."""
     record = options.run / "config.json"
     if not record.is_file():
-        raise UserError(f"what is exported is the folder of a run, with its config.json; {options.run} has none")
+        raise UserError(f"need the folder of a run, with its config.json; {options.run} has none: name another")
     if options.out.exists():
-        raise UserError(f"--out must be a new folder; {options.out} is there: remove it, or name another")
+        raise UserError(f"--out must be a new folder; {options.out} exists: remove it, or name another")
     settings = recorded(record)
     step = options.run / FOLDER / f"step-{options.step}" if options.step is not None else options.run
     checkpoint, _ = find_weights(step)
@@ -146,7 +143,7 @@ def export(options: Options) -> Path:
 
 
 def recorded(path: Path) -> dict[str, Any]:
-    """Return the config that a run's config.json holds; UserError where it is damaged, or of another program."""
+    """Return the config in a run's config.json; raises UserError if it is damaged, or of another program."""
     config = read_json(path).get("config")
     for section, key in (("model", "name"), ("model", "flavor"), ("model", "hf_assets_path"), ("training", "dataset")):
         text_at(path, config, section, key)
@@ -154,7 +151,7 @@ def recorded(path: Path) -> dict[str, Any]:
 
 
 def text_at(path: Path, config: Any, section: str, key: str) -> str:
-    """Return the text of a config's setting; UserError, with the file's path, where there is none."""
+    """Return a config's setting as text; raises UserError, naming the file, if it is missing."""
     found = config.get(section) if isinstance(config, dict) else None
     if not isinstance(found, dict) or not isinstance(found.get(key), str):
         raise UserError(f"{path} must be a run's of Llama.train, with {section}.{key} in its config: restore it")
@@ -164,15 +161,15 @@ def text_at(path: Path, config: Any, section: str, key: str) -> str:
 def write_hf(
     folder: Path, weights: dict[str, Tensor], shape: Shape, assets: Path, template: Template | None = None
 ) -> None:
-    """Write weights of Llama.model, their config, and the tokenizer of `assets`, with a fine-tuned one's template."""
+    """Write a model's weights and config, and the tokenizer of `assets`, with a fine-tuned model's template."""
     from huggingface_hub import save_torch_state_dict
 
-    export_tokenizer(folder, assets, template)  # first: it may refuse
+    export_tokenizer(folder, assets, template)  # first: it can fail
     save_torch_state_dict(Adapter(shape, None).to_hf(weights), folder)
     tokenizer = Tokenizer(assets)
     ends = [tokenizer.eos_id]
     if template and template.end:
-        ends.append(tokenizer.token_to_id(template.end))  # to stop at, too
+        ends.append(tokenizer.token_to_id(template.end))  # generation also stops at it
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
     dtype = next(iter(weights.values())).dtype
     hf_config(shape, dtype=dtype, **ids).save_pretrained(folder)

@@ -68,7 +68,7 @@ def test_misspelt_key_of_a_file_refuses_with_the_nearest_key(tmp_path):
         (["--model.flavor", "7C"], "model.flavor must be one of debug, 7B"),
         (["--training.dataset", "instruction"], "training.dataset must be one of c4, .*; got 'instruction'"),
         (["--validation.dataset", "mathinstruct"], "validation.dataset must be one of c4, .*; got 'mathinstruct'"),
-        (["--validation.pretrain_dataset", "text"], "pretrain_dataset is for fine-tuning"),
+        (["--validation.pretrain_dataset", "text"], "pretrain_dataset needs fine-tuning"),
         (["--lr_scheduler.total_steps", "9"], "total_steps must be training.steps 400 or more"),
         (["--checkpoint.load_step", "3"], "load_step needs job.resume, .* got 3 alone"),
         (["--comm.mode", "local_tensor"], "does not train"),
@@ -77,11 +77,11 @@ def test_misspelt_key_of_a_file_refuses_with_the_nearest_key(tmp_path):
         (["--parallelism.tensor_parallel_degree", "8"], "must divide the 4 key and value heads"),
         (["--parallelism.tensor_parallel_degree", "2"], "tensor_parallel_degree must divide the 1 ranks"),
         (["--parallelism.data_parallel_shard_degree", "2"], "must use the 1 ranks there are"),
-        (["--parallelism.pipeline_parallel_degree", "2"], "pipelines leave gradients"),
+        (["--parallelism.pipeline_parallel_degree", "2"], "pipelines sum gradients"),
         (["--parallelism.context_parallel_degree", "2"], "context_parallel_degree must be 1, got 2"),
         (["--model.name", "llama3"], "model.name must be one of llama2, llama3.1, qwen2.5; got 'llama3'"),
         (["--fine_tuning.template", "chatml"], "template must be one of question, alpaca, llama3; got 'chatml'"),
-        (["--fine_tuning.packing"], "packing is for instructions"),
+        (["--fine_tuning.packing"], "packing needs instructions"),
         (
             ["--training.dataset", "instructions", "--validation.dataset", "instructions"],
             "fine-tuning needs weights to start from",
@@ -247,6 +247,6 @@ def test_checkpoint_that_lost_a_file_refuses_and_names_it(tmp_path, lost):
         (step / name).write_bytes(b"\x00")
     write_manifest(step, {"step": 1})
     (step / lost).unlink()
-    with pytest.raises(UserError, match=r"a checkpoint must be as it was written; none in .* is") as refused:
+    with pytest.raises(UserError, match=r"a checkpoint must be undamaged; none in .* is") as refused:
         find_step(tmp_path)
     assert lost == "manifest.json" or lost in str(refused.value)

@@ -154,7 +154,7 @@ def test_rows_of_a_mixed_folder_match_its_tables_in_order(tmp_path, capsys):
     parquet.write_table(pyarrow.table({"n": [1], "text": ["a"]}), tmp_path / "a.parquet")
     (tmp_path / "LICENSE").write_text("free")
     assert list(open_source("text", str(tmp_path), "train")["text"]) == ["a", "b 1", "b 2"]
-    assert "the 1 other files are left out" in capsys.readouterr().err
+    assert "1 files other than .jsonl and .parquet skipped" in capsys.readouterr().err
     (tmp_path / "b.jsonl").write_text('{"text": "b 3"}\n')  # cached no longer
     assert list(open_source("text", str(tmp_path), "train")["text"]) == ["a", "b 3"]
 

@@ -295,9 +295,9 @@ def test_run_is_exported_once_and_again_when_its_checkpoint_is_newer(assets, mod
     ("line", "message"),
     [
         ('{"question": "2?", "answer": 2}\n{"question": "3?"}', r'problem 2 must have "question" and "answer".*got'),
-        ("2?", "numglue.jsonl must be JSON, one object a line"),
-        ("", "numglue.jsonl must hold problems, one a line; it is empty"),
-        (None, "needs its problems in .*numglue.jsonl, which does not exist: put it there, or unset EVAL_DATA"),
+        ("2?", "numglue.jsonl must be JSON, one object per line"),
+        ("", "numglue.jsonl must hold problems, one per line; it is empty"),
+        (None, "needs its problems in .*numglue.jsonl, which does not exist: add it, or unset EVAL_DATA"),
     ],
 )
 def test_problems_refuse_local_files_in_one_line(line, message, tmp_path):
@@ -341,7 +341,7 @@ def test_evaluate_refuses_tasks_shots_and_unreachable_data_in_one_line(tuned, tm
     monkeypatch.setattr(problems, "load", unreachable)
     monkeypatch.setattr("lm_eval.tasks._yaml_loader._import_func_in_yml", lambda *_: unreachable)
     with pytest.raises(
-        UserError, match=r"data of numglue .* must be in reach \(Couldn't reach it on the Hub\): connect"
+        UserError, match=r"data of numglue .* must be readable \(Couldn't reach it on the Hub\): connect"
     ):
         scores_of(monkeypatch, capsys, [tuned], ["numglue-0"], *data)
     with pytest.raises(UserError, match=r"weights are \*.safetensors files.*nowhere does not exist"):
@@ -389,9 +389,9 @@ def test_script_passes_models_tasks_and_flags_on(checkout):
     ("arguments", "message"),
     [
         (["a"], "error: PYTHON=.* must have lm-eval; run: .* -m pip install -r Llama/requirements-eval.txt -c req"),
-        ([], "error: the models to score must be named, before any flag: .* got none"),
+        ([], "error: name the models to score, before any flag: .* got none"),
         (["a", "--tasks", "gsm8k"], "error: set TASKS instead of --tasks, as in TASKS='gsm8k-0 gsm8k-4'"),
-        (["a", "--output_path=x"], "error: results are written below the model's folder; leave out --output_path=x"),
+        (["a", "--output_path=x"], "error: results are written to the model's folder; leave out --output_path=x"),
     ],
 )
 def test_script_refuses_in_one_line(arguments, message, checkout):

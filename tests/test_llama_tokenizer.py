@@ -65,7 +65,7 @@ def test_exported_tokens_match_those_of_training(name, kind, tmp_path):
     assets, out = make(tmp_path / "assets", kind), tmp_path / "out"
     out.mkdir()
     if name == "llama3" and kind != "bytes":  # a response would begin with a space in training only
-        with pytest.raises(UserError, match="must read the tokens that were trained on"):
+        with pytest.raises(UserError, match="must produce the tokens of training"):
             export_tokenizer(out, assets, TEMPLATES[name])
         return
     export_tokenizer(out, assets, TEMPLATES[name])
@@ -128,7 +128,7 @@ def test_export_whose_tokens_differ_refuses_before_weights_are_written(tmp_path)
 
     (tmp_path / "out").mkdir()
     template = Other(**vars(TEMPLATES["question"]))
-    with pytest.raises(UserError, match=r"must read the tokens that were trained on; .* it reads .* instead of"):
+    with pytest.raises(UserError, match=r"must produce the tokens of training; .* it gives .* instead of"):
         export_tokenizer(tmp_path / "out", make(tmp_path / "assets"), template)
 
 
@@ -144,10 +144,10 @@ def test_damaged_tokenizer_refuses_with_its_path(tmp_path, file, text):
 
 def test_tokenizer_of_two_sources_refuses(tmp_path):
     (assets := make(tmp_path / "assets")).joinpath("tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="has none that can be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         Tokenizer(assets)
     tokens = {"7": {"content": "</s>", "special": True}}
-    with pytest.raises(UserError, match=r"it has '</s>' as 7, which is 2 there: put both files of one tokenizer"):
+    with pytest.raises(UserError, match=r"it has '</s>' as 7, which is 2 there: use both files of one tokenizer"):
         Tokenizer(make(tmp_path / "other", added_tokens_decoder=tokens))
 
 
@@ -155,6 +155,6 @@ def test_template_that_the_tokenizer_cannot_export_refuses_before_training(tmp_p
     settings = JobConfig()
     settings.fine_tuning.template, settings.model.hf_assets_path = "llama3", str(tmp_path / "assets")
     tokenizer = Tokenizer(make(tmp_path / "assets", "llama2"))
-    with pytest.raises(UserError, match="llama3 needs a tokenizer that puts no space before a text"):
+    with pytest.raises(UserError, match="llama3 needs a tokenizer that adds no space before a text"):
         check_tokens(tokenizer, TEMPLATES["llama3"], settings)
     check_tokens(tokenizer, TEMPLATES["question"], settings)

@@ -26,7 +26,7 @@ from Llama.config import JobConfig, parse_config
 from Llama.metrics import Diverged, _Logger, name_of
 from Llama.model import FLAVORS
 from Llama.prepare import Prepare, prepare
-from Llama.train import let_gradients_meet, main, same_experiment, titan, train
+from Llama.train import main, same_experiment, set_gradient_sync, titan, train
 from scripts.curvature.subjects import open_run
 from tests.ranks import Ranks
 
@@ -229,7 +229,7 @@ def _meetings() -> list[bool]:
         model = fully_shard(model, mesh=mesh) if layout == "hsdp" else replicate(model, device_mesh=mesh["replicate"])
         grads = []
         for micro_batch in range(2):
-            let_gradients_meet(model, micro_batch == 1, "replicas")
+            set_gradient_sync(model, micro_batch == 1, "replicas")
             model(torch.full((1, 3), 1.0 + rank + 10 * micro_batch)).sum().backward()
             grad = model.weight.grad
             grads.append(getattr(grad, "full_tensor", lambda grad=grad: grad)() if grad is not None else None)
@@ -392,7 +392,7 @@ def test_damaged_newest_checkpoint_is_passed_over_and_named(folder, tmp_path, ca
     assert find_step(newest.parent) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"checkpoint {newest} is damaged and skipped" in said
-    with pytest.raises(UserError, match=r"a checkpoint must be as it was written; none in .* is"):
+    with pytest.raises(UserError, match=r"a checkpoint must be undamaged; none in .* is"):
         find_step(newest.parent, 2)
     shutil.rmtree(newest.with_name("step-1"))
     with pytest.raises(UserError, match=r"none in .* is"):

@@ -173,10 +173,10 @@ def refusal(folder: Path) -> str:
     ("entries", "message"),
     [
         ({"model_type": "mistral"}, "says model_type 'mistral'"),
-        ({"attention_bias": True}, "must have attention_bias False; .* says True: the model here has no such thing"),
+        ({"attention_bias": True}, "must have attention_bias False; .* says True: the model here does not support it"),
         ({"mlp_bias": True}, "must have mlp_bias False"),
         ({"hidden_act": "gelu"}, "must have hidden_act silu; .* says gelu"),
-        ({"sliding_window": 4096}, "must have sliding_window None; .* says 4096: the model here has no such thing"),
+        ({"sliding_window": 4096}, "must have sliding_window None; .* says 4096: the model here does not support it"),
         ({"quantization_config": {"quant_method": "fp8"}}, "must have quantization_config None"),
         ({"tie_word_embeddings": True}, "says True: their head is tied to the embedding"),
         ({"head_dim": 32}, "must have head_dim 16; .* says 32"),
@@ -280,10 +280,10 @@ def test_tensors_that_the_model_lacks_or_cannot_read_refuse_in_one_line(foreign)
     save(foreign, model=good | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
     weights.check_weights(foreign, True, SHAPES["llama2"], "llama2 tiny")  # a table of old exports
     for tensors, message in [
-        (good | scale, f"has {query}.weight_scale, too, and 0 more"),
+        (good | scale, f"also has {query}.weight_scale and 0 more"),
         (good | {f"{query}.bias": torch.ones(64)}, f"has {query}.bias, too"),
         (good | eight_bits | scale, f"{query}.weight in .*model.safetensors is F8_E4M3: .* not quantized"),
-        (good | whole_numbers, "is I8: download the weights that are not quantized"),
+        (good | whole_numbers, "is I8: download weights that are not quantized"),
         (
             {key: each for key, each in good.items() if key != "lm_head.weight"},
             "lm_head.* missing, so the head is tied",
@@ -328,7 +328,7 @@ def test_tensors_match_the_file_that_the_index_names(foreign):
         ({"weight_map": owner | {norm: "e.safetensors"}}, "e.safetensors cannot be read"),
         ({"weight_map": owner | {norm: "../b.safetensors"}}, "must map tensors to files of its folder"),
         ({"weight_map": []}, "must map tensors to files"),
-        ([], "must hold a JSON object"),
+        ([], "must hold an object"),
     ]:
         index.write_text(json.dumps(content))
         assert re.search(message, refusal(foreign)), message

@@ -1,4 +1,4 @@
-"""The problems of this folder's tasks, and whether a response answers them; the .yaml files name these functions."""
+"""Problems of this folder's tasks, and their scoring; the .yaml files name these functions."""
 
 import json
 import re
@@ -24,15 +24,15 @@ NUMBER = re.compile(r"(?<![\d.)])-?(?:\d+/[1-9]\d*|\d*\.?\d+)")
 
 
 def load(name: str, data: str | None = None, plain: bool = False, **_: Any) -> datasets.DatasetDict:
-    """Read a task's problems, "test", and worked "examples": each with a "question" and its "solution".
+    """Return a task's problems, "test", and worked "examples": each with a "question" and its "solution".
 
-    `data`: a folder with name.jsonl, instead of the source. `plain`: as text to go on with, not as a message. lm-eval
-    passes on all its metadata; the rest is not read. Raises UserError where the problems are missing, or not problems.
+    `data`: a folder with name.jsonl, instead of the source. `plain`: as text to continue, not as a message. lm-eval
+    also passes other metadata, which is ignored. Raises UserError if the problems are missing or malformed.
     """
     where = f"{data}/{name}.jsonl" if data else name
     problems = [to_problem(row, f"{where}, problem {i}") for i, row in enumerate(read(name, data), start=1)]
     if not problems:
-        raise UserError(f"{where} must hold problems, one a line; it is empty")
+        raise UserError(f"{where} must hold problems, one per line; it is empty")
     examples = read_lines(EXAMPLES)
     if plain:
         for each in (*problems, *examples):
@@ -42,11 +42,11 @@ def load(name: str, data: str | None = None, plain: bool = False, **_: Any) -> d
 
 
 def read(name: str, data: str | None) -> list[Any]:
-    """Read the rows of a local file, or of the source."""
+    """Return the rows of a local file, or of the source."""
     if data or name == "arithmetic_problems":
         path = Path(data) / f"{name}.jsonl" if data else FOLDER / "val.jsonl"
         if not path.is_file():
-            remedy = "put it there, or unset EVAL_DATA" if data else "run python -m Llama.arithmetic"
+            remedy = "add it, or unset EVAL_DATA" if data else "run python -m Llama.arithmetic"
             raise UserError(f"{name} needs its problems in {path}, which does not exist: {remedy}")
         return read_lines(path)
     try:
@@ -54,7 +54,7 @@ def read(name: str, data: str | None) -> list[Any]:
             return datasets.load_dataset("deepmind/aqua_rat", "raw", split="test").to_list()
         file = datasets.DownloadManager().download(MAMMOTH.format(name=name))
         return json.loads(Path(file).read_text(encoding="utf-8"))
-    except Exception as error:  # the failures of a network share no narrower class
+    except Exception as error:  # network errors have no narrower common class
         raise UserError(
             f"the problems of {name} are not reachable ({one_line(error)[:100]}): where there is no internet, set "
             f"EVAL_DATA to a folder with {name}.jsonl, or leave {name} out of TASKS"
@@ -62,16 +62,16 @@ def read(name: str, data: str | None) -> list[Any]:
 
 
 def read_lines(path: Path) -> list[Any]:
-    """Read a file of JSON lines."""
+    """Return the rows of a file of JSON lines."""
     try:
         with path.open(encoding="utf-8") as lines:
             return [json.loads(line) for line in lines if line.strip()]
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} must be JSON, one object a line: {error}") from error
+        raise UserError(f"{path} must be JSON, one object per line: {error}") from error
 
 
 def to_problem(row: Any, where: str) -> dict[str, str]:
-    """Return what is asked, the answer, and the text that a worked example would end with."""
+    """Return the question, the answer, and the text that ends a worked example."""
     try:
         if "instruction" in row:  # Llama.arithmetic's
             return {"question": row["instruction"], "answer": row["output"], "solution": row["output"]}
@@ -90,12 +90,12 @@ def to_problem(row: Any, where: str) -> dict[str, str]:
 
 
 def score(doc: dict[str, str], results: list[str]) -> dict[str, float]:
-    """Say whether a response gives the answer of a problem."""
+    """Return lm-eval's metrics of a response."""
     return {"exact_match": float(is_answer(results[0], doc["answer"]))}
 
 
 def is_answer(response: str, answer: str) -> bool:
-    """Compare a response with an answer: a number as a number, a letter as a letter, another text as a whole.
+    """Compare a response with an answer: numbers and letters by value, other texts as a whole.
 
     Example: is_answer("He pays 2 * 617.25. The answer is $1,234.50.", "1234.5") is True.
     """
@@ -105,14 +105,14 @@ def is_answer(response: str, answer: str) -> bool:
     if not NUMBER.fullmatch(expected):
         return response.strip() == answer.strip()
     found = final(NUMBER, plain_numbers(response))
-    if found is None or len(found) > 100:  # a model that repeats itself writes numbers that Python refuses to read
+    if found is None or len(found) > 100:  # repetitive models write numbers too long for Python
         return False
     wanted = Fraction(expected)
     return abs(Fraction(found) - wanted) <= abs(wanted) / 10**9  # sources have 4.300000000000001 for 4.3
 
 
 def final(pattern: re.Pattern[str], response: str) -> str | None:
-    """Find the first match after the last mark of an answer, in its line, or the last match where no mark is."""
+    """Return the first match on the line after the last MARK, or without a mark the last match."""
     *before, rest = MARK.split(response)
     if not before:
         return (pattern.findall(response) or [None])[-1]
@@ -121,6 +121,6 @@ def final(pattern: re.Pattern[str], response: str) -> str | None:
 
 
 def plain_numbers(text: str) -> str:
-    r"""Write $1,234.50 as 1234.50, and \frac{1}{2} as 1/2."""
+    r"""Rewrite $1,234.50 as 1234.50, and \frac{1}{2} as 1/2."""
     text = re.sub(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2", text)
     return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.replace("$", "").replace("\\!", ""))
