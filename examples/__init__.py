@@ -1,1 +1,1 @@
-"""The optimizers in other training loops: each file runs on a CPU in seconds, and stands alone."""
+"""The optimizers in other training loops: standalone files that run on a CPU in seconds."""

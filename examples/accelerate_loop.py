@@ -1,10 +1,10 @@
-"""A loop with Accelerate, on one process or many.
+"""A loop with Accelerate, on one process or several.
 
     python -m examples.accelerate_loop
     accelerate launch --cpu --num_processes 2 -m examples.accelerate_loop
 
-The model is prepared first and the optimizer is built for what comes back (DDP's or FSDP2's model), so that the ranks
-share the orthogonalizations.
+Prepare the model first, then build the optimizer for the result (a DDP or FSDP2 model), so that the ranks share the
+orthogonalizations.
 """
 
 import torch
@@ -16,7 +16,7 @@ from optimizers import build_optimizer
 
 
 def main(epochs: int = 6) -> list[float]:
-    """Train a small network to repeat another; returns the mean loss of each epoch."""
+    """Train a small network to imitate another; returns the mean loss of each epoch."""
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     teacher, student = (nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)) for _ in range(2))

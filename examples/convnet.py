@@ -28,7 +28,7 @@ class Net(nn.Module):
 
 
 def train(name: str, lr: float, seed: int = 0, epochs: int = 3) -> float:
-    """Train by one optimizer; returns the share of held-out digits that are read right."""
+    """Train with one optimizer; returns the accuracy on held-out digits."""
     torch.manual_seed(seed)
     pixels, labels = load_digits(return_X_y=True)
     images, labels = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(labels)
@@ -40,7 +40,7 @@ def train(name: str, lr: float, seed: int = 0, epochs: int = 3) -> float:
         name,
         lr=lr,
         adamw_lr=1e-2,
-        roles={"body.0.weight": "embedding", "head.weight": "head"},  # the layers that touch pixels and classes
+        roles={"body.0.weight": "embedding", "head.weight": "head"},  # the layers of pixels and classes
         as_matrices="flatten",
     )
     steps = epochs * (len(train_rows) // 64)
@@ -58,11 +58,11 @@ def train(name: str, lr: float, seed: int = 0, epochs: int = 3) -> float:
 
 
 def main(epochs: int = 3) -> dict[str, float]:
-    """Train by both optimizers; returns what each reads right."""
-    shares = {name: train(name, lr, epochs=epochs) for name, lr in {"olion": 1e-2, "adamw": 1e-2}.items()}
-    for name, share in shares.items():
-        print(f"{name}: {share:.1%} of 360 held-out digits")
-    return shares
+    """Train with both optimizers; returns the accuracy of each."""
+    accuracies = {name: train(name, lr, epochs=epochs) for name, lr in {"olion": 1e-2, "adamw": 1e-2}.items()}
+    for name, accuracy in accuracies.items():
+        print(f"{name}: {accuracy:.1%} of 360 held-out digits")
+    return accuracies
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m examples.ddp
 
-Each matrix is orthogonalized by one rank, its owner; `print(optimizer.plan)` shows which.
+Each matrix is orthogonalized by one rank, its owner: see `print(optimizer.plan)`.
 """
 
 import torch
@@ -22,7 +22,7 @@ def main(steps: int = 40) -> list[float]:
     )
     model = DistributedDataParallel(student)
     optimizer = build_optimizer(model, "olion", lr=1e-2)
-    torch.manual_seed(dist.get_rank())  # other data on each rank
+    torch.manual_seed(dist.get_rank())  # different data per rank
     losses = []
     for _ in range(steps):
         inputs = torch.randn(128, 32)

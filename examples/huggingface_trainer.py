@@ -2,7 +2,7 @@
 
     python -m examples.huggingface_trainer
 
-The Trainer takes the optimizer that it is given, clips, schedules and saves as usual.
+The Trainer uses the given optimizer, and clips, schedules and saves as usual.
 """
 
 import argparse

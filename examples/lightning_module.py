@@ -1,4 +1,4 @@
-"""A LightningModule that trains by OLion, its learning rate scheduled and logged as with any optimizer.
+"""A LightningModule that trains with OLion, with a learning-rate schedule as for any optimizer.
 
 pip install lightning
 python -m examples.lightning_module
@@ -14,7 +14,7 @@ from optimizers import build_optimizer
 
 
 class Student(lightning.LightningModule):
-    """A small network that learns to repeat another."""
+    """A small network that learns to imitate another."""
 
     def __init__(self, steps: int):
         super().__init__()

@@ -1,12 +1,13 @@
 """LoRA with peft: adapters A (rank, inputs) and B (outputs, rank) trained as matrices, or all by AdamW.
 
     pip install peft
-    python -m examples.lora              # seconds: one run of each
+    python -m examples.lora              # seconds: one run per optimizer
     python -m examples.lora --compare    # minutes: rates and seeds, the table of RESULTS.md
 
-A small GPT-2 learns Python source, is frozen, and its adapters learn the English of Python's manual. Measured (three
-seeds, RESULTS.md): at their best rates OLion, Muon and AdamW are level; AdamW is ahead at low rates and breaks at high
-ones, where the matrix rules hold. Take AdamW unless state counts: OLion and Muon keep one number per entry, AdamW two.
+A small GPT-2 learns Python source and is frozen; its adapters then learn the English of Python's manual. Measured with
+three seeds (RESULTS.md): OLion, Muon and AdamW are equal at their best rates; AdamW is ahead at low rates and fails at
+high ones, where the matrix rules do not. Use AdamW unless memory matters: OLion and Muon keep one number per entry,
+AdamW two.
 """
 
 import argparse
@@ -34,7 +35,7 @@ def windows_of(path: str) -> torch.Tensor:
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, windows: torch.Tensor, steps: int) -> None:
-    """Train on random windows, the rate falling linearly to 0."""
+    """Train on random windows, with a rate that decays linearly to 0."""
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for _ in range(steps):
         rows = windows[torch.randint(len(windows), (4,))]
@@ -46,7 +47,7 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, windows: tor
 
 
 def pretrain(steps: int = 200) -> GPT2LMHeadModel:
-    """Return a small GPT-2 that has read Python source."""
+    """Return a small GPT-2 trained on Python source."""
     torch.manual_seed(0)
     size = dict(n_positions=CONTEXT, n_embd=64, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=256, bos_token_id=None, eos_token_id=None, **size))
@@ -79,7 +80,7 @@ def compare(base: GPT2LMHeadModel) -> None:
 
 
 def main(steps: int = 100) -> dict[str, float]:
-    """Fine-tune once by each optimizer; returns the losses, that of the base under "none"."""
+    """Fine-tune once with each optimizer; returns the losses, with the base model's as "none"."""
     base = pretrain(2 * steps)
     losses = {"none": fine_tune(base, "olion", 0.0, steps=1)}
     losses |= {name: fine_tune(base, name, lr, steps=steps) for name, lr in BEST.items()}

@@ -2,4 +2,4 @@
 
 from common.guard import plain_interrupt
 
-plain_interrupt()  # what a program here imports takes seconds
+plain_interrupt()  # the imports below take seconds

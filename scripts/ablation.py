@@ -1,9 +1,9 @@
-"""Trains the small GPT with OLion's parts left out or exchanged, to tell where its result comes from.
+"""Ablation: trains the small GPT with parts of OLion removed or exchanged.
 
     python -m scripts.ablation nanoGPT/configs/stdlib.toml --optimizer.name olion_unsigned --optimizer.lr 8e-3
     python -m scripts.figures 'runs/nanogpt/ablation/*'
 
-All take OLion's momentum and step at its size, RMS 0.2 of an entry:
+All use OLion's momentum and its size of update, RMS 0.2 per entry:
 
     olion                 sign(orthogonalize(M))
     olion_unsigned        orthogonalize(M): Muon with this momentum

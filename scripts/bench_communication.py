@@ -1,20 +1,20 @@
-"""Counts the bytes that a step of each optimizer moves on ranks of this machine, and times it, over gloo.
+"""Counts the bytes that a step of each optimizer sends between local ranks, and times it, over gloo.
 
     python -m scripts.bench_communication
     python -m scripts.bench_communication --ranks 4 --layers 12 --repeats 3
     python -m scripts.bench_communication --dtype bfloat16 --record communication.json
 
 The parameters are GPT-2 small's hidden matrices. Under ddp every rank holds all of them, and each matrix has an owner
-that computes its direction for all; under fsdp every rank holds the rows that FSDP2 would leave it. Bytes are those of
-the busiest rank, counted where they are sent (`optimizers.count_bytes`), beyond those of averaging the gradient, which
-stand beside them. `bits` are of one entry of the directions that come back; a matrix of OLion's that has a zero, which
-rounding makes of one entry in tens of millions, takes more. What goes to the owners travels in the precision of the
-orthogonalization: --dtype bfloat16 moves the bytes that GPUs would, and takes longer on most CPUs.
+that computes its direction for all; under fsdp every rank holds FSDP2's rows. Bytes are the busiest rank's, counted as
+they are sent (`optimizers.count_bytes`), without those of averaging the gradient, which have their own column. `bits`
+are per entry of the returned directions; an OLion matrix with a zero, which rounding makes of one entry in tens of
+millions, takes more. Shards travel to owners in the precision of the orthogonalization: --dtype bfloat16 sends as many
+bytes as GPUs would, and is slower on most CPUs.
 
-A round steps every optimizer on every layout once, its ranks starting together; its time is the slowest rank's. In
-`local ms` rank 0 steps whole matrices by itself while the others wait. All processes have as many threads and share
-the cores of this machine: on 2 cores, ranks of one thread can at best halve the local time. Their links are the
-machine's memory; for real ones see scripts.plan.
+A round steps every optimizer on every layout once, with ranks starting together; the time is the slowest rank's. For
+`local ms` rank 0 steps whole matrices alone while the others wait. All processes have equally many threads and share
+this machine's cores: on 2 cores, ranks of one thread can at best halve the local time. The links are the machine's
+memory; for networks see scripts.plan.
 """
 
 import json
@@ -41,36 +41,36 @@ from scripts.bench_optimizers import matrix_shapes
 from scripts.plan import Mesh, gradient_traffic
 
 CONSTRUCTORS = {"AdamW": AdamW, "Muon": Muon, "OLion": OLion}
-AXES = {"ddp": "replicate", "fsdp": "shard"}  # what the ranks of a layout are to each other
+AXES = {"ddp": "replicate", "fsdp": "shard"}  # layout -> dimension of scripts.plan's Mesh
 
 
 @dataclass(frozen=True)
 class Options:
-    """Counts the bytes that a step of each optimizer moves on ranks of this machine, and times it, over gloo."""
+    """Counts the bytes that a step of each optimizer sends between local ranks, and times it, over gloo."""
 
     ranks: tuple[int, ...] = (2, 4)
-    """Numbers of ranks, one after the other."""
+    """Numbers of ranks to measure."""
     layers: int = 2
     """Blocks of GPT-2 small, which has 12: 4 matrices and 7.1 million entries each."""
     repeats: int = 5
     """Timed rounds."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the orthogonalizations, and of what travels to them."""
+    """Precision of the orthogonalizations, and of shards sent to owners."""
     threads: int = 1
-    """Of each process."""
+    """Threads per process."""
     record: Path | None = None
-    """Also writes the numbers here, as JSON."""
+    """Also write the numbers here, as JSON."""
 
 
 class Contestant:
-    """An optimizer with parameters of its own, laid out in one way; `local` ones step on rank 0 only."""
+    """An optimizer with its own parameters in one layout; `local` ones step on rank 0 only."""
 
     def __init__(self, layout: str, name: str, gradients: list[Tensor], dtype: torch.dtype):
-        place = _cut if layout == "fsdp" else torch.clone
+        lay_out = _shard if layout == "fsdp" else torch.clone
         self.layout, self.name = layout, name
-        self.params = [nn.Parameter(place(torch.zeros_like(gradient))) for gradient in gradients]
+        self.params = [nn.Parameter(lay_out(torch.zeros_like(gradient))) for gradient in gradients]
         for param, gradient in zip(self.params, gradients, strict=True):
-            param.grad = place(gradient)
+            param.grad = lay_out(gradient)
         group = dist.group.WORLD if layout == "ddp" else None
         options = {} if name == "AdamW" else {"ns_dtype": dtype}
         self.optimizer: RuleOptimizer = CONSTRUCTORS[name](self.params, process_group=group, **options)
@@ -84,7 +84,7 @@ class Contestant:
         return 1000 * (time.perf_counter() - start)
 
     def warm_up(self) -> dict:
-        """Step once; returns its bytes, and the bits that an entry of the directions took to come."""
+        """Step once; returns its bytes, and the bits per entry of the received directions."""
         with count_bytes() as counted:
             self.step()
         pairs = zip(self.optimizer.plan.entries, self.params, strict=True)
@@ -100,13 +100,13 @@ class Contestant:
         }
 
 
-def _cut(whole: Tensor) -> Tensor:
-    """Return this rank's rows, as FSDP2 cuts them."""
+def _shard(whole: Tensor) -> Tensor:
+    """Return this rank's rows, as FSDP2 shards them."""
     return distribute_tensor(whole, init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(0)], src_data_rank=None)
 
 
 def measure(rank: int, ranks: int, options: Options, folder: str) -> None:
-    """Be one rank: step every optimizer on every layout in turn, and leave the numbers in the folder."""
+    """Run one rank: step every optimizer on every layout in turn, and write the numbers to the folder."""
     torch.set_num_threads(options.threads)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     torch.manual_seed(0)  # the same gradients on all ranks, as after averaging
@@ -122,7 +122,7 @@ def measure(rank: int, ranks: int, options: Options, folder: str) -> None:
 
 
 def summary(of_ranks: list[list[dict]]) -> list[dict]:
-    """Return a row a layout and optimizer: the busiest rank's bytes, the slowest one's time."""
+    """Return a row per layout and optimizer: the busiest rank's bytes, the slowest rank's time."""
     rows, local_ms, muon = [], {}, {}
     for same in zip(*of_ranks, strict=True):
         layout, name = (same[0][key] for key in ("layout", "optimizer"))
@@ -145,7 +145,7 @@ def summary(of_ranks: list[list[dict]]) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     """Return the rows as a Markdown table."""
-    heads = "sent MB | received MB | of it zeros MB | bits | received / Muon's | the gradient's own MB | ms | local ms"
+    heads = "sent MB | received MB | zeros MB of it | bits | received / Muon's | gradient MB | ms | local ms"
     lines = [f"| layout | optimizer | {heads} |", "|---|---" + "|---:" * 8 + "|"]
     for row in rows:
         sizes = " | ".join(f"{row[key] / 1e6:.3f}" for key in ("sent", "received", "zeros"))

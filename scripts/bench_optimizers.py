@@ -1,11 +1,11 @@
-"""Times one step of each optimizer on the same matrices, in one process and in interleaved rounds.
+"""Times a step of each optimizer on the same matrices, in one process and in interleaved rounds.
 
     python -m scripts.bench_optimizers
     python -m scripts.bench_optimizers --shapes gpt2_small --layers 12 --repeats 15 --dtype bfloat16
     python -m scripts.bench_optimizers --json bench.json
 
-Every round steps each optimizer once, so that whatever else the machine does slows all of them alike. The ratio is
-to torch.optim.Muon. Optimizers of pytorch_optimizer, heavyball and dion are timed where they are installed.
+Every round steps each optimizer once, so that other load on the machine slows all of them equally. The ratio is to
+torch.optim.Muon. Optimizers of pytorch_optimizer, heavyball and dion are timed if installed.
 """
 
 import json
@@ -37,25 +37,25 @@ Build = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class Options:
-    """Times one step of each optimizer on the same matrices, in one process and in interleaved rounds."""
+    """Times a step of each optimizer on the same matrices, in one process and in interleaved rounds."""
 
     shapes: tuple[Literal["gpt2_small", "embedded", "llama_7b"], ...] = ("embedded", "gpt2_small")
-    """Whose matrices: of the embedded nanoGPT config, of GPT-2 small, or of Llama-2-7B."""
+    """Models of the matrices: the embedded nanoGPT config, GPT-2 small, or Llama-2-7B."""
     layers: int | None = None
-    """Blocks of the model. Default: the embedded config's own, 2 of GPT-2 small's 12, 1 of Llama-2-7B's 32."""
+    """Number of blocks. Default: the embedded config's, 2 of GPT-2 small's 12, 1 of Llama-2-7B's 32."""
     repeats: int = 7
     """Timed rounds."""
     dtype: Literal["float32", "bfloat16", "both"] = "both"
     """Precision of our orthogonalizations; torch.optim.Muon's is always bfloat16."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     record: Annotated[Path | None, tyro.conf.arg(name="json")] = None
-    """Also writes the numbers here."""
+    """Also write the numbers here."""
 
 
 def matrix_shapes(name: str, layers: int | None) -> list[tuple[int, int]]:
-    """Return a model's hidden matrices, (rows, columns) each, of `layers` blocks.
+    """Return the shapes (rows, columns) of a model's hidden matrices, of `layers` blocks.
 
-    Of a GPT: fused QKV, attention output, MLP in and out. Of Llama: q, k, v, o; gate, up and down.
+    GPT: fused QKV, attention output, MLP in and out. Llama: q, k, v, o; gate, up and down.
     """
     if name == "llama_7b":
         return ([(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]) * (layers or 1)
@@ -68,7 +68,7 @@ def matrix_shapes(name: str, layers: int | None) -> list[tuple[int, int]]:
 
 
 def contestants(dtype: str) -> dict[str, Build]:
-    """Return how to build each row of the table, ours first."""
+    """Return the constructor of each row of the table, ours first."""
     rows: dict[str, Build] = {}
     for constructor in (OLion, Muon, AdaMuon):
         for name in DTYPES if dtype == "both" else [dtype]:
@@ -84,7 +84,7 @@ def contestants(dtype: str) -> dict[str, Build]:
 
 
 def guests() -> dict[str, Build]:
-    """Return the rows of other packages, of those that are installed."""
+    """Return the constructors of other packages that are installed."""
     rows: dict[str, Build] = {}
     if package := _installed("pytorch_optimizer"):
         for name in ("Muon", "AdaMuon"):
@@ -105,12 +105,12 @@ def _installed(name: str):
 
 
 def _with_use_muon(optimizer: Callable, params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Build one of pytorch_optimizer's, which want to be told that a group holds matrices."""
+    """Build an optimizer of pytorch_optimizer, which needs `use_muon` in a group of matrices."""
     return optimizer([{"params": params, "use_muon": True}])
 
 
 class Contestant:
-    """An optimizer with parameters of its own, and the milliseconds of its steps."""
+    """An optimizer with its own parameters, and the milliseconds of its steps."""
 
     def __init__(self, build: Build, gradients: list[Tensor]):
         self.params = [nn.Parameter(torch.randn_like(gradient)) for gradient in gradients]
@@ -119,7 +119,7 @@ class Contestant:
         self.milliseconds: list[float] = []
 
     def step(self) -> float:
-        """Step once on copies of the gradients (some packages write to them); return the milliseconds it took."""
+        """Step once on copies of the gradients (some packages modify them); returns the milliseconds it took."""
         for param, gradient in zip(self.params, self.gradients, strict=True):
             param.grad = gradient.clone()
         _finish(self.gradients[0].device)
@@ -137,7 +137,7 @@ def _finish(device: torch.device) -> None:
 
 
 def measure(options: Options, shapes: list[tuple[int, int]]) -> dict[str, Contestant]:
-    """Warm every optimizer up with two steps, then time `repeats` rounds over all of them."""
+    """Warm up every optimizer with two steps, then time `repeats` rounds over all of them."""
     torch.manual_seed(0)
     gradients = [torch.randn(shape, device=options.device) for shape in shapes]
     found = {name: Contestant(build, gradients) for name, build in contestants(options.dtype).items()}
@@ -145,23 +145,23 @@ def measure(options: Options, shapes: list[tuple[int, int]]) -> dict[str, Contes
         for _ in range(2):
             contestant.step()
     for name, build in guests().items():
-        try:  # packages of others, versions unknown: one that cannot run here must not end the table
+        try:  # foreign packages of unknown versions: a failure must not end the benchmark
             contestant = Contestant(build, gradients)
             for _ in range(2):
-                contestant.step()  # the first compiles, in some of them
+                contestant.step()  # some compile in their first step
             found[name] = contestant
         except Exception as error:
-            print(f"{name} is left out: {' '.join(str(error).split())[:200]}")
+            print(f"{name} skipped: {' '.join(str(error).split())[:200]}")
     names = list(found)
     for round_ in range(options.repeats):
         first = round_ % len(names)
-        for name in names[first:] + names[:first]:  # no row goes first every time
+        for name in names[first:] + names[:first]:  # rotate the order
             found[name].milliseconds.append(found[name].step())
     return found
 
 
 def summary(found: dict[str, Contestant]) -> dict[str, dict[str, float]]:
-    """Return the median and the fastest milliseconds of each row, and its median over the baseline's."""
+    """Return each row's median and minimum in milliseconds, and its median divided by the baseline's."""
     baseline = median(found[BASELINE].milliseconds)
     return {
         name: {

@@ -1,13 +1,12 @@
-"""Measures how fast signs are packed and unpacked, against copies of the same tensor.
+"""Measures the speed of packing and unpacking signs, relative to copies of the same tensor.
 
     python -m scripts.bench_signs
     python -m scripts.bench_signs --entries 4194304 --dtypes bfloat16 --threads 1 --repeats 21
     python -m scripts.bench_signs --json signs.json
 
-Every round runs each operation once, so that whatever else the machine does slows all of them alike. GB/s count the
-bytes read and written, of a tensor and of its packed form. `clone` allocates its result, as packing and unpacking do;
-`copy_` writes into memory that is there already. The last columns are times: below 1, the operation is done before a
-clone of the unpacked tensor is.
+Every round runs each operation once, so that other load on the machine slows all of them equally. GB/s count the bytes
+read and written, of the tensor and of its packed form. `clone` allocates its result, like packing and unpacking;
+`copy_` writes to allocated memory. The last columns are times relative to `clone`.
 """
 
 import json
@@ -31,31 +30,31 @@ COLUMNS = ("clone", "copy_", "pack", "unpack", "write", "read")
 
 @dataclass(frozen=True)
 class Options:
-    """Measures how fast signs are packed and unpacked, against copies of the same tensor."""
+    """Measures the speed of packing and unpacking signs, relative to copies of the same tensor."""
 
     entries: tuple[int, ...] = (2**24, 2**26)
-    """Entries of the tensors."""
+    """Numbers of entries of the tensors."""
     dtypes: tuple[Literal["float32", "bfloat16", "float16", "float64"], ...] = ("float32", "bfloat16")
-    """Of the unpacked signs."""
+    """Dtypes of the unpacked signs."""
     repeats: int = 9
     """Timed rounds."""
     threads: int | None = None
-    """Of torch on a CPU. Default: torch's own choice."""
+    """torch's threads on a CPU. Default: torch's own choice."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     record: Annotated[Path | None, tyro.conf.arg(name="json")] = None
-    """Also writes the numbers here."""
+    """Also write the numbers here."""
 
 
 def operations(entries: int, dtype: torch.dtype, device: str) -> dict[str, tuple[Callable, int]]:
-    """Return what is timed, by column, and the bytes that each reads and writes."""
+    """Return (operation, bytes read and written) by column."""
     signs = torch.where(torch.rand(entries, device=device) < 0.5, -1.0, 1.0).to(dtype)
-    there, packed = torch.ones_like(signs), negatives(signs)
+    target, packed = torch.ones_like(signs), negatives(signs)
     whole, bits = signs.nbytes, packed.nbytes
     codec, pieces, norms = SignCodec(), signs.view(1, 1, -1), torch.ones(1, 1, dtype=torch.float64, device=device)
     rows, _ = codec.write(pieces, norms)  # the planes of both kinds, and the positions of zeros
     return {
         "clone": (signs.clone, 2 * whole),
-        "copy_": (lambda: there.copy_(signs), 2 * whole),
+        "copy_": (lambda: target.copy_(signs), 2 * whole),
         "pack": (lambda: negatives(signs), whole + bits),
         "unpack": (lambda: unpack(packed, entries, dtype), whole + bits),
         "write": (lambda: codec.write(pieces, norms), whole + bits),
@@ -64,7 +63,7 @@ def operations(entries: int, dtype: torch.dtype, device: str) -> dict[str, tuple
 
 
 def measure(timed: dict[str, tuple[Callable, int]], repeats: int, device: str) -> dict[str, dict[str, float]]:
-    """Return the median milliseconds and the GB/s of each operation, over `repeats` rounds of all of them."""
+    """Return the median milliseconds and the GB/s of each operation over `repeats` rounds."""
     milliseconds = {name: [] for name in timed}
     for round_ in range(repeats + 1):
         for name, (operation, _) in timed.items():
@@ -73,8 +72,8 @@ def measure(timed: dict[str, tuple[Callable, int]], repeats: int, device: str) -
             result = operation()
             _finish(device)
             taken = 1000 * (time.perf_counter() - start)
-            del result  # so that the next one finds the same memory free
-            if round_:  # the first warms up
+            del result  # every operation then finds the same free memory
+            if round_:  # the first is a warm-up
                 milliseconds[name].append(taken)
     return {
         name: {"median_ms": median(milliseconds[name]), "gb_s": size / median(milliseconds[name]) / 1e6}

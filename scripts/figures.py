@@ -1,11 +1,11 @@
-"""Draws the curves of any runs, of any experiment, and prints their table.
+"""Draws the curves of runs of any experiment, and prints their table.
 
     python -m scripts.figures runs/nanogpt/default --out images/nanogpt.png
     python -m scripts.figures 'runs/nanogpt/*/olion-*' runs/nanogpt/default/muon-lr1e-3-s1337 --x tokens
-    python -m scripts.figures runs/llama/sft --metric val/loss val/exact_match    # a panel each, in one picture
-    python -m scripts.figures images/nanogpt.json        # the same picture again, from its record alone
+    python -m scripts.figures runs/llama/sft --metric val/loss val/exact_match    # one figure, a panel per metric
+    python -m scripts.figures images/nanogpt.json        # the same figure again, from its record
 
-Beside the PNG lies a JSON with the points that were drawn and each run's config and machine.
+A JSON beside the PNG holds the drawn points and each run's config and machine.
 """
 
 import json
@@ -38,7 +38,7 @@ from scripts.probe_figures import QUANTILE, What, draw_levels, metrics_of, words
 NAMES = {
     "val/loss": "validation loss",
     "val/bits_per_byte": "validation loss, bits per byte",
-    "val/exact_match": "responses repeated exactly, share",
+    "val/exact_match": "fraction of responses repeated exactly",
     "val/pretrain_loss": "loss on the pretraining text, nats per token",
     "val/denoising_loss": "denoising loss on validation images",
     "val/projection_loss": "projection loss on validation images",
@@ -47,8 +47,8 @@ NAMES = {
     "optimizer_ms": "time in the optimizer, ms",
 }
 TOKEN_LOSSES, TEXT = ("val/loss", "train/loss"), {"nanogpt", "llama"}  # nats per token in experiments with text
-LOSSES = ("loss", "bits_per_byte")  # how their names end
-TITLES = {  # of pictures, by experiment and group; any other group gives its own name
+LOSSES = ("loss", "bits_per_byte")  # endings of their names
+TITLES = {  # of figures, by experiment and group; other groups are titled by name
     ("nanogpt", "stdlib"): "A small GPT on Python's standard library",
     ("llama", "stdlib"): "A small Llama on Python's standard library",
     ("llama", "sft_arithmetic"): "Fine-tuning on word problems",
@@ -64,31 +64,32 @@ class Options:
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Run folders, folders that hold runs at any depth, globs of those, or the one JSON beside a figure."""
     out: Path | None = None
-    """The picture; its JSON lies beside it. Default: curves.png beside the first run, or the picture of the JSON."""
+    """The figure, with its JSON beside it. Default: curves.png beside the first run, or the figure of the JSON."""
     metric: tuple[str, ...] = ("val/loss",)
-    """Recorded quantities to draw against --x, one panel each."""
+    """Recorded metrics to draw against --x, one panel each."""
     x: str = "step"
-    """step, tokens, or any other recorded quantity."""
+    """step, tokens, or any other recorded metric."""
     what: What = "curves"
-    """Instead of --metric: norms, isotropy, hadamard or spectrum, what the runs' [probe] recorded."""
+    """Instead of --metric: norms, isotropy, hadamard or spectrum, recorded by the runs' [probe]."""
     title: str | None = None
     """Default: the experiment and its data."""
     ylim: tuple[float, float] | None = None
-    """Lowest and highest value shown, of a single metric. Default: all, a loss cut above what its last 3/5 reach."""
+    """Lowest and highest value shown, of a single metric. Default: all; a loss is cut above the maximum of its last
+    3/5."""
     steps_to: str | None = None
-    """A loss, or the optimizer whose last one is taken: the table gets the steps and seconds to reach it; "none" leaves
-    them out. Default: adamw, where it is among the runs."""
+    """A loss, or an optimizer whose last loss it is: the table gets the steps and seconds to reach it; "none": it does
+    not. Default: adamw, if it is among the runs."""
 
 
 def name_of(metric: str, lines: list[Line]) -> str:
-    """What a panel calls a metric."""
+    """Return a metric's name in a panel."""
     of_text = {run.experiment for line in lines for run in line.runs} <= TEXT
     unit = ", nats per token" if of_text and metric in TOKEN_LOSSES else ""
     return (NAMES.get(metric) or words_of(metric) or metric) + unit
 
 
 def draw(lines: list[Line], record: dict, out: Path, ylim: tuple[float, float] | None) -> None:
-    """A panel for each metric, one under the other, over the same x."""
+    """Draw a panel per metric, one below the other, over the same x."""
     metrics = record["metric"]
     panel_lines = [[line for line in (line.having(metric) for line in lines) if line.runs] for metric in metrics]
     counts = {len(line.runs) for lines in panel_lines for line in lines}
@@ -97,7 +98,7 @@ def draw(lines: list[Line], record: dict, out: Path, ylim: tuple[float, float] |
         seeds = seeds_of(lines)
         if len({str(run.config.get("seed")) for line in lines for run in line.runs}) > 1:
             seeds = "one seed per line"
-    from matplotlib.ticker import EngFormatter, MaxNLocator  # here: --help goes without it
+    from matplotlib.ticker import EngFormatter, MaxNLocator  # here: --help does not need it
 
     names = [name_of(metric, lines) for metric, lines in zip(metrics, panel_lines, strict=True)]
     alone = f"{names[0]}; {seeds}"
@@ -115,21 +116,22 @@ def draw(lines: list[Line], record: dict, out: Path, ylim: tuple[float, float] |
 
 
 def draw_panel(panel, lines: list[Line], metric: str, longest: float, ylim: tuple[float, float] | None) -> None:
-    """The curves, losses cut so that the end of training fills the picture, the final values written at their ends."""
+    """Draw curves with final values at their ends; losses are cut so that the end of training fills the panel."""
     ends, low, high = [], [], []
-    for line in sorted(lines, key=lambda line: style_of(line.optimizer).width):  # the thickest on top
+    for line in sorted(lines, key=lambda line: style_of(line.optimizer).width):  # thickest on top
         style = style_of(line.optimizer)
         at, values = line.points(metric)
         mean = values.mean(0)  # (points,)
-        every = {"marker": style.marker, "markevery": max(1, len(at) // 8), "markersize": 3 + style.width}  # grey print
+        # Markers are for greyscale print.
+        every = {"marker": style.marker, "markevery": max(1, len(at) // 8), "markersize": 3 + style.width}
         panel.plot(at, mean, color=style.color, linewidth=style.width, linestyle=line.dash, **every)
         panel.plot(at[-1], mean[-1], style.marker, color=style.color, markersize=5 + style.width, clip_on=False)
         if len(line.runs) > 1:
             panel.fill_between(at, values.min(0), values.max(0), color=style.color, alpha=0.18, linewidth=0)
         last = mean_and_spread(list(values[:, -1])).split()[0]
         ends.append((at[-1], mean[-1], f"{last}  {line.label}", line.optimizer))
-        late = at >= (0.4 * longest if metric.endswith(LOSSES) else 0)  # a loss's steep start is not the news
-        low.append(values.min())  # early ones too: a pretraining loss rises from where it was
+        late = at >= (0.4 * longest if metric.endswith(LOSSES) else 0)  # excludes a loss's steep start
+        low.append(values.min())  # early values too: in fine-tuning, the pretraining loss rises
         high += [values[:, late].max(initial=-math.inf), values[:, -1].max()]
     levels = draw_levels(panel, metric)
     low, high = low + levels, high + levels
@@ -139,7 +141,7 @@ def draw_panel(panel, lines: list[Line], metric: str, longest: float, ylim: tupl
 
 
 def target_of(wanted: str | None, lines: list[Line], metric: str) -> float | None:
-    """The loss of --steps-to; None where the table goes without. UserError for one that no run can give."""
+    """Return the loss of --steps-to, None for a table without; raises UserError for an optimizer without runs."""
     try:
         return float(wanted or "")
     except ValueError:
@@ -147,26 +149,26 @@ def target_of(wanted: str | None, lines: list[Line], metric: str) -> float | Non
     finals = [line.points(metric)[1][:, -1].mean() for line in lines if line.optimizer == name and line.runs]
     if not finals and wanted not in (None, "none"):
         names = ", ".join(dict.fromkeys(line.optimizer for line in lines))
-        raise UserError(f"--steps-to takes a loss, none, or an optimizer that is drawn ({names}); got {wanted}")
+        raise UserError(f"--steps-to must be a loss, none, or an optimizer of the runs ({names}); got {wanted}")
     return float(min(finals)) if finals else None
 
 
 def steps_to(line: Line, metric: str, target: float) -> float | None:
-    """The first x at which a line's seeds are below the target by more than their noise; see `evidence.is_below`."""
+    """Return the first x at which a line is below the target by more than its seeds' noise; see `evidence.is_below`."""
     at, values = line.points(metric)
     return next((float(x) for x, losses in zip(at, values.T, strict=True) if is_below(target, list(losses))), None)
 
 
 def reach_cells(lines: list[Line], metric: str, x: str, wanted: str | None) -> tuple[list[str], dict[str, list[str]]]:
-    """The headings of the columns about a target, and each line's cells by its label; none of them without one."""
+    """Return the headings of the columns about a target, and their cells by line label; empty without a target."""
     having = [each for line in lines if (each := line.having(metric)).runs]
     target = target_of(wanted, having, metric) if metric.endswith(LOSSES) else None
     if target is None:
         return [], {}
     cells = {}
     for line in having:
-        owner = line.points(metric)[1][:, -1].mean() == target  # reaches its own last loss at its end
-        reached = line.length if owner else steps_to(line, metric, target)
+        is_target = line.points(metric)[1][:, -1].mean() == target  # a line reaches its own last loss at its end
+        reached = line.length if is_target else steps_to(line, metric, target)
         times = [run.summary["step_ms"] for run in line.runs if "step_ms" in run.summary]
         seconds = f"{reached * statistics.fmean(times) / 1000:.0f}" if reached is not None and times else "–"
         cells[line.label] = ["–" if reached is None else f"{reached:,.6g}", *([seconds] if x == "step" else [])]
@@ -181,7 +183,7 @@ REACHED = (
 
 
 def table(lines: list[Line], x: str = "step", metric: str = "val/loss", to: str | None = "none") -> str:
-    """The runs in one table, lowest loss first, without columns that none has; times are medians over log lines.
+    """Return a table of the runs, lowest loss first, without empty columns; times are medians over log lines.
 
     Runs of different lengths get a column of their last x; `to` is --steps-to, of `metric`.
     """
@@ -221,15 +223,15 @@ def lengths_differ(lines: list[Line]) -> bool:
 
 
 def tell_lengths(lines: list[Line], x: str) -> None:
-    """Warn of runs of different lengths: their last losses are not of one budget."""
+    """Warn about runs of different lengths, whose last losses are not comparable."""
     if lengths_differ(lines):
         runs = sorted((run for line in lines for run in line.runs), key=lambda run: run.length)
         ends = ", ".join(f"{run.name} at {x} {run.length:,.6g}" for run in (runs[0], runs[-1]))
-        warn(f"runs of different lengths stand beside one another ({ends}); compare runs of one length, or say so")
+        warn(f"runs have different lengths ({ends}): compare runs of equal length, or state it")
 
 
 def collect(options: Options) -> dict:
-    """The record of a figure, which lies beside it: every run with the points to draw."""
+    """Return the record of a figure, written beside it: every run with its points."""
     folders = find_runs(options.runs)
     if options.what != "curves":
         recorded = {key for folder in folders for line in read_metrics(folder) for key in line}
@@ -240,7 +242,7 @@ def collect(options: Options) -> dict:
     if absent or not runs:
         keys = ", ".join(sorted({key for folder in folders for line in read_metrics(folder) for key in line}))
         wanted = " or ".join(absent) or "an empty --metric"
-        raise UserError(f"no run has {wanted} against {options.x}; recorded are {keys or 'no quantities'}")
+        raise UserError(f"no run has {wanted} against {options.x}; recorded are {keys or 'no metrics'}")
     return {
         "title": title_of(runs[0].experiment, runs[0].group),
         "metric": options.metric,
@@ -250,14 +252,14 @@ def collect(options: Options) -> dict:
 
 
 def title_of(experiment: str, group: str) -> str:
-    """A picture's title in plain words."""
+    """Return the title of a figure."""
     plain = f"{EXPERIMENTS.get(experiment, experiment)}: {group.replace('_', ' ')}".strip(": ")
     return TITLES.get((experiment, group), plain)
 
 
 def check_limits(ylim: tuple[float, float] | None, metrics: Sequence[str]) -> None:
     if ylim and len(metrics) > 1:
-        raise UserError(f"--ylim takes a single metric, got {', '.join(metrics)}; draw them apart")
+        raise UserError(f"--ylim takes a single metric, got {', '.join(metrics)}; draw them singly")
     if ylim and not (all(map(math.isfinite, ylim)) and ylim[0] < ylim[1]):
         raise UserError(f"--ylim must be two finite numbers, the lower first; got {ylim[0]:g} {ylim[1]:g}")
 

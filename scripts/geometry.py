@@ -1,10 +1,10 @@
-"""Draws OLion's geometry, computed: where the unit balls of the spectral and the max norm meet.
+"""Draws OLion's geometry: the intersection of the unit balls of the spectral and the max norm.
 
     python -m scripts.geometry --out images/geometry.png
 
-Of m x n matrices, m >= n, A = {X'X = I} lies on the spectral unit sphere, B = {entries +-1/sqrt(m)} are the corners of
-the scaled max-norm ball, and A and B meet in the Hadamard matrices over sqrt(m). Each panel is a plane of matrices
-x P + y Q. Both norms are homogeneous: a ball's edge in the direction (cos t, sin t) is 1 / norm(cos t P + sin t Q).
+For m x n matrices, m >= n, A = {X'X = I} lies on the spectral unit sphere, B = {entries +-1/sqrt(m)} are the corners of
+the scaled max-norm ball, and A and B intersect in the Hadamard matrices over sqrt(m). Each panel is a plane of matrices
+x P + y Q. Both norms are homogeneous: the boundary in the direction (cos t, sin t) is 1 / norm(cos t P + sin t Q).
 """
 
 from dataclasses import dataclass
@@ -26,14 +26,14 @@ SPECTRAL, LARGEST = STYLES["muon"].color, STYLES["olion"].color
 
 @dataclass(frozen=True)
 class Options:
-    """Draws where the unit balls of the spectral and the max norm meet."""
+    """Draws the intersection of the unit balls of the spectral and the max norm."""
 
     out: Path = Path("images/geometry.png")
-    """The picture; a JSON with its points lies beside it."""
+    """The figure; a JSON with its points is written beside it."""
 
 
 def sylvester(order: int) -> Tensor:
-    """A Hadamard matrix of a power of two: entries of +-1, orthogonal rows."""
+    """Return a Hadamard matrix whose order is a power of two: entries +-1, orthogonal rows."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < order:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
@@ -41,7 +41,7 @@ def sylvester(order: int) -> Tensor:
 
 
 def planes() -> dict[str, tuple[Tensor, Tensor]]:
-    """Two matrices that span each plane."""
+    """Return the two matrices that span each plane, by title."""
     one = torch.eye(2, dtype=torch.float64)
     swap, mirror = one.flip(0), torch.diag(torch.tensor([1.0, -1.0], dtype=torch.float64))
     eight = sylvester(8) / sqrt(8)
@@ -55,7 +55,7 @@ def planes() -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def edges(first: Tensor, second: Tensor) -> dict[str, list]:
-    """The edges of both balls and the points of norm 1 in both, as points (x, y) of the plane."""
+    """Return the boundaries of both balls and the Hadamard points, as points (x, y) of the plane."""
     angles = torch.linspace(0, 2 * pi, ANGLES, dtype=torch.float64)
     around = torch.stack([angles.cos(), angles.sin()], 1)  # (angles, 2)
     matrices = torch.einsum("ap,pmn->amn", around, torch.stack([first, second]))
@@ -69,7 +69,7 @@ def edges(first: Tensor, second: Tensor) -> dict[str, list]:
 
 
 def is_hadamard(stack: Tensor, tolerance: float = 1e-9) -> Tensor:
-    """Whether each (m, n), m >= n, has orthonormal columns and entries of one size: (b, m, n) -> (b,)."""
+    """Return whether each (m, n), m >= n, has orthonormal columns and entries of one size: (b, m, n) -> (b,)."""
     m, n = stack.shape[1:]
     off = (stack.mT @ stack - torch.eye(n, dtype=stack.dtype)).abs().amax((1, 2))
     return (off < tolerance) & ((stack.abs() * sqrt(m) - 1).abs().amax((1, 2)) < tolerance)
@@ -98,7 +98,7 @@ def draw(record: dict[str, dict], out: Path) -> None:
 
 
 def rounded(record: dict[str, dict]) -> dict[str, dict]:
-    """The points to six digits."""
+    """Round the points to six digits."""
     return {
         name: {kind: [[round(x, 6), round(y, 6)] for x, y in points] for kind, points in found.items()}
         for name, found in record.items()

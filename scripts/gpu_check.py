@@ -1,9 +1,9 @@
-"""Checks and measures this repository on the GPUs of this machine: what scripts/gpu_check.sh runs.
+"""Checks and measures this repository on the GPUs of this machine, for scripts/gpu_check.sh.
 
-Sections: the tests that need a GPU; every rule on every layout that the number of GPUs allows, against one device;
-the step of each optimizer beside torch.optim.Muon; symmetric products with and without the Triton kernel; tokens per
-second of nanoGPT.train beside a plain loop of the same model; images per second of a SiT. Times are medians on the
-machine that the table names. Without a GPU each section runs at toy size on the CPU, and its times mean nothing.
+Sections: the tests that need a GPU; every rule on every layout that the number of GPUs allows, against one device; the
+step of each optimizer and of torch.optim.Muon; symmetric products with and without the Triton kernel; tokens per second
+of nanoGPT.train and of a plain loop; images per second of a SiT. Times are medians. Without a GPU each section runs at
+toy size on the CPU, and its times mean nothing.
 """
 
 import json
@@ -40,13 +40,13 @@ class Options:
     only: tuple[Section, ...] = ("tests", "layouts", "optimizers", "products", "gpt2", "sit")
     """Sections to run."""
     record: Path = Path("runs/gpu_check.json")
-    """Where the numbers go."""
+    """The JSON to write."""
     worker: str = ""
-    """Internal: the folder in which a rank of the section `layouts` leaves its result."""
+    """Internal: folder for the result of a rank of the section `layouts`."""
 
 
 def main() -> None:
-    """Run the sections and print their table; status 1 where one failed."""
+    """Run the sections and print their table; exit status 1 if one failed."""
     options = parse_options(Options, "bash scripts/gpu_check.sh", __doc__)
     if options.worker:
         check_layouts(Path(options.worker))
@@ -104,7 +104,7 @@ def layouts(device: torch.device) -> Rows:
 
 
 def check_layouts(folder: Path) -> None:
-    """As one rank of several: write the largest difference of each rule and layout from one device."""
+    """Run one rank: write the largest difference from one device for each rule and layout."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
     from torch.nn.parallel import DistributedDataParallel
@@ -163,7 +163,7 @@ def optimizers(device: torch.device) -> Rows:
 
 
 def _rows_of(record: object) -> Iterator[tuple[str, dict]]:
-    """Yield each optimizer's numbers, wherever in the record they are."""
+    """Yield each optimizer's numbers in a nested record."""
     if isinstance(record, dict):
         for key, value in record.items():
             if isinstance(value, dict) and "median_ms" in value:
@@ -173,7 +173,7 @@ def _rows_of(record: object) -> Iterator[tuple[str, dict]]:
 
 
 def products(device: torch.device) -> Rows:
-    """Times X X' whole and by the Triton kernel."""
+    """Times X X' by torch and by the Triton kernel."""
     from optimizers import symmetric
 
     for m in (1024, 2048, 4096, 8192) if device.type == "cuda" else (128,):
@@ -186,7 +186,7 @@ def products(device: torch.device) -> Rows:
 
 
 def gpt2(device: torch.device) -> Rows:
-    """Trains GPT-2 small for 40 steps by nanoGPT.train on one device, and by a plain loop."""
+    """Trains GPT-2 small for 40 steps with nanoGPT.train and with a plain loop, on one device."""
     from nanoGPT import data
     from nanoGPT.model import GPT, GPTConfig
 
@@ -260,7 +260,7 @@ SECTIONS: dict[str, Callable[[torch.device], Rows]] = {
 
 
 def _milliseconds(work: Callable[[], object], device: torch.device, rounds: int = 20) -> float:
-    """Return the median time of a call, after three that warm up."""
+    """Return the median time of a call, after three warm-up calls."""
     taken = []
     for number in range(rounds + 3):
         started = time.perf_counter()
@@ -273,7 +273,7 @@ def _milliseconds(work: Callable[[], object], device: torch.device, rounds: int 
 
 
 def _checked(command: list) -> None:
-    """Run a command; RuntimeError with the end of its output where it fails."""
+    """Run a command; raises RuntimeError with the end of its output if it fails."""
     done = subprocess.run([str(each) for each in command], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command[2:5]))}: {(done.stderr or done.stdout).strip()[-600:]}")

@@ -1,4 +1,4 @@
-"""Measures whether more than OLion's one projection comes closer to the Hadamard matrices, on random matrices.
+"""Measures whether more projections than OLion's one come closer to the Hadamard matrices, on random matrices.
 
     python -m scripts.intersection --out images/intersection.png
     python -m scripts.intersection --shapes 768x768 --rounds 1 2 4 8 --seeds 0
@@ -7,13 +7,13 @@ A = {X'X = I}, B = {entries +-1/sqrt(m)}, m >= n; projections are the exact pola
 
     alternating         X <- P_B(P_A(X)); one round is OLion's direction
     averaged            X <- (P_A(X) + P_B(X)) / 2
-    dykstra             alternating, each projection corrected by what it took away the round before
+    dykstra             alternating, each projection corrected by its last change
     douglas-rachford    X <- X + P_B(2 P_A(X) - X) - P_A(X)
 
-After each number of rounds the sign matrix that would be applied, S = P_B(X) (of Douglas-Rachford, P_B(P_A(X))), is
-measured: its distance to A, ||S - P_A(S)|| / sqrt(n), 0 for a Hadamard matrix; and what it keeps of the gradient Z,
-<Z, S> / ||Z||_nuclear, 1 for the polar factor, and more only where S stretches a direction. Neither set is convex, so
-that no method must converge.
+After each number of rounds the sign matrix S = P_B(X) (for Douglas-Rachford P_B(P_A(X))) is measured: its distance to
+A, ||S - P_A(S)|| / sqrt(n), 0 for a Hadamard matrix; and the share of the gradient Z that it keeps, <Z, S> /
+||Z||_nuclear, 1 for the polar factor, and larger only if S stretches a direction. Neither set is convex, so no method
+need converge.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ from common.whole import write_json
 from optimizers.polar import orthogonalize
 
 LOOKS = {"alternating": "olion", "averaged": "muon", "dykstra": "adamuon", "douglas-rachford": "adamw"}  # colours
-SPECTRA = {"gaussian": 0.0, "decaying": 4.0}  # decades over which the singular values are spread
+SPECTRA = {"gaussian": 0.0, "decaying": 4.0}  # decades spanned by the singular values
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,18 @@ class Options:
     """Measures whether more than one projection comes closer to the Hadamard matrices."""
 
     shapes: tuple[str, ...] = ("128x128", "512x128")
-    """Of the matrices, rows x columns."""
+    """Shapes of the matrices, rows x columns."""
     rounds: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    """Numbers of rounds after which the result is measured."""
+    """Numbers of rounds to measure."""
     seeds: tuple[int, ...] = (0, 1, 2)
     spectrum: Literal["gaussian", "decaying"] = "gaussian"
     """gaussian: independent entries; decaying: random singular vectors, singular values from 1 down to 1e-4."""
     out: Path = Path("images/intersection.png")
-    """The picture; a JSON with its numbers lies beside it."""
+    """The figure; a JSON with its numbers is written beside it."""
 
 
 def draw_matrix(shape: tuple[int, int], spectrum: str, seed: int) -> Tensor:
-    """A matrix (m, n), m >= n, in float64."""
+    """Draw a matrix (m, n), m >= n, in float64."""
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(*shape, generator=generator, dtype=torch.float64)
     if not SPECTRA[spectrum]:
@@ -64,12 +64,12 @@ def draw_matrix(shape: tuple[int, int], spectrum: str, seed: int) -> Tensor:
 
 
 def to_orthogonal(x: Tensor) -> Tensor:
-    """P_A, the nearest matrix with orthonormal columns."""
+    """Return P_A(x), the nearest matrix with orthonormal columns."""
     return orthogonalize(x, form="svd", dtype=x.dtype)
 
 
 def to_signs(x: Tensor) -> Tensor:
-    """P_B, the nearest matrix with entries +-1/sqrt(m)."""
+    """Return P_B(x), the nearest matrix with entries +-1/sqrt(m)."""
     return x.sign() / sqrt(len(x))
 
 
@@ -99,7 +99,7 @@ def dykstra(x: Tensor) -> Iterator[Tensor]:
 def douglas_rachford(x: Tensor) -> Iterator[Tensor]:
     while True:
         orthogonal = to_orthogonal(x)
-        yield to_signs(orthogonal)  # the first is OLion's, as alternating's
+        yield to_signs(orthogonal)  # the first is OLion's, like alternating's
         x = x + to_signs(2 * orthogonal - x) - orthogonal
 
 
@@ -112,8 +112,8 @@ METHODS: dict[str, Callable[[Tensor], Iterator[Tensor]]] = {
 
 
 def measure(method: str, z: Tensor, rounds: tuple[int, ...]) -> dict[str, list[float]]:
-    """The distance to A and the share of the gradient that is kept, after each number of rounds."""
-    start = z * (sqrt(z.shape[1]) / z.norm())  # the size that members of A and of B have
+    """Return the distance to A and the share of the gradient kept, after each number of rounds."""
+    start = z * (sqrt(z.shape[1]) / z.norm())  # the norm of members of A and of B
     nuclear = torch.linalg.svdvals(z).sum()
     found: dict[str, list[float]] = {"distance": [], "kept": []}
     for number, signs in enumerate(islice(METHODS[method](start), max(rounds)), start=1):
@@ -124,7 +124,7 @@ def measure(method: str, z: Tensor, rounds: tuple[int, ...]) -> dict[str, list[f
 
 
 def collect(options: Options) -> dict:
-    """Every method on every shape and seed: {"512x128": {"dykstra": {"distance": (seeds, rounds), "kept": ...}}}"""
+    """Measure all methods, shapes and seeds: {"512x128": {"dykstra": {"distance": (seeds, rounds), "kept": ...}}}."""
     record: dict = {"rounds": sorted(options.rounds), "seeds": list(options.seeds), "spectrum": options.spectrum}
     record["shapes"] = {}
     for text in options.shapes:
@@ -141,7 +141,7 @@ def collect(options: Options) -> dict:
 def shape_of(text: str) -> tuple[int, int]:
     rows, _, columns = text.partition("x")
     if not (rows.isdigit() and columns.isdigit() and int(rows) >= int(columns) > 0):
-        raise UserError(f"a shape is ROWSxCOLUMNS, with as many rows as columns or more; got {text!r}")
+        raise UserError(f"a shape must be ROWSxCOLUMNS, with at least as many rows as columns; got {text!r}")
     return int(rows), int(columns)
 
 
@@ -168,7 +168,7 @@ def draw(record: dict, out: Path) -> None:
 
 
 def table(record: dict) -> str:
-    """Distance and share kept after the first round (OLion's direction) and the last."""
+    """Return a table of distance and share kept after the first round (OLion's direction) and the last."""
     first, last = record["rounds"][0], record["rounds"][-1]
     header = [
         "shape",
@@ -187,7 +187,7 @@ def main() -> None:
     options = parse_options(Options, "python -m scripts.intersection", __doc__)
     if not options.rounds or min(options.rounds) < 1 or not options.seeds:
         raise UserError(
-            f"--rounds and --seeds need a number each, rounds 1 or more; got {options.rounds}, {options.seeds}"
+            f"--rounds and --seeds need one number or more, rounds from 1; got {options.rounds}, {options.seeds}"
         )
     record, out = collect(options), options.out.with_suffix(".png")
     draw(record, out)

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
 # Shared by the experiments' run scripts, which set EXPERIMENT and source it: the command line and its checks, one
-# training per optimizer, the place of the pictures, and the last words.
+# training per optimizer, paths of figures, and the final message.
 
-# Knobs of every run script. Empty means: as the config says.
+# Variables of every run script; empty: the config's value.
 OPTIMIZERS=${OPTIMIZERS:-olion muon adamuon lion adamw}
 LR=${LR:-}                   # peak learning rate of the matrices, for every optimizer
 SEED=${SEED:-}
-GROUP=${GROUP:-}             # runs/EXPERIMENT/GROUP holds the runs, and the pictures show all of them; the config's name
+GROUP=${GROUP:-}             # runs/EXPERIMENT/GROUP holds the runs, which the figures show; empty: the config's name
 NGPU=${NGPU:-}               # processes on this machine; empty: one per GPU
 NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}    # node 0 prepares, measures and draws
-RDZV_ENDPOINT=${RDZV_ENDPOINT:-localhost:0} # host:port of node 0; port 0 takes a free one, for a single node
+RDZV_ENDPOINT=${RDZV_ENDPOINT:-localhost:0} # host:port of node 0; port 0: a free one, for a single node
 
 refuse() {
   echo "error: $*" >&2
   exit 1
 }
 
-# Refuses a knob that is not a whole number: refuse_other_than_numbers LEAST NAME...
-# Bash evaluates what stands in an arithmetic comparison, commands included, so this comes before any of these.
+# Refuses a variable that is not a whole number: refuse_other_than_numbers LEAST NAME...
+# Called before any arithmetic comparison, in which bash would execute commands.
 refuse_other_than_numbers() {
   local least=$1 name
   shift
@@ -28,7 +28,7 @@ refuse_other_than_numbers() {
   done
 }
 
-# Reads the command line into CONFIG, GROUP, publish, wants_help and `flags`, the rest of it, and checks the knobs:
+# Reads the command line into CONFIG, GROUP, publish, wants_help and `flags` (the rest), and checks the variables:
 # read_arguments DEFAULT_CONFIG "$@"
 read_arguments() {
   local argument
@@ -44,19 +44,19 @@ read_arguments() {
     case $argument in
       --publish) publish=yes ;;
       --group* | --out* | --job.group* | --job.dump?folder*)
-        refuse "pictures are of runs/$EXPERIMENT/GROUP; set GROUP instead of $argument" ;;
+        refuse "figures are of runs/$EXPERIMENT/GROUP; set GROUP instead of $argument" ;;
       --help | -h) wants_help=yes ;;
       *) flags+=("$argument") ;;
     esac
   done
   [[ -f "$CONFIG" ]] || refuse "config file not found: $CONFIG (from $PWD); name an existing TOML file"
-  read -r -d '' -a optimizers <<<"$OPTIMIZERS" || true # words, and no file names in place of a *
+  read -r -d '' -a optimizers <<<"$OPTIMIZERS" || true # words, without expanding *
   [[ ${#optimizers[@]} -gt 0 ]] || refuse "OPTIMIZERS must name at least one optimizer; got '$OPTIMIZERS'"
   [[ -z "$NGPU" ]] || refuse_other_than_numbers 1 NGPU
   refuse_other_than_numbers 1 NNODES
   refuse_other_than_numbers 0 NODE_RANK
   [[ "$NODE_RANK" -lt "$NNODES" ]] || refuse "NODE_RANK must be below NNODES=$NNODES; got $NODE_RANK"
-  # Several nodes need a meeting point; localhost:0, a free port here, serves one.
+  # localhost:0, a free local port, works for one node only.
   [[ "$NNODES" -eq 1 || "$RDZV_ENDPOINT" != localhost:0 ]] ||
     refuse "NNODES=$NNODES needs one RDZV_ENDPOINT=host:port on all nodes, the host being one of them"
 }
@@ -67,16 +67,17 @@ find_processes() {
   NGPU=${NGPU:-$("$PYTHON" -c "from common.guard import main_guard; from common import gpu
 main_guard(lambda: print(gpu.count() or $1))")}
   [[ -z "${OMP_NUM_THREADS:-}" && "$NGPU" -gt 1 ]] || return 0
-  # Shares the cores among the processes; torchrun would take one thread each, and say so.
+  # Divides the cores among the processes; torchrun would use one thread each, with a warning.
   local cores
-  cores=$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+  cores=$("$PYTHON" -c 'import os
+print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
   export OMP_NUM_THREADS=$((cores > NGPU ? cores / NGPU : 1))
 }
 
-# Whether this node prepares, measures and draws.
+# True on the node that prepares, measures and draws.
 is_first_node() { [[ "$NODE_RANK" -eq 0 ]]; }
 
-# Names a picture: beside the runs, or with --publish in images/, where git tracks it: picture [NAME]
+# Prints the path of a figure, beside the runs or, with --publish, in images/, which git tracks: picture [NAME]
 picture() {
   local name=${1:-}
   if [[ -n "$publish" ]]; then
@@ -86,14 +87,14 @@ picture() {
   fi
 }
 
-# A signal reaches the training, which saves and leaves; then this script leaves too. torchrun would kill it after 30 s,
-# but a step and a save of a large model take minutes.
+# A signal is passed to the training, which saves and exits; then this script exits. torchrun kills it after this
+# timeout, by default 30 s, but a step and a save of a large model take minutes.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 stopped=""
 child=""
 trap 'stopped=yes; [[ -z "$child" ]] || kill -TERM "$child" 2>/dev/null || true' INT TERM
 
-# Trains on all processes; returns the status of the training: launch NAME MODULE ARGUMENTS...
+# Trains on all processes; returns the training's exit status: launch NAME MODULE ARGUMENTS...
 launch() {
   local name=$1 launcher=("$PYTHON") status=0
   shift
@@ -104,7 +105,7 @@ launch() {
   "${launcher[@]}" -m "$@" &
   child=$!
   wait "$child" || status=$?
-  while kill -0 "$child" 2>/dev/null; do # a trapped signal ends `wait` before the training has ended
+  while kill -0 "$child" 2>/dev/null; do # a trapped signal ends `wait` before the training ends
     status=0
     wait "$child" || status=$?
   done
@@ -121,24 +122,24 @@ train_each() {
   for optimizer in "${optimizers[@]}"; do
     status=0 began=$SECONDS number=$((number + 1))
     tell_progress "$optimizer" "$number" "$longest"
-    # The training's own progress bar says when all are done.
+    # The training's progress bar shows the expected end of all.
     RUNS_AFTER=$((${#optimizers[@]} - number)) launch "$optimizer" "$module" "$config" --optimizer.name "$optimizer" "$@" || status=$?
     longest=$((SECONDS - began > longest ? SECONDS - began : longest))
     case $status in
       0) ;;
-      3) diverged+=" $optimizer" ;; # the training's word for it: a result, and no reason to skip the others
+      3) diverged+=" $optimizer" ;; # a result, and no reason to skip the others
       *)
-        # The launcher's report is long, and a process that was killed says nothing: end on what to do.
+        # The launcher's report is long, and a killed process prints nothing: end with the remedy.
         [[ "$NGPU" -eq 1 && "$NNODES" -eq 1 && $status -eq 1 ]] || echo "error: $optimizer ended with status $status:" \
-          "see the first error above; the same command with $resume goes on from the last checkpoint, on any number" \
-          "of GPUs" >&2
+          "see the first error above; the same command with $resume continues from the last checkpoint, on any" \
+          "number of GPUs" >&2
         exit "$status"
         ;;
     esac
   done
 }
 
-# Says which optimizer trains now and when all will be done, if each takes as long as the longest before:
+# Prints the current optimizer and the expected end of all, if each takes as long as the longest so far:
 # tell_progress OPTIMIZER NUMBER SECONDS_OF_THE_LONGEST
 tell_progress() {
   local count=${#optimizers[@]} left end when=""
@@ -151,7 +152,7 @@ tell_progress() {
   echo "optimizer $2 of $count: $1$when" >&2
 }
 
-# The last words of a script, below the table and the picture's path.
+# The final message, below the table and the figure's path.
 tell_end() {
   if is_first_node; then echo "runs: runs/$EXPERIMENT/$GROUP"; fi
   [[ -z "$diverged" ]] || echo "diverged:$diverged (see the error above; a lower learning rate helps)" >&2

@@ -1,4 +1,4 @@
-"""Plans the optimizer of a large model on many GPUs: memory, work and bytes of every rank, on one CPU.
+"""Plans the optimizer of a large model on many GPUs: memory, work and bytes per rank, computed on one CPU.
 
     python -m scripts.plan --model gpt2_xl --mesh ddp=8
     python -m scripts.plan --model llama2_7b --mesh fsdp=64 --state-dtype bfloat16 --gpu-tflops 989 --link-gbs 50
@@ -7,13 +7,13 @@
     ddp=W         W replicas
     fsdp=W        W shards (FSDP2)
     hsdp=RxS      R replicas of S shards
-    tp=T          tensor parallelism: Linears cut by rows or columns, embedding and head by rows
+    tp=T          tensor parallelism: Linears sharded by rows or columns, embedding and head by rows
     fsdp_tp=SxT   S shards of each of T parts
 
-The model is built on the meta device, without memory, and laid out by torch's own fully_shard over a group of ranks
-that do not exist; the plan is the one that training would make, for GPUs: orthogonalizations in bfloat16. A process
-can only be one of the ranks, so memory is that of --rank: the longer shards are cut first, and rank 0 holds the most.
-Work and bytes are of all ranks; under fsdp_tp, where each gathers everything, one stands for all.
+The model is built on the meta device, without memory, and sharded by torch's fully_shard over a fake process group; the
+plan is that of training on GPUs, with orthogonalizations in bfloat16. Memory is that of --rank, the one rank that this
+process simulates; rank 0 has the longest shards. Work and bytes are those of all ranks; under fsdp_tp, where every rank
+gathers everything, of one.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ from optimizers import RULES, RuleOptimizer, build_optimizer
 from optimizers.layout import local_of
 from optimizers.wire import KINDS, ring_bytes
 
-MAX_RANKS = 1024  # as many have been tried: Llama-2-70B on 16x64 takes seconds
+MAX_RANKS = 1024  # the largest tried: Llama-2-70B on 16x64 takes seconds
 WAYS = ("received", "sent")
 GPT2 = {  # layers, heads, width: Radford et al. 2019, table 2
     "gpt2_small": (12, 12, 768),
@@ -51,12 +51,12 @@ GPT2 = {  # layers, heads, width: Radford et al. 2019, table 2
     "gpt2_large": (36, 20, 1280),
     "gpt2_xl": (48, 25, 1600),
 }
-LLAMA2 = {  # layers, heads, of which keys and values, width, FFN: Touvron et al. 2023, and Meta's released params.json
+LLAMA2 = {  # layers, heads, key/value heads, width, FFN: Touvron et al. 2023, and Meta's released params.json
     "llama2_7b": (32, 32, 32, 4096, 11008),
     "llama2_13b": (40, 40, 40, 5120, 13824),
     "llama2_70b": (80, 64, 8, 8192, 28672),
 }
-AXES = {  # words of --mesh, and what the numbers after them count
+AXES = {  # word of --mesh -> meaning of the numbers after it
     "ddp": ("replicate",),
     "fsdp": ("shard",),
     "hsdp": ("replicate", "shard"),
@@ -69,37 +69,37 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Options:
-    """Plans the optimizer of a large model on many GPUs: memory, work and bytes of every rank, on one CPU."""
+    """Plans the optimizer of a large model on many GPUs: memory, work and bytes per rank, computed on one CPU."""
 
     model: Literal[(*GPT2, *LLAMA2)]
-    """Whose parameters: GPT-2's without biases and with a tied head, Llama 2's as published."""
+    """The model: GPT-2 without biases and with a tied head, or Llama 2 as published."""
     mesh: str
-    """The layout, like ddp=8, fsdp=64, hsdp=16x8, tp=8 or fsdp_tp=8x4; 1,024 ranks at most."""
+    """The layout, such as ddp=8, fsdp=64, hsdp=16x8, tp=8 or fsdp_tp=8x4; at most 1,024 ranks."""
     optimizers: tuple[Literal[tuple(RULES)], ...] = ("adamw", "muon", "olion")
-    """The columns: rules of the matrices; the rest is AdamW's."""
+    """The columns: rules of the matrices; AdamW trains the rest."""
     rank: int = 0
     """The rank whose memory is shown."""
     param_dtype: Dtype = "float32"
-    """Of the weights that the optimizer updates."""
+    """Dtype of the weights that the optimizer updates."""
     grad_dtype: Dtype = "float32"
-    """Of the gradients, kept and averaged."""
+    """Dtype of the gradients."""
     state_dtype: Dtype | None = None
-    """Of the matrices' optimizer state, where a rule can choose. Default: the weights'."""
+    """Dtype of the matrices' optimizer state, for rules that support it. Default: the weights'."""
     gpu_tflops: float = 989
-    """Dense bf16 TFLOP/s of one GPU: an H100 SXM's, by its data sheet."""
+    """Dense bf16 TFLOP/s of a GPU: an H100 SXM's, from its data sheet."""
     efficiency: float = 0.5
-    """Part of them that orthogonalizations reach."""
+    """Fraction of them that orthogonalizations reach."""
     link_gbs: float = 50
-    """GB/s into one rank, and as many out of it: 400 Gb/s InfiniBand, one port a GPU."""
+    """GB/s into a rank, and as much out of it: 400 Gb/s InfiniBand, one port per GPU."""
     print_plan: bool = False
-    """Also prints each optimizer's whole plan: route and owner of every parameter."""
+    """Also print each optimizer's full plan: route and owner of every parameter."""
     record: Path | None = None
-    """Also writes the numbers here, as JSON."""
+    """Also write the numbers here, as JSON."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Ranks along each axis of a layout; 1 where it has no such axis."""
+    """Number of ranks along each axis of a layout; 1 without that axis."""
 
     word: str
     replicate: int = 1
@@ -108,12 +108,12 @@ class Mesh:
 
     @property
     def ranks(self) -> int:
-        """All of them."""
+        """Total number of ranks."""
         return self.replicate * self.shard * self.tensor
 
 
 def parse_mesh(text: str) -> Mesh:
-    """Read "hsdp=16x8"; UserError for a word, a number or a count of ranks that cannot be planned."""
+    """Parse a mesh such as "hsdp=16x8"; raises UserError for an unknown layout, an invalid number or too many ranks."""
     word, _, numbers = text.partition("=")
     axes = AXES.get(word, ())
     sizes = [int(number) if number.isdecimal() else 0 for number in numbers.split("x")]
@@ -126,10 +126,10 @@ def parse_mesh(text: str) -> Mesh:
 
 
 @contextlib.contextmanager
-def pretended(ranks: int, rank: int) -> Iterator[None]:
-    """Be one rank of a group of which there is no other; its collectives do nothing.
+def fake_group(ranks: int, rank: int) -> Iterator[None]:
+    """Simulate one rank of a process group whose collectives do nothing.
 
-    One rank a process: torch caches device meshes by their shape, and with them the groups that a rank is in.
+    One rank per process: torch caches device meshes by shape, and with them the rank's groups.
     """
     if not 0 <= rank < ranks:
         raise UserError(f"--rank must be from 0 to {ranks - 1}, a rank of the mesh; got {rank}")
@@ -141,17 +141,15 @@ def pretended(ranks: int, rank: int) -> Iterator[None]:
 
 
 def build_model(name: str, mesh: Mesh) -> nn.Module:
-    """Return the model on the meta device; UserError where tensor parallelism cannot divide its heads."""
+    """Return the model on the meta device; raises UserError if tensor parallelism does not divide its heads."""
     heads = LLAMA2[name][2] if name in LLAMA2 else GPT2[name][1]
     if heads % mesh.tensor:
-        raise UserError(
-            f"tensor parallelism must divide the {heads} heads of {name}; got {mesh.tensor}: take a divisor"
-        )
+        raise UserError(f"tensor parallelism must divide the {heads} heads of {name}; got {mesh.tensor}: use a divisor")
     with torch.device("meta"):
         if name in GPT2:
             layers, heads, width = GPT2[name]
             return GPT(GPTConfig(n_layer=layers, n_head=heads, n_embd=width))
-        from transformers import LlamaConfig, LlamaForCausalLM  # seconds to import
+        from transformers import LlamaConfig, LlamaForCausalLM  # here: takes seconds
 
         layers, heads, shared, width, ffn = LLAMA2[name]
         config = {"num_attention_heads": heads, "num_key_value_heads": shared, "intermediate_size": ffn}
@@ -159,9 +157,9 @@ def build_model(name: str, mesh: Mesh) -> nn.Module:
 
 
 def distribute(model: nn.Module, mesh: Mesh) -> dist.ProcessGroup | None:
-    """Lay the model out over the mesh; returns the group of the ranks that hold the same plain tensors (DDP), if any.
+    """Distribute the model over the mesh; returns the group of replicas of plain tensors (DDP), if any.
 
-    Every rank of the default group, which the mesh must make up, has to call it.
+    The mesh must consist of all ranks of the default group, and all of them must call it.
     """
     if mesh.word == "ddp":
         return dist.group.WORLD
@@ -178,11 +176,11 @@ def distribute(model: nn.Module, mesh: Mesh) -> dist.ProcessGroup | None:
 
 
 def _cut_tensors(model: nn.Module, devices: DeviceMesh) -> None:
-    """Cut as Megatron does: what a block's last products read by columns, all else by rows, the vocabulary too.
+    """Shard like Megatron: output projections of blocks by columns, other matrices and the vocabulary by rows.
 
-    Norms and positions stay whole.
+    Norms and positions are replicated.
     """
-    cut: dict[Tensor, nn.Parameter] = {}  # a tied head stays tied
+    cut: dict[Tensor, nn.Parameter] = {}  # keeps a tied head tied
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding) and name != "wpe":
             dim = 1 if name.endswith(("c_proj", "o_proj", "down_proj")) else 0
@@ -192,7 +190,7 @@ def _cut_tensors(model: nn.Module, devices: DeviceMesh) -> None:
 
 
 def planned(optimizer: RuleOptimizer, mesh: Mesh, grad_dtype: torch.dtype) -> dict:
-    """Return the numbers of one column: bytes, and floating-point operations a step."""
+    """Return the numbers of one column: bytes and floating-point operations per step."""
     plan = optimizer.plan
     shards = [local_of(param) for group in optimizer.param_groups for param in group["params"]]
     gradients = sum(shard.numel() for shard in shards) * grad_dtype.itemsize
@@ -212,22 +210,22 @@ def planned(optimizer: RuleOptimizer, mesh: Mesh, grad_dtype: torch.dtype) -> di
 
 
 def _by_kind(everyone: list[Counter]) -> dict[str, dict[str, float]]:
-    """Return the most and the mean over ranks, of each kind of bytes and of all."""
+    """Return maximum and mean over ranks, of each kind of bytes and of their sum."""
     ranks = {kind: [each[kind] for each in everyone] for kind in KINDS}
     ranks = {kind: each for kind, each in ranks.items() if any(each)} | {"all": [each.total() for each in everyone]}
     return {kind: {"busiest": max(each), "mean": mean(each)} for kind, each in ranks.items()}
 
 
 def gradient_traffic(held: int, mesh: Mesh) -> int:
-    """Return the bytes in, and out, by which one rank's gradients (`held` bytes) become the mean over the ranks.
+    """Return the bytes that a rank receives, and sends, to average its gradients (`held` bytes) over the ranks.
 
-    A reduce-scatter over the S shards, (S - 1) held, and a ring's all-reduce over the R replicas, 2 (R - 1) / R held.
+    A reduce-scatter over S shards takes (S - 1) held, a ring all-reduce over R replicas 2 (R - 1) / R held.
     """
     return (mesh.shard - 1) * held + ring_bytes(held, mesh.replicate)
 
 
 def seconds(column: dict, options: Options) -> dict[str, float]:
-    """Return how long the busiest rank orthogonalizes, and how long the busiest link takes, in and out at once."""
+    """Return the times of the busiest rank's orthogonalizations and of its communication, in and out at once."""
     moved = max(column[way]["all"]["busiest"] for way in WAYS)
     return {
         "orthogonalization": column["busiest_flops"] / (1e12 * options.gpu_tflops * options.efficiency),
@@ -236,7 +234,7 @@ def seconds(column: dict, options: Options) -> dict[str, float]:
 
 
 def cells(column: dict, kinds: list[str]) -> dict[str, str]:
-    """Return what the table says of one optimizer, by row."""
+    """Return the table's cells of one optimizer, by row."""
     rows = {f"{name}, GB": f"{column[name] / 1e9:.3f}" for name in ("weights", "gradients", "state")}
     rows["orthogonalization, busiest rank, TFLOP"] = f"{column['busiest_flops'] / 1e12:.3f}"
     rows["owners' work, largest / mean"] = f"{column['balance']:.2f}" if column["balance"] else ""
@@ -244,12 +242,12 @@ def cells(column: dict, kinds: list[str]) -> dict[str, str]:
         for kind in kinds:
             found = column[way].get(kind, {"busiest": 0, "mean": 0})
             rows[f"{way}, {kind}, MB"] = f"{found['busiest'] / 1e6:.3f} ({found['mean'] / 1e6:.3f})"
-    rows["the gradient's own, either way, MB"] = f"{column['gradient_traffic'] / 1e6:.3f}"
+    rows["gradient averaging, each way, MB"] = f"{column['gradient_traffic'] / 1e6:.3f}"
     return rows | {f"{name}, ms": f"{1000 * taken:.1f}" for name, taken in column["seconds"].items()}
 
 
 def table(columns: dict[str, dict]) -> str:
-    """Return the numbers side by side, an optimizer a column, as a Markdown table."""
+    """Return a Markdown table with a column per optimizer."""
     used = {kind for column in columns.values() for way in WAYS for kind in column[way]}
     rows = [cells(column, [kind for kind in (*KINDS, "all") if kind in used]) for column in columns.values()]
     lines = [f"| one rank, one step | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
@@ -257,7 +255,7 @@ def table(columns: dict[str, dict]) -> str:
 
 
 def plan(options: Options) -> dict:
-    """Build the model and each optimizer on one rank of the mesh; returns what is recorded, a column an optimizer."""
+    """Build the model and each optimizer on one rank of the mesh; returns the record, with a column per optimizer."""
     mesh = parse_mesh(options.mesh)
     for name in ("gpu_tflops", "efficiency", "link_gbs"):
         most = 1 if name == "efficiency" else sys.float_info.max
@@ -265,7 +263,7 @@ def plan(options: Options) -> dict:
             wanted = "above 0 and at most 1" if most == 1 else "above 0 and finite"
             raise UserError(f"--{name.replace('_', '-')} must be {wanted}; got {getattr(options, name)}")
     columns = {}
-    with pretended(mesh.ranks, options.rank):
+    with fake_group(mesh.ranks, options.rank):
         model = build_model(options.model, mesh).to(getattr(torch, options.param_dtype))
         parameters = sum(param.numel() for param in model.parameters())
         process_group = distribute(model, mesh)
@@ -282,12 +280,12 @@ def plan(options: Options) -> dict:
 
 
 NOTES = """
-GB = 1e9 bytes, held by rank {rank}; what a step needs for a moment is not in them.
-MB = 1e6 bytes of the busiest rank and, in brackets, of the mean one, beyond the gradient's own. Its own: (S - 1) x a
-rank's gradients to add them up over S shards, and 2 (R - 1) / R x over R replicas. FSDP's gathering of weights and
-tensor parallelism's of activations are in neither.
+GB = 1e9 bytes, held by rank {rank}, without temporary tensors.
+MB = 1e6 bytes of the busiest rank and, in brackets, the mean over ranks, without averaging the gradient. That takes
+(S - 1) x a rank's gradients over S shards, and 2 (R - 1) / R x over R replicas. FSDP's gathering of weights and tensor
+parallelism's of activations are not included.
 ms of the busiest rank at {efficiency:.0%} of {gpu_tflops:g} TFLOP/s, and {link_gbs:g} GB/s into a rank and out of it.
-A step takes between the longer of the two, where they overlap, and their sum; and then its elementwise work."""
+A step takes between the maximum of the two, if they overlap, and their sum, plus the elementwise work."""
 
 
 def main() -> None:

@@ -1,12 +1,12 @@
-"""What `[probe]` recorded, as metrics that scripts.figures draws.
+"""Metrics recorded by `[probe]`, for scripts.figures.
 
     python -m scripts.figures --what norms RUN...       spectral and max-abs norm of the weights over training
     python -m scripts.figures --what isotropy RUN...    diagonal isotropy, with the level of a random matrix
     python -m scripts.figures --what hadamard RUN...    flatness of the polar factor, spectral norm of the signs
     python -m scripts.figures --what spectrum RUN...    entries and singular values at the end, as quantiles
 
-Norms, Hadamard gap and spectra are of two shapes, the squarest and the tallest; any other recorded quantity is drawn by
-its name, `--metric probe/384x128/cosine`.
+Norms, Hadamard gap and spectra are drawn for two shapes, the squarest and the tallest; any other recorded metric by
+name, `--metric probe/384x128/cosine`.
 """
 
 import re
@@ -30,17 +30,17 @@ WORDS = {
     "weight_max_abs": "largest entry of the {} weights",
     "isotropy": "deviation from diagonal isotropy, {} matrices",
     "flatness": "flatness of the {} polar factors",
-    "sign_spectral": "spectral norm of the {} signs, over its least",
+    "sign_spectral": "spectral norm of the {} signs, over its minimum",
     "weight_entries": "entries of the {} weights",
     "weight_singular_values": "singular values of the {} weights",
     "momentum_singular_values": "singular values of the {} momentum",
-    "flipped_signs": "share of {} signs that are not the exact ones",
+    "flipped_signs": "fraction of {} signs that differ from the exact ones",
     "cosine": "cosine between update and gradient, {} matrices",
 }
 
 
 def metrics_of(what: str, recorded: Iterable[str]) -> tuple[str, ...]:
-    """The recorded quantities that make a picture, panel by panel; UserError where there are none."""
+    """Return the recorded metrics of a figure, panel by panel; raises UserError if there are none."""
     shapes: dict[str, tuple[int, int]] = {}
     keys = set(recorded)
     for key in sorted(keys):
@@ -62,13 +62,13 @@ def metrics_of(what: str, recorded: Iterable[str]) -> tuple[str, ...]:
 
 
 def words_of(metric: str) -> str | None:
-    """What a panel calls a probe's quantity."""
+    """Return a probe metric's name in a panel; None for another metric."""
     _, label, quantity = metric.split("/", 2) if metric.count("/") == 2 else ("", "", "")
     return WORDS[quantity].format(label.replace("x", " x ")) if quantity in WORDS else None
 
 
 def levels_of(metric: str) -> dict[str, float]:
-    """What to compare a quantity with, by name: a random orthogonal matrix (Haar), a Hadamard matrix."""
+    """Return reference levels of a metric by name: a random orthogonal matrix (Haar), a Hadamard matrix."""
     quantity = metric.rpartition("/")[2]
     if quantity == "isotropy" and (shape := re.fullmatch(r"probe/(\d+)x(\d+)/isotropy", metric)):
         m, n = int(shape[1]), int(shape[2])
@@ -79,7 +79,7 @@ def levels_of(metric: str) -> dict[str, float]:
 
 
 def draw_levels(panel: Any, metric: str) -> list[float]:
-    """Draw what a quantity is compared with; returns the levels, for the panel's limits."""
+    """Draw the reference levels of a metric; returns them, for the panel's limits."""
     for name, level in levels_of(metric).items():
         panel.axhline(level, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)))
         panel.annotate(name, (0.2, level), xycoords=("axes fraction", "data"), va="bottom", fontsize=9, color=INK)

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Makes the environment, .venv with requirements.txt, if there is none; prints the interpreter to use, and one line per
-# stage on stderr.
-#   bash scripts/setup.sh                          a .venv here, from python3.11 or newer
-#   PYTHON=~/torch/bin/python bash scripts/setup.sh    one's own interpreter: nothing is installed, only checked
+# Creates .venv with requirements.txt if there is none; prints the interpreter to use, and one line per stage on stderr.
+#   bash scripts/setup.sh                              a local .venv, from python3.11 or newer
+#   PYTHON=~/torch/bin/python bash scripts/setup.sh    your own interpreter: checked, nothing is installed
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,7 +11,7 @@ import importlib.util
 assert all(map(importlib.util.find_spec, ("datasets", "diffusers", "PIL", "sklearn", "tokenizers", "torchtitan",
     "transformers", "wandb")))
 assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11), "torch 2.11 or newer is required"' || {
-    echo "error: PYTHON=$PYTHON must have what requirements.txt lists; run: $PYTHON -m pip install -r requirements.txt" >&2
+    echo "error: PYTHON=$PYTHON needs the packages of requirements.txt; run: $PYTHON -m pip install -r requirements.txt" >&2
     exit 1
   }
   echo "$PYTHON"
@@ -20,7 +19,7 @@ assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11), "torch 2.11
 fi
 
 python=.venv/bin/python
-stamp=.venv/requirements.installed # a copy of what was installed: the environment follows requirements.txt
+stamp=.venv/requirements.installed # a copy of the installed requirements.txt, to detect changes
 if [[ ! -x "$python" ]] || ! cmp -s requirements.txt "$stamp"; then
   base=""
   for candidate in python3 python3.13 python3.12 python3.11 python; do
@@ -37,13 +36,13 @@ if [[ ! -x "$python" ]] || ! cmp -s requirements.txt "$stamp"; then
     echo "setup 1/3: .venv with $("$base" --version)" >&2
     "$base" -m venv .venv || {
       rm -rf .venv
-      echo "error: $base must be able to make a venv (on Debian: apt install python3-venv); or set PYTHON" >&2
+      echo "error: $base must be able to create a venv (on Debian: apt install python3-venv); or set PYTHON" >&2
       exit 1
     }
   fi
-  # -qq: errors only. A machine's pip may warn of its version, its cache or its index, none of which a user can act on.
+  # -qq: errors only, without pip's warnings about its version, cache or index.
   install() { "$python" -m pip install -qq --disable-pip-version-check "$@" >&2; }
-  # torch alone first: with it in place, no other package can choose another build of it.
+  # torch first, so that no other package chooses another build of it.
   torch=$(grep -o '^torch==[^ ]*' requirements.txt)
   echo "setup 2/3: $torch (minutes the first time)" >&2
   install "$torch"

@@ -1,11 +1,11 @@
-"""Trains a grid of learning rates for each optimizer, and draws what each rate led to.
+"""Trains with a grid of learning rates for each optimizer, and draws the final losses.
 
     python -m scripts.sweep nanoGPT/configs/stdlib.toml --lrs 4e-3 8e-3 1.6e-2 --seeds 1337 1338 1339 --jobs 2
     python -m scripts.sweep nanoGPT/configs/stdlib.toml --optimizers olion muon --adamw-lr 4e-3 --set steps=200
     python -m scripts.sweep Llama/train_configs/stdlib.toml --module Llama.train --jobs 2
     python -m scripts.sweep nanoGPT/configs/stdlib.toml --draw-only
 
-The same command again does what is missing. Every outcome is merged into one JSON, where nothing recorded is lost.
+The same command again runs missing cells. Every outcome is merged into one JSON, which keeps earlier ones.
 """
 
 import json
@@ -36,49 +36,49 @@ from common.runlog import END, run_name
 from common.whole import write_text
 from scripts.figures import title_of
 
-KEY = ("config", "optimizer", "lr", "adamw_lr", "seed")  # what makes a recorded run another run
+KEY = ("config", "optimizer", "lr", "adamw_lr", "seed")  # identifies a recorded run
 SWEPT = {"optimizer.name", "optimizer.lr", "optimizer.adamw_lr", "seed"}
-MAX_EXTENDS = 8  # configs in a row; more are a circle
-TITAN = {"seed": "debug.seed", "group": "job.group", "steps": "training.steps"}  # torchtitan's words for these keys
+MAX_EXTENDS = 8  # longer chains of configs are cycles
+TITAN = {"seed": "debug.seed", "group": "job.group", "steps": "training.steps"}  # torchtitan's names of these keys
 
 warn_once = cache(warn)  # not after every run
 
-Curve = dict[float, dict[int, float]]  # learning rate -> seed -> loss, infinite where the run diverged or failed
+Curve = dict[float, dict[int, float]]  # learning rate -> seed -> loss, infinite if the run diverged or failed
 MODULES = ("nanoGPT.train", "SIT.train", "Llama.train")  # ours, whose optimizers are known
 Curves = dict[tuple[float | None, str], Curve]  # (rate of the AdamW part, optimizer) -> curve
 
 
 @dataclass(frozen=True)
 class Options:
-    """Trains a grid of learning rates for each optimizer, and draws what each rate led to."""
+    """Trains with a grid of learning rates for each optimizer, and draws the final losses."""
 
     config: tyro.conf.Positional[Path]
-    """The experiment's TOML, as its train.py takes it."""
+    """The experiment's TOML, for its train.py."""
     optimizers: tuple[str, ...] = tuple(STYLES)
     lrs: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
-    """Learning rates, each tried with each optimizer."""
+    """Learning rates, each with every optimizer."""
     seeds: tuple[int, ...] = (1337,)
     adamw_lr: tuple[float, ...] = ()
-    """Rates of the AdamW part (embeddings, head, norms), each tried with each rate. Default: the config's."""
+    """Rates of the AdamW part (embeddings, head, vectors), each with every rate. Default: the config's."""
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = ()
-    """More of the experiment's options, as key=value; they become a part of the sweep's name."""
+    """Further options of the experiment, as key=value; they become part of the sweep's name."""
     out: Path | None = None
-    """The record; the picture lies beside it. Default: images/sweep_EXPERIMENT_NAME.json, NAME being the config's."""
+    """The record, with the figure beside it. Default: images/sweep_EXPERIMENT_CONFIG.json."""
     jobs: int = 1
-    """Runs at once; each gets its share of the cores."""
+    """Number of concurrent runs, which share the cores."""
     module: str = "nanoGPT.train"
     """The experiment's training module."""
     draw_only: bool = False
-    """Only draws, from the record."""
+    """Only draw, from the record."""
     title: str | None = None
-    """Of the picture."""
+    """Title of the figure."""
 
     @property
     def experiment(self) -> str:
         return self.module.split(".")[0].lower()
 
     def key(self, name: str) -> str:
-        """The training module's word for the key `name`."""
+        """Return the training module's name of a key."""
         return TITAN.get(name, name) if self.experiment == "llama" else name
 
     @property
@@ -91,7 +91,7 @@ class Options:
 
     @property
     def subject(self) -> str:
-        """The runs in plain words; a setting that is long, such as a path, is left to the record."""
+        """The sweep's title, with its settings except long ones, such as paths."""
         settings = [
             setting.rpartition(".")[2].replace("=", " ") for setting in sorted(self.settings) if len(setting) < 32
         ]
@@ -99,12 +99,12 @@ class Options:
 
     @property
     def runs(self) -> Path:
-        """The folder in which the training module keeps the runs of a group."""
+        """The training module's folder of this group's runs."""
         return Path("runs", self.experiment, self.group)
 
     @property
     def logs(self) -> Path:
-        """Output of the runs; not among them, where a training module may move old folders aside."""
+        """Folder of the runs' output; outside `runs`, whose folders a training module may move aside."""
         return self.runs.with_name(f"{self.group}.logs")
 
     @property
@@ -131,7 +131,7 @@ class Trial:
     def command(self, options: Options) -> list[str]:
         flags = {"optimizer.name": self.optimizer, "optimizer.lr": repr(self.lr), options.key("seed"): self.seed}
         if self.adamw_lr is not None:
-            flags["optimizer.adamw-lr"] = repr(self.adamw_lr)  # all digits: they name the run's folder
+            flags["optimizer.adamw-lr"] = repr(self.adamw_lr)  # repr: all digits are part of the run's name
         flags[options.key("group")] = options.group
         flags |= dict(setting.split("=", 1) for setting in options.settings)
         arguments = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
@@ -142,37 +142,37 @@ class Trial:
 
 
 def grid(options: Options) -> list[Trial]:
-    """Every cell, seeds outermost: a sweep that is stopped early has seen all rates once."""
+    """Return all cells, seeds outermost: a sweep that is stopped early has tried all rates once."""
     parts = options.adamw_lr or (look_up(options.config, "optimizer.adamw_lr"),)
     cells = product(options.seeds, parts, options.lrs, options.optimizers)
     trials = [Trial(optimizer, lr, adamw_lr, seed) for seed, adamw_lr, lr, optimizer in cells]
-    return list(dict.fromkeys(trials))  # a rate given twice is one run
+    return list(dict.fromkeys(trials))  # without duplicates
 
 
 def check(options: Options) -> None:
-    """Refuses what no run could use, before the first one starts."""
+    """Raise UserError for invalid options before the first run starts."""
     if not options.config.is_file():
-        raise FileNotFoundError(f"a sweep needs the experiment's TOML; there is no {options.config}")
+        raise FileNotFoundError(f"a sweep needs the experiment's TOML; {options.config} does not exist")
     for setting in options.settings:
         key, equals, _ = setting.partition("=")
         if not key or not equals or key.replace("-", "_") in SWEPT | {options.key("seed")}:
-            raise UserError(f"--set takes key=value for keys that are not swept; got {setting!r}")
+            raise UserError(f"--set must be key=value for keys that are not swept; got {setting!r}")
     if not re.fullmatch(r"\w+\.train", options.module):
         raise UserError(f"--module must be a training module, like nanoGPT.train; got {options.module!r}")
     if options.module in MODULES:
-        from optimizers.rule import rule_named  # here, since it imports torch: --help goes without it
+        from optimizers.rule import rule_named  # here: it imports torch, which --help does not need
 
         for name in options.optimizers:
             rule_named(name)
     for lr in (*options.lrs, *options.adamw_lr):
         if not 0 <= lr < math.inf:
-            raise UserError(f"--lrs and --adamw-lr take finite rates from 0 up; got {lr}")
+            raise UserError(f"--lrs and --adamw-lr must be finite, 0 or more; got {lr}")
     if options.jobs < 1:
-        raise UserError(f"--jobs takes a number of runs from 1 up; got {options.jobs}")
+        raise UserError(f"--jobs must be 1 or more; got {options.jobs}")
 
 
 def look_up(path: Path, key: str, depth: int = 0) -> Any:
-    """The value of a key such as "optimizer.adamw_lr" in a TOML or the one that it extends; None without one."""
+    """Return the value of a key such as "optimizer.adamw_lr" in a TOML or its parents; None if it is absent."""
     try:
         table = value = tomllib.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -183,25 +183,23 @@ def look_up(path: Path, key: str, depth: int = 0) -> Any:
         return value
     extended = path.parent / str(table["extends"])
     if depth == MAX_EXTENDS:
-        raise UserError(
-            f"`extends` must end within {MAX_EXTENDS} files, got a longer chain at {path}; break the circle"
-        )
+        raise UserError(f"`extends` must end within {MAX_EXTENDS} files, got a longer chain at {path}; break the cycle")
     return look_up(extended, key, depth + 1)
 
 
 def planned_steps(options: Options) -> int | None:
-    """The last step of a run, or None where only the training module knows."""
+    """Return the number of steps of a run; None if it is the training module's default."""
     key = options.key("steps")
     set_here = [setting.removeprefix(f"{key}=") for setting in options.settings if setting.startswith(f"{key}=")]
     if not set_here:
         return look_up(options.config, key)
     if not set_here[-1].isdecimal() or len(set_here[-1]) > 15:
-        raise UserError(f"--set {key} takes a number of steps; got {set_here[-1]!r}")
+        raise UserError(f"--set {key} must be a number of steps; got {set_here[-1]!r}")
     return int(set_here[-1])
 
 
 def finished(folder: Path, steps: int | None) -> bool:
-    """finished.json is written when a run ends or diverges; a run of another length was another sweep's."""
+    """Return whether a run of this length ended or diverged, from its finished.json."""
     if not (folder / END).exists():
         return False
     end = read_end(folder)
@@ -209,7 +207,7 @@ def finished(folder: Path, steps: int | None) -> bool:
 
 
 def read_end(folder: Path) -> dict:
-    """A run's finished.json: its last step and validation."""
+    """Return a run's finished.json: its last step and validation."""
     path = folder / END
     end = read_object(path)
     require(is_number(end.get("step")), path, "a number as step", end.get("step"))
@@ -219,7 +217,7 @@ def read_end(folder: Path) -> dict:
 
 
 def outcome(options: Options, trial: Trial, error: str | None = None) -> dict:
-    """The record of a run: its losses (None where it diverged or failed), its settings and its machine."""
+    """Return the record of a run: losses (None if it diverged or failed), settings and machine."""
     folder = trial.folder(options)
     entry = {"config": options.name, "optimizer": trial.optimizer, "lr": trial.lr, "adamw_lr": trial.adamw_lr}
     entry |= {"seed": trial.seed, "val_loss": None, "bits_per_byte": None, "steps": None, "error": error}
@@ -235,7 +233,7 @@ def outcome(options: Options, trial: Trial, error: str | None = None) -> dict:
 
 
 def read_record(path: Path) -> dict:
-    """A sweep's record, its shape checked; an empty one where there is none."""
+    """Read and check a sweep's record; returns an empty one without a file."""
     if not path.exists():
         return {"settings": {}, "runs": []}
     record = read_object(path)
@@ -250,17 +248,17 @@ def read_record(path: Path) -> dict:
 
 
 def add(path: Path, entry: dict) -> None:
-    """Merges one run into the record; what is there stays, and a failure never replaces a loss."""
+    """Merge one run into the record, keeping the others; a failure never replaces a loss."""
     record, settings = read_record(path), entry.pop("settings")
     runs = {tuple(run[key] for key in KEY): run for run in record["runs"]}
-    place = tuple(entry[key] for key in KEY)
-    if entry["error"] is None or runs.get(place, entry)["error"] is not None:
-        runs[place] = entry
+    identity = tuple(entry[key] for key in KEY)
+    if entry["error"] is None or runs.get(identity, entry)["error"] is not None:
+        runs[identity] = entry
     before = record["settings"].setdefault(f"{entry['config']}, {entry['optimizer']}", settings)
     changed = [f"{key} {before[key]} -> {value}" for key, value in settings.items() if before.get(key, value) != value]
     if changed:
-        warn_once(f"{path} now mixes runs of different settings, {', '.join(changed[:3])}: give them another --out")
-    # One line per run, so that a diff shows only the runs that a later sweep adds.
+        warn_once(f"{path} now mixes runs of different settings, {', '.join(changed[:3])}: use another --out")
+    # One line per run, so that a diff shows only the added runs.
     lines = ",\n".join(f"  {json.dumps(run)}" for run in sorted(runs.values(), key=lambda run: str(run)))
     settings_lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(of)}" for key, of in record["settings"].items())
     write_text(path, f'{{"runs": [\n{lines}\n ],\n "settings": {{\n{settings_lines}\n }}}}\n')
@@ -274,28 +272,28 @@ def start(options: Options, trial: Trial) -> subprocess.Popen:
         return subprocess.Popen(trial.command(options), stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
-def last_words(log: Path) -> str:
-    """The reason for a run's failure: its error line, or else its last line."""
+def failure_of(log: Path) -> str:
+    """Return the reason for a run's failure: its error line, or its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return ([line for line in lines if line.startswith("error:")] or lines or ["error: ended without a word"])[-1]
+    return ([line for line in lines if line.startswith("error:")] or lines or ["error: no output"])[-1]
 
 
 def ended(options: Options, trial: Trial, status: int, steps: int | None) -> dict:
-    """The outcome of a run whose process has ended."""
+    """Return the record of a run whose process has ended."""
     if status >= 0 and finished(trial.folder(options), steps):
         return outcome(options, trial)
     killed = f"error: killed by signal {-status}"
-    return outcome(options, trial, killed if status < 0 else last_words(options.logs / f"{trial.name}.log"))
+    return outcome(options, trial, killed if status < 0 else failure_of(options.logs / f"{trial.name}.log"))
 
 
 def train(options: Options) -> list[str]:
-    """Run the missing cells of the grid, `jobs` at once, and record each end; returns the names of failed runs."""
+    """Run the missing cells of the grid, `jobs` at a time, and record each; returns the names of failed runs."""
     trials, steps, failures = grid(options), planned_steps(options), []
     waiting = [trial for trial in trials if not finished(trial.folder(options), steps)]
     for trial in set(trials) - set(waiting):
         add(options.record, outcome(options, trial))
     running: dict[subprocess.Popen, Trial] = {}
-    from common.launch import StopRequest  # here, since it imports torch: --help goes without it
+    from common.launch import StopRequest  # here: it imports torch, which --help does not need
 
     bar = progress(total=len(trials), initial=len(trials) - len(waiting), unit="run")
     with bar, StopRequest() as stop:
@@ -317,12 +315,12 @@ def train(options: Options) -> list[str]:
         for process in running:
             process.wait()
     if stop.requested:
-        raise UserError(f"stopped with {len(waiting) + len(running)} runs to do; the same command does them")
+        raise UserError(f"stopped with {len(waiting) + len(running)} runs to do; the same command continues")
     return failures
 
 
 def losses(runs: list[dict]) -> Curves:
-    """Sort recorded runs into curves; a run that diverged or failed has an infinite loss."""
+    """Group recorded runs into curves; a run that diverged or failed has an infinite loss."""
     curves: Curves = {}
     order = [*STYLES, *sorted({run["optimizer"] for run in runs} - set(STYLES))]
     for run in sorted(runs, key=lambda run: (run["adamw_lr"] or 0, order.index(run["optimizer"]), run["lr"])):
@@ -336,9 +334,9 @@ def mean(losses: dict[int, float], seeds: Iterable[int] | None = None) -> float:
 
 
 def best_rate(curve: Curve) -> float:
-    """The rate of lowest mean loss among those with equal seeds: the largest set of seeds that some rates share.
+    """Return the rate of lowest mean loss among those with the largest set of seeds.
 
-    A rate tried with fewer seeds is no candidate, however lucky: `contested` says where it is lower.
+    Rates with fewer seeds are no candidates: `contested` returns those that are lower on shared seeds.
     """
     sets = [frozenset(losses) for losses in curve.values()]
     seeds = max(sets, key=lambda each: (len(each), sets.count(each)))
@@ -346,7 +344,7 @@ def best_rate(curve: Curve) -> float:
 
 
 def contested(curve: Curve) -> list[float]:
-    """Rates with other seeds than the best's that are lower on the seeds they share with it."""
+    """Return the rates with other seeds than the best one that are lower on the shared seeds."""
     best = curve[best_rate(curve)]
     return [
         lr
@@ -358,20 +356,20 @@ def contested(curve: Curve) -> list[float]:
 
 
 def at_edge(curve: Curve) -> str:
-    """On which side the best rate has no neighbour: "below", "above" or ""."""
+    """Return the side on which the best rate has no neighbour: "below", "above" or ""."""
     best, rates = best_rate(curve), sorted(curve)
     return "below" if best == rates[0] else "above" if best == rates[-1] else ""
 
 
 def bracketed(curve: Curve) -> str:
-    """Whether rates on both sides of the best one were tried, and none is lower on fewer seeds."""
+    """Return "yes" if both neighbours of the best rate were tried and none is lower on shared seeds, else a reason."""
     doubts = [f"try {side} {rate(best_rate(curve))}"] if (side := at_edge(curve)) else []
-    doubts += [f"{rate(lr)} is lower on the seeds it has: try all seeds there" for lr in contested(curve)]
+    doubts += [f"{rate(lr)} is lower on shared seeds: try all seeds there" for lr in contested(curve)]
     return f"no: {'; '.join(doubts)}" if doubts else "yes"
 
 
 def table(curves: Curves) -> str:
-    """Each optimizer's best rate, the loss there, and whether rates on both sides of it were tried."""
+    """Return a table of each optimizer's best rate, its loss, and whether it is bracketed."""
     rows = []
     for (adamw_lr, optimizer), curve in curves.items():
         best = best_rate(curve)
@@ -383,7 +381,7 @@ def table(curves: Curves) -> str:
 
 
 def paired(curves: Curves) -> dict[tuple[float | None, str], Paired]:
-    """Each optimizer's best losses minus those of the best optimizer, seed by seed, for each rate of the AdamW part."""
+    """Return each optimizer's loss minus the best optimizer's, paired by seed, for each rate of the AdamW part."""
     found = {}
     for part in dict.fromkeys(adamw_lr for adamw_lr, _ in curves):
         bests = {name: curve[best_rate(curve)] for (adamw_lr, name), curve in curves.items() if adamw_lr == part}
@@ -395,13 +393,13 @@ def paired(curves: Curves) -> dict[tuple[float | None, str], Paired]:
 
 
 def paired_table(curves: Curves) -> str:
-    """The paired differences with their 95 % intervals; empty where no two optimizers share two seeds."""
+    """Return a table of paired differences with 95 % intervals; "" if no two optimizers share two seeds."""
     rows = []
     for (part, name), each in paired(curves).items():
         digits = digits_of(each.half_width)
-        told = f"{each.mean:+.{digits}f} ± {each.half_width:.{digits}f} ({each.seeds} seeds)"
+        text = f"{each.mean:+.{digits}f} ± {each.half_width:.{digits}f} ({each.seeds} seeds)"
         verdict = "yes" if each.is_beyond_noise else "no"
-        rows.append([style_of(name).label, "the same" if part is None else rate(part), told, verdict])
+        rows.append([style_of(name).label, "the same" if part is None else rate(part), text, verdict])
     heads = [
         "optimizer",
         "AdamW part's rate",
@@ -412,14 +410,14 @@ def paired_table(curves: Curves) -> str:
 
 
 def draw_paired(curves: Curves, out: Path, title: str) -> None:
-    """The paired differences as points with intervals, a panel for each rate of the AdamW part."""
+    """Draw the paired differences as points with intervals, a panel per rate of the AdamW part."""
     differences = paired(curves)
     parts = list(dict.fromkeys(part for part, _ in differences))
     seeds = seeds_in_words(seed for curve in curves.values() for seed in curve[best_rate(curve)])
     figure, panels = new_figure(title, f"loss minus the best optimizer's, each at its best rate; {seeds}", len(parts))
     for panel, part in zip(panels, parts, strict=True):
         its = {name: each for (of, name), each in differences.items() if of == part}
-        order = sorted(its, key=lambda name: -its[name].mean)  # the lowest on top
+        order = sorted(its, key=lambda name: -its[name].mean)  # lowest on top
         for height, name in enumerate(order):
             style, each = style_of(name), its[name]
             panel.errorbar(
@@ -440,14 +438,14 @@ def draw_paired(curves: Curves, out: Path, title: str) -> None:
 
 
 def draw(curves: Curves, out: Path, title: str) -> None:
-    """Final loss against learning rate, a panel for each rate of the AdamW part; the valleys fill the picture."""
-    valleys = []  # each best, and what was tried right beside it
+    """Draw the final loss against the learning rate, a panel per rate of the AdamW part, scaled to the minima."""
+    valleys = []  # each best, and its neighbours
     for curve in curves.values():
         means, at = [mean(curve[lr]) for lr in sorted(curve)], sorted(curve).index(best_rate(curve))
         valleys += [each for each in means[max(0, at - 1) : at + 2] if math.isfinite(each)]
     if not valleys:
         raise UserError(
-            f"every run diverged or failed, so there is no curve to draw; {out.with_suffix('.json')} says why"
+            f"a curve needs a finite loss, every run diverged or failed; {out.with_suffix('.json')} has the reasons"
         )
     margin = (max(valleys) - min(valleys)) * 0.1 or 0.05
     parts = list(dict.fromkeys(adamw_lr for adamw_lr, _ in curves))
@@ -464,8 +462,8 @@ def draw(curves: Curves, out: Path, title: str) -> None:
 
 
 def draw_panel(panel, curves: dict[str, Curve]) -> None:
-    """Curves over the rates, bars from the lowest to the highest seed, an × above for runs that diverged or failed."""
-    from matplotlib.ticker import NullLocator  # here: --help goes without it
+    """Draw curves over the rates, bars over the seeds, and an × above for runs that diverged or failed."""
+    from matplotlib.ticker import NullLocator  # here: --help does not need it
 
     bottom, top = panel.get_ylim()
     tried = sorted({lr for curve in curves.values() for lr in curve})
@@ -476,10 +474,10 @@ def draw_panel(panel, curves: dict[str, Curve]) -> None:
     edge = tried[-1] * margin
     panel.set_xlim(tried[0] / margin, edge)
     labels, diverged = [], dict.fromkeys(tried, 0)
-    for optimizer, curve in sorted(curves.items(), key=lambda item: style_of(item[0]).width):  # the thickest on top
+    for optimizer, curve in sorted(curves.items(), key=lambda item: style_of(item[0]).width):  # thickest on top
         style, rates, best = style_of(optimizer), sorted(curve), best_rate(curve)
         color, lowest, edge_best = style.color, mean(curve[best]), at_edge(curve)
-        means = [min(mean(curve[lr]), 2 * top - bottom) for lr in rates]  # out of sight, yet finite
+        means = [min(mean(curve[lr]), 2 * top - bottom) for lr in rates]  # above the panel, but finite
         panel.plot(rates, means, color=color, linewidth=style.width, marker=style.marker, markersize=6)
         fewer = [(lr, each) for lr, each in zip(rates, means, strict=True) if len(curve[lr]) < len(curve[best])]
         for lr, each in fewer:
@@ -491,13 +489,13 @@ def draw_panel(panel, curves: dict[str, Curve]) -> None:
             finite = [loss for loss in curve[lr].values() if math.isfinite(loss)]
             if len(finite) > 1:
                 panel.vlines(lr, min(finite), max(finite), color=color, linewidth=6, alpha=0.3)
-            if len(finite) < len(curve[lr]):  # above the panel, one over the other
+            if len(finite) < len(curve[lr]):  # above the panel, stacked
                 height = top + (top - bottom) * (0.025 + 0.03 * diverged[lr])
                 panel.plot(lr, height, "x", color=color, markeredgewidth=2, clip_on=False)
                 diverged[lr] += 1
         reached = mean_and_spread(list(curve[best].values())).split()[0] if math.isfinite(lowest) else ""
         at = f"at {rate(best)}{', edge' * bool(edge_best)}"
-        words = f"{reached}  {style.label} {at}" if reached else f"{style.label} has none"
+        words = f"{reached}  {style.label} {at}" if reached else f"{style.label}: no finite loss"
         labels.append((edge, lowest, words, optimizer))
     label_ends(panel, labels)
 
@@ -510,7 +508,7 @@ def main() -> None:
     curves = losses([run for run in recorded if run["config"] == options.name])
     if not curves:
         names = ", ".join(sorted({run["config"] for run in recorded})) or "nothing"
-        raise UserError(f"there is no run of {options.name} in {options.record}; it holds {names}")
+        raise UserError(f"{options.record} must hold a run of {options.name}, holds {names}: run the sweep first")
     print(table(curves))
     picture = options.record.with_suffix(".png")
     draw(curves, picture, options.title or f"Learning rates: {options.subject}")

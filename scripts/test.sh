@@ -3,7 +3,7 @@
 #   bash scripts/test.sh                    everything: minutes
 #   bash scripts/test.sh --fast             without types and the tests marked slow: under a minute
 #   bash scripts/test.sh tests/test_polar.py -k gram    pytest's arguments; on one core
-# Without pytest's arguments the tests run on every core, at most 8, each file on one (OMP_NUM_THREADS is 1).
+# Without pytest's arguments the tests run on all cores, at most 8, each file on one (OMP_NUM_THREADS is 1).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=$(bash scripts/setup.sh)

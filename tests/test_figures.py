@@ -99,7 +99,7 @@ def test_panels_match_the_metrics_in_their_order(tmp_path, monkeypatch):
     make_run(tmp_path / "runs", "muon", values=(3.0, 2.5), more={"lr_unnamed": (7.0, 8.0)})
     figure_ = drawn(monkeypatch, tmp_path / "runs", "--out", tmp_path / "a.png", "--metric", *metrics)
     titles = [panel.get_title(loc="left") for panel in figure_.axes]
-    assert titles == ["responses repeated exactly, share", "validation loss, nats per token", "lr_unnamed"]
+    assert titles == ["fraction of responses repeated exactly", "validation loss, nats per token", "lr_unnamed"]
     assert [curves_of(panel) for panel in figure_.axes] == [
         [[0.0, 0.5, 1.0]],
         [[3.0, 2.5], [3.0, 2.0, 1.0]],  # Muon's is the thinner, so it is drawn first

@@ -14,7 +14,7 @@ from nanoGPT.model import GPT, GPTConfig
 from optimizers import RuleOptimizer, build_optimizer, count_bytes
 from optimizers.layout import local_of
 from optimizers.polar import flops
-from scripts.plan import Options, distribute, gradient_traffic, main, parse_mesh, plan, planned, pretended, table
+from scripts.plan import Options, distribute, gradient_traffic, main, parse_mesh, plan, planned, fake_group, table
 
 MESHES = ("ddp=4", "fsdp=4", "hsdp=2x2", "tp=4", "fsdp_tp=2x2")
 RULES = ("adamw", "muon", "olion")
@@ -58,7 +58,7 @@ def test_planned_bytes_match_those_counted_on_gloo_ranks(ranks4, text):
     found = ranks4(counted, text)
     # What is gathered is planned for one's own shards only; what goes to owners and back, for all ranks.
     ranks = [0] if text.startswith("fsdp_tp") else range(4)
-    with pretended(4, 0):
+    with fake_group(4, 0):
         for rule in RULES:
             plan = laid_out(text, rule, "meta")[1].plan
             for rank in ranks:
@@ -68,7 +68,7 @@ def test_planned_bytes_match_those_counted_on_gloo_ranks(ranks4, text):
 
 def test_bytes_of_a_column_match_the_most_and_the_mean_of_gloo_ranks(ranks4):
     found = [sum(each["olion"][1].values()) for each in ranks4(counted, "hsdp=2x2")]
-    with pretended(4, 0):
+    with fake_group(4, 0):
         column = planned(laid_out("hsdp=2x2", "olion", "meta")[1], parse_mesh("hsdp=2x2"), torch.float32)
     assert column["received"]["all"] == {"busiest": max(found), "mean": sum(found) / 4}
 

@@ -135,10 +135,10 @@ def test_setup_refuses_an_interpreter_without_a_package_that_an_experiment_needs
         assert (done.returncode, done.stdout) == (0, f"{python}\n"), done.stderr
     else:
         assert done.returncode == 1
-        assert done.stderr.splitlines()[-1].startswith(f"error: PYTHON={python} must have what requirements.txt lists")
+        assert done.stderr.splitlines()[-1].startswith(f"error: PYTHON={python} needs the packages of requirements.txt")
 
 
 def test_setup_refuses_an_interpreter_without_the_requirements(checkout):
     done = bash(checkout, str(checkout / "scripts/setup.sh"), PYTHON="/bin/false")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: PYTHON=/bin/false must have what requirements.txt lists")
+    assert done.stderr.splitlines()[-1].startswith("error: PYTHON=/bin/false needs the packages of requirements.txt")

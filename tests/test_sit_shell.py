@@ -74,7 +74,7 @@ def test_run_script_of_the_imagenet_config_trains_on_all_ranks_and_measures_no_d
 
 def test_run_script_refuses_what_it_does_not_know_in_one_line(checkout):
     done = run_script(checkout, "--group", "other")
-    assert done.returncode == 1 and done.stderr.startswith("error: pictures are of runs/sit/GROUP; set GROUP")
+    assert done.returncode == 1 and done.stderr.startswith("error: figures are of runs/sit/GROUP; set GROUP")
 
 
 def write_images(folder: Path) -> None:

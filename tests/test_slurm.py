@@ -56,7 +56,7 @@ def test_node_that_fails_fails_the_job(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "variables", "message"),
     [
-        ((), {}, "the experiment's script must be named"),
+        ((), {}, "name the experiment's script"),
         (("nowhere.sh",), {}, "got 'nowhere.sh'"),
         (("run.sh",), {"SLURM_JOB_ID": "x[$(touch ran)]"}, "SLURM_JOB_ID must be a number"),
     ],

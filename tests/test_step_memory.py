@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from optimizers import RuleOptimizer
 from optimizers.layout import local_of
-from scripts.plan import pretended
+from scripts.plan import fake_group
 
 RANKS, SHAPE = 8, (128, 81920)  # flat: of small symmetric products, CPUs compute no blocks
 FEW, MANY = 32, 64  # of them; more than the buckets that travel at once
@@ -54,7 +54,7 @@ def peak_of_a_step(rule: str, layout: str, count: int) -> int:
     """Return the bytes that a step of so many matrices holds at its peak."""
     options = {} if rule == "lion" else {"ns_dtype": torch.bfloat16, "ns_steps": 1}  # as on a GPU, but soon done
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with contextlib.nullcontext() if layout == "local" else pretended(RANKS, 0):
+    with contextlib.nullcontext() if layout == "local" else fake_group(RANKS, 0):
         group = dist.group.WORLD if layout == "ddp" else None
         with fake:
             rows = SHAPE[0] // RANKS if layout == "fsdp" else SHAPE[0]

@@ -176,8 +176,8 @@ def test_drawing_only_trains_nothing(monkeypatch):
     [
         (["--set", "steps"], "key=value"),
         (["--set", "optimizer.lr=1"], "not swept"),
-        (["--jobs", "0"], "from 1 up"),
-        (["--draw-only"], "no run of small"),
+        (["--jobs", "0"], "--jobs must be 1 or more"),
+        (["--draw-only"], "must hold a run of small"),
     ],
 )
 def test_what_no_run_could_use_refuses_in_one_line(monkeypatch, capsys, arguments, said):
@@ -219,7 +219,7 @@ INF = float("inf")
     [
         # One lucky seed at 4e-3 is lower than the mean of three at 2e-3, and higher on the seed that both have.
         ({1e-3: {1: 3.0}, 2e-3: {1: 1.0, 2: 3.0, 3: 3.0}, 4e-3: {1: 2.0}}, 2e-3, "yes"),
-        ({1e-3: {1: 3.0}, 2e-3: {1: 2.0, 2: 2.0}, 4e-3: {1: 1.0}}, 2e-3, "no: 4e-3 is lower on the seeds it has"),
+        ({1e-3: {1: 3.0}, 2e-3: {1: 2.0, 2: 2.0}, 4e-3: {1: 1.0}}, 2e-3, "no: 4e-3 is lower on shared seeds"),
         ({1e-3: {1: 3.0, 2: 3.0}, 2e-3: {1: 2.0, 2: 2.0}, 4e-3: {1: 1.0, 2: 4.0}}, 2e-3, "yes"),
         ({1e-3: {1: 1.0}, 2e-3: {1: INF}}, 1e-3, "no: try below 1e-3"),
     ],

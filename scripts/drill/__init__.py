@@ -1,1 +1,1 @@
-"""A drill: kills, damaged files, bad command lines and calls, payloads, and ranks that disagree; nothing is lost."""
+"""A drill: injects kills, damaged files, bad command lines and calls, payloads and disagreeing ranks."""

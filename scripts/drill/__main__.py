@@ -1,11 +1,11 @@
-"""Try kills, damaged files, bad command lines and calls, payloads and disagreeing ranks; count the faults that held.
+"""Inject kills, damaged files, bad command lines and calls, payloads and disagreeing ranks; count faults handled.
 
     python -m scripts.drill                          # everything: minutes
     python -m scripts.drill --section payloads kills
     python -m scripts.drill --quick                  # a few faults of each kind
 
-Each fault is tried in a forked process, on runs of seconds made in a temporary folder. The exit status is 1 where
-any fell short.
+Each fault is injected in a forked process, into runs of seconds in a temporary folder. The exit status is 1 if any was
+not handled.
 """
 
 import os
@@ -35,7 +35,7 @@ class Options:
     quick: bool = False
     """A few faults of each kind."""
     record: Path | None = None
-    """Also write what was tried and what fell short here, as JSON; sections that are not tried stay as they are."""
+    """Also write the results here, as JSON; keeps sections that are not tried."""
     again: bool = False
     """Only the faults that fell short in --record, which is updated."""
 
@@ -50,7 +50,7 @@ def main() -> None:
     record = options.record and options.record.absolute()
     results = json.loads(record.read_text()) if record and record.exists() else {}
     with tempfile.TemporaryDirectory(prefix="drill-") as folder:
-        os.chdir(folder)  # a program writes below it what it writes by default
+        os.chdir(folder)  # programs write to the current folder by default
         os.environ |= {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
         preload()
         runs = Runs(Path(folder))
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def _tried(attempt: Callable[[], str | None]) -> str | None:
-    """Try a fault; what the drill itself could not do fell short, too."""
+    """Try a fault; a failure of the drill itself also falls short."""
     try:
         return attempt()
     except Exception as error:

@@ -1,8 +1,8 @@
 """bad calls in code: refused in one line by this repository
 
-Options, tensors, groups, states, models and folders that cannot be, given to what other programs import. Held is an
-exception of one line that is raised here for it, and no KeyError or ZeroDivisionError of a line that met the mistake
-later; one that steps is given a step.
+Invalid options, tensors, groups, states, models and folders, passed to the public functions. A fault is handled by a
+one-line exception that this repository raises for it, not by a later KeyError or ZeroDivisionError; optimizers also
+take a step.
 """
 
 import copy
@@ -18,7 +18,7 @@ from scripts.drill.runs import ROOT, Runs
 
 ACCIDENTS = (KeyError, IndexError, AttributeError, ZeroDivisionError, AssertionError, RecursionError, OverflowError)
 NUMBERS = (-1.0, math.nan, math.inf, "1e-3", [1e-3], 1j)
-OPTIONS: dict[str, tuple] = {  # of optimizers: option -> values that cannot be
+OPTIONS: dict[str, tuple] = {  # option of an optimizer -> invalid values
     "lr": NUMBERS,
     "weight_decay": NUMBERS,
     "momentum": (-0.1, 1.0, 2.0, math.nan, "0.9"),
@@ -53,12 +53,12 @@ def _attempt(call: Callable[[], Any]) -> str | None:
 
 
 def _called(call: Callable[[], Any]) -> None:
-    """Call, and print what was raised: its kind and whether it was raised here, then its message."""
+    """Call, and print the exception's type, whether it was raised in this repository, and its message."""
     try:
         call()
     except Exception as error:
         here = Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(ROOT)
-        here = here or isinstance(error, OSError)  # which says itself which file, and why
+        here = here or isinstance(error, OSError)  # names its file and reason
         accident = isinstance(error, ACCIDENTS)
         print(f"{type(error).__name__}{' by accident' * accident}{' elsewhere' * (not here)}\n{error}")
 
@@ -86,7 +86,7 @@ def _all(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def _ignored(constructor: str, option: str) -> bool:
-    """Tell whether an option is none of an optimizer's, where any value is as bad; one such value is tried."""
+    """Return whether an optimizer does not have an option; of these only "nosuch" is tried."""
     import inspect
 
     import optimizers
@@ -130,7 +130,7 @@ def _bad_params() -> dict[str, Callable[[], Any]]:
         "a complex tensor": lambda: [matrix(dtype=torch.complex64)],
         "a float8 tensor": lambda: [torch.nn.Parameter(torch.zeros(4, 8).to(torch.float8_e4m3fn))],
         "an integer tensor": lambda: [torch.nn.Parameter(torch.zeros(4, 8, dtype=torch.int32), requires_grad=False)],
-        "a tensor that is no leaf": lambda: [matrix() * 2],
+        "a non-leaf tensor": lambda: [matrix() * 2],
     }
 
 
@@ -183,7 +183,7 @@ def _builds() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def _states() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield states that an optimizer cannot load, and parameters that changed under it."""
+    """Yield states that an optimizer cannot load, and parameters that change shape."""
     import torch
 
     import optimizers

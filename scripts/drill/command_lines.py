@@ -1,6 +1,6 @@
 """bad command lines: one line, and a status that is not 0
 
-Values that no option takes, options that do not exist, files that are none, for every program; each is run by its main.
+Invalid values, unknown options and invalid files, for the main function of every program.
 """
 
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from pathlib import Path
 from scripts.drill.harness import Cases, forked, program, refusal, thinned
 from scripts.drill.runs import EXPERIMENTS, Runs
 
-COUNT = ("-1", "1.5", "nan", "x", "", "1e400", "9" * 5000)  # no number of steps, windows or images
-POSITIVE = ("-1e-3", "nan", "inf", "x", "")  # no rate
-# Of each experiment's training: option -> values that cannot be.
+COUNT = ("-1", "1.5", "nan", "x", "", "1e400", "9" * 5000)  # invalid numbers of steps, windows or images
+POSITIVE = ("-1e-3", "nan", "inf", "x", "")  # invalid rates
+# Of each experiment's training: option -> invalid values.
 TRAINING = {
     "--steps": ("0", *COUNT),
     "--clip": POSITIVE,
@@ -103,7 +103,7 @@ LLAMA = {
     "--parallelism.pipeline_parallel_degree": ("0", "2"),
     "--nosuch.flag": ("1",),
 }
-FILES = {  # configs that are none: name -> content
+FILES = {  # invalid configs: name -> content
     "loop.toml": 'extends = "loop.toml"',
     "other.toml": "no_such_key = 1",
     "broken.toml": "[model\n",

@@ -1,8 +1,8 @@
-"""damaged and exchanged files: named and passed over, or refused in one line
+"""damaged and exchanged files: named and skipped, or refused in one line
 
-Of checkpoints: flipped bits, cut, lengthened, missing and exchanged files and manifests. What is read back must be the
-checkpoint before, bit for bit, with a warning, or nothing; nobody is told that the model is another. Of all other files
-that the programs write: other JSON, keys that are missing or of another type.
+Checkpoints: flipped bits; truncated, lengthened, missing and exchanged files and manifests. Reading must return the
+previous checkpoint, bit for bit, with a warning, or fail in one line, without blaming the model. All other files that
+the programs write: other JSON, missing keys and wrong types.
 """
 
 import json
@@ -54,7 +54,7 @@ class Reader:
         self._known: dict[str, int] = {}
 
     def attempt(self, damage: Callable[[Path, Path], None]) -> str | None:
-        """Damage a copy of the finished run's newest checkpoint, and read it; return how that fell short."""
+        """Damage a copy of the finished run's newest checkpoint, and read it; returns the reason if it falls short."""
         run = self._runs.copy(self._experiment, "damaged")
         if not self._known:
             self._known[self._digest(run)] = NEWER
@@ -77,13 +77,13 @@ class Reader:
         if step is None:
             return "accepted, with other tensors"
         if step == OLDER and "is damaged and skipped" not in outcome.err:
-            return "passed over without a warning"
+            return "skipped without a warning"
         return None
 
     def _digest(self, run: Path) -> str:
         outcome = forked(partial(self._read, run))
         if outcome.status != 0:
-            raise RuntimeError(f"{run} must be whole: {outcome.err[-500:]}")
+            raise RuntimeError(f"{run} must be undamaged: {outcome.err[-500:]}")
         return outcome.out.strip()
 
     def _read(self, run: Path) -> None:
@@ -131,8 +131,8 @@ def _damages(draw: random.Random) -> Iterator[tuple[str, Callable[[Path, Path], 
     """Yield damages by name: functions of the newest checkpoint's folder and the older one's."""
     for file, count in FLIPS.items():
         for _ in range(count):
-            place = draw.random()
-            yield f"bit at {place:.4f} of {file} flipped", partial(_flip, file, place, draw.randrange(8))
+            position = draw.random()
+            yield f"bit at {position:.4f} of {file} flipped", partial(_flip, file, position, draw.randrange(8))
     for file in FLIPS:
         for part in (0.0, 0.5, 0.99):
             yield f"{file} cut to {part}", partial(_cut, file, part)
@@ -148,9 +148,9 @@ def _damages(draw: random.Random) -> Iterator[tuple[str, Callable[[Path, Path], 
     yield "the folder of the other step under this one's name", _exchange_folder
 
 
-def _flip(file: str, place: float, bit: int, newer: Path, older: Path) -> None:
+def _flip(file: str, position: float, bit: int, newer: Path, older: Path) -> None:
     data = bytearray((newer / file).read_bytes())
-    data[int(place * len(data))] ^= 1 << bit
+    data[int(position * len(data))] ^= 1 << bit
     (newer / file).write_bytes(data)
 
 
@@ -221,7 +221,7 @@ def _other_files(runs: Runs) -> Iterator[tuple[str, Callable[[], str | None]]]:
 
 
 EVALUATE = ["SIT.evaluate", "--count", "4", "--steps", "1"]
-METRICS = {  # of a run that resumes: either one line, or a warning where history is missing
+METRICS = {  # of a resumed run: a one-line error, or a warning if history is missing
     "nothing": "",
     "a line without a step": '{"train/loss": 1.0}\n{"step": 1}\n',
     "a cut line between others": '{"step": 1\n{"step": 2}\n',
@@ -242,7 +242,7 @@ def _misshapen() -> Iterator[tuple[str, str, str | bytes]]:
 
 
 def _try(runs: Runs, experiment: str, file: str, content: str | bytes, words: list[str]) -> str | None:
-    """Write a file of a run anew, and run a program on the run."""
+    """Overwrite a file of a run, and run a program on the run."""
     run = runs.copy(experiment, "damaged")
     (run / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     module, *flags = words
@@ -251,7 +251,7 @@ def _try(runs: Runs, experiment: str, file: str, content: str | bytes, words: li
 
 
 def _try_corpus(runs: Runs, content: str | bytes | dict[str, Any]) -> str | None:
-    """Write the meta.json of a copy of the corpus anew, or change keys of it, and train."""
+    """Overwrite the meta.json of a copy of the corpus, or change keys of it, and train."""
     runs.finished("nanoGPT")
     corpus = runs.folder / "damaged-corpus"
     shutil.rmtree(corpus, ignore_errors=True)
@@ -264,7 +264,7 @@ def _try_corpus(runs: Runs, content: str | bytes | dict[str, Any]) -> str | None
 
 
 def _try_record(runs: Runs, content: str | bytes, module: str) -> str | None:
-    """Write a record, and have it drawn."""
+    """Write a record, and draw it."""
     record = runs.folder / "record.json"
     record.write_bytes(content if isinstance(content, bytes) else content.encode())
     words = [runs.gpt_config, "--draw-only", "--out", record] if module == "scripts.sweep" else [record]

@@ -1,6 +1,6 @@
-"""Forked processes in which faults are tried, and the ends that count as held.
+"""Forked processes in which faults are tried, and the outcomes that count as handled.
 
-A fork takes milliseconds where a new Python would import torch for seconds, and a crash ends the fork alone.
+A fork takes milliseconds, while a new Python would import torch for seconds, and a crash ends only the fork.
 """
 
 import os
@@ -17,8 +17,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 60  # in which any fault must have been told
-MEMORY_BYTES = 8 * 2**30  # beyond the parent's: an impossible size is to fail, not to fill the machine
+TIMEOUT_S = 60  # within which any fault must be reported
+MEMORY_BYTES = 8 * 2**30  # beyond the parent's: an impossible size fails instead of filling the machine
 
 MODULES = [
     *("nanoGPT.train", "nanoGPT.sample", "nanoGPT.prepare", "nanoGPT.model"),
@@ -28,15 +28,15 @@ MODULES = [
     *("scripts.bench_communication", "torch._dynamo", "torch.distributed.fsdp", "sklearn.datasets", "tyro"),
 ]
 
-# Warnings (Python's have a second line, of the code), torchtitan's logs, and what ends tqdm's bars.
+# Warnings (Python's have a second line, of code), torchtitan's logs, and the ends of tqdm's bars.
 _ASIDE = re.compile(r"^warning:|^left out:|Warning: |^warnings\.warn|^\[titan\]|\[\d\d:\d\d[<,].*\]$")
-Case = tuple[str, Callable[[], str | None]]  # a fault's name, and a trial, which returns how it fell short or None
+Case = tuple[str, Callable[[], str | None]]  # a fault's name, and a trial, which returns None or how it fell short
 Cases = Iterator[Case]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a process; `status` is -N after signal N, and None where it had to be killed."""
+    """The end of a process; `status` is -N after signal N, None if it was killed after the timeout."""
 
     status: int | None
     out: str
@@ -45,7 +45,7 @@ class Outcome:
 
 
 class Fork:
-    """A forked process that runs `function`; what it prints goes into files."""
+    """A forked process that runs `function`, with its output in files."""
 
     def __init__(self, function: Callable[[], Any], environment: dict[str, str] | None = None):
         self._files = [tempfile.TemporaryFile() for _ in range(2)]
@@ -82,7 +82,7 @@ class Fork:
             os._exit(status)
 
     def ended(self) -> bool:
-        """Tell whether the process has ended."""
+        """Return whether the process has ended."""
         if self._status is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             self._status = os.waitstatus_to_exitcode(status) if pid else None
@@ -90,7 +90,7 @@ class Fork:
 
     @property
     def status(self) -> int | None:
-        """How it ended, -N after signal N; None until `ended` has seen it."""
+        """Exit status, -N after signal N; None until `ended` returns True."""
         return self._status
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -99,7 +99,7 @@ class Fork:
             os.kill(self.pid, number)
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> Outcome:
-        """Return how it ended; it is killed, with its children, once the time is over."""
+        """Return the outcome; the process is killed, with its children, after the timeout."""
         deadline = time.monotonic() + timeout_s
         while not self.ended() and time.monotonic() < deadline:
             time.sleep(0.002)
@@ -117,12 +117,12 @@ class Fork:
 
 
 def forked(function: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> Outcome:
-    """Run a function in a fork and return how it ended."""
+    """Run a function in a fork; returns the outcome."""
     return Fork(function).wait(timeout_s)
 
 
 def preload() -> None:
-    """Import what the programs import, once for all forks."""
+    """Import the programs' modules, once for all forks."""
     for name in MODULES:
         import_module(name)
 
@@ -140,7 +140,7 @@ def program(module: str, *argv: object) -> Callable[[], None]:
 
 
 def refusal(outcome: Outcome) -> str | None:
-    """Return how an end differs from a refusal in one line, with a status that is not 0; None where it is one."""
+    """Return None for a one-line error with a nonzero status, else how the outcome differs."""
     lines = said(outcome)
     if crash := crashed(outcome):
         return crash
@@ -152,7 +152,7 @@ def refusal(outcome: Outcome) -> str | None:
 
 
 def crashed(outcome: Outcome) -> str | None:
-    """Return how a process ended that hung, was killed or left a traceback; None for any other end."""
+    """Return a description of a process that hung, was killed or left a traceback; None for any other."""
     if outcome.status is None:
         return f"hung for {outcome.seconds:.0f} s: {' | '.join(said(outcome)[-2:])[:200]}"
     if outcome.status < 0:
@@ -163,11 +163,11 @@ def crashed(outcome: Outcome) -> str | None:
 
 
 def said(outcome: Outcome) -> list[str]:
-    """Return the lines of stderr but for warnings, logs and progress bars."""
+    """Return the lines of stderr except warnings, logs and progress bars."""
     texts = (line.rpartition("\r")[2].strip() for line in outcome.err.split("\n"))
     return [text for text in texts if text and not _ASIDE.search(text)]
 
 
 def thinned(cases: list, quick: bool, keep: int = 6) -> list:
-    """Return all cases or, of a quick drill, `keep` of them, evenly spread."""
+    """Return all cases or, in a quick drill, `keep` of them, evenly spaced."""
     return cases[:: max(1, len(cases) // keep)] if quick else cases

@@ -1,8 +1,8 @@
 """kill -9 and signals during saves: nothing lost, resumed to equal bits
 
-Each chain is one run that saves after every step, and is killed and resumed again and again: in the midst of a save, or
-a random moment later. After each kill the newest whole checkpoint may not be older than before; at the end metrics and
-tensors must be those of a run that nothing disturbed.
+Each chain is a run that saves after every step and is killed and resumed repeatedly: during a save, or a random time
+later. After each kill the newest complete checkpoint must not be older than before; at the end metrics and tensors must
+equal those of an undisturbed run.
 """
 
 import json
@@ -18,7 +18,7 @@ from scripts.drill.harness import Cases, Fork, crashed, forked
 from scripts.drill.runs import Runs, run_in, training
 from scripts.drill.states import digest, newest_whole
 
-# experiment, optimizer -> kills of a chain
+# (experiment, optimizer) -> number of kills
 CHAINS = {
     ("nanoGPT", "olion"): 10,
     ("nanoGPT", "muon"): 10,
@@ -31,8 +31,8 @@ CHAINS = {
     ("Llama", "olion"): 10,
     ("Llama", "adamw"): 10,
 }
-STEPS_PER_KILL = 8  # enough that a loaded machine does not end the run before its last kill
-MOST_STEPS = 3  # from resuming to the kill
+STEPS_PER_KILL = 8  # enough that a run does not end before its last kill, on a loaded machine
+MOST_STEPS = 3  # between a resume and the kill
 EVERY_STEP = {
     "Llama": ("--checkpoint.interval", "1", "--training.steps", "{steps}", "--lr_scheduler.total_steps", "{steps}"),
     "nanoGPT": ("--checkpoint.every", "1", "--steps", "{steps}"),
@@ -40,8 +40,8 @@ EVERY_STEP = {
 }
 RESUME = {"Llama": "--job.resume", "nanoGPT": "--resume", "SIT": "--resume"}
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT)
-SAVE_S = 0.03  # of these small checkpoints, roughly
-START_S = 300  # to begin, on a loaded machine
+SAVE_S = 0.03  # approximate time of a save
+START_S = 300  # longest start on a loaded machine
 
 
 def cases(runs: Runs, quick: bool) -> Cases:
@@ -69,7 +69,7 @@ class Chain:
         self._newest = 0
 
     def kill(self, number: signal.Signals, draw: random.Random) -> str | None:
-        """Resume, kill in a save or soon after, and compare the newest whole checkpoint with the one before."""
+        """Resume, kill during a save or soon after, and compare the newest complete checkpoint with the one before."""
         fork, wanted = Fork(self._resume), self._newest + draw.randint(1, MOST_STEPS)
         folder = self._folders["killed"]
         _wait(fork, lambda: _last_step(folder) >= wanted)
@@ -85,11 +85,11 @@ class Chain:
             return reason
         before, self._newest = self._newest, newest_whole(run_in(folder))
         if self._newest < before:
-            return f"step {before} was whole before, {self._newest} is now"
+            return f"the newest complete checkpoint was of step {before}, and is of step {self._newest}"
         return None
 
     def compare(self) -> str | None:
-        """Let the run end, and compare it with the undisturbed one."""
+        """Finish the run, and compare it with the undisturbed one."""
         ends = {"killed": forked(self._resume, START_S), "whole": forked(self._undisturbed, START_S)}
         for name, end in ends.items():
             if end.status != 0:
@@ -103,7 +103,7 @@ class Chain:
 def _wait(fork: Fork, happened: Callable[[], bool]) -> None:
     deadline = time.monotonic() + START_S
     while not fork.ended() and time.monotonic() < deadline:
-        with suppress(FileNotFoundError):  # a folder that is renamed while it is looked into
+        with suppress(FileNotFoundError):  # a folder renamed while it is read
             if happened():
                 return
         time.sleep(0.001)
@@ -114,7 +114,7 @@ def _last_step(folder: Path) -> int:
 
 
 def _unproven(folder: Path) -> bool:
-    """Tell whether a checkpoint of torchtitan's lies there without its manifest, as in the midst of a save."""
+    """Return whether a checkpoint of torchtitan has no manifest yet, as during a save."""
     return any(not (path / "manifest.json").exists() for path in folder.glob("*/*/checkpoint/step-*"))
 
 

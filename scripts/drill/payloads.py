@@ -1,7 +1,7 @@
 """payloads in files that are read: none executed
 
-Pickles that would make a file, and a folder's own code, wherever a program reads something that another may have
-written. Held is what does not execute and ends without a traceback, whether the file is refused or passed over.
+Pickles that create a folder, and code of a folder, in every file that a program reads and another may have written. A
+payload is handled if it is not executed and leaves no traceback, whether the file is refused or skipped.
 """
 
 import io
@@ -20,7 +20,7 @@ from scripts.drill.states import numbered
 
 
 class Payload:
-    """An object whose pickle makes a folder when it is read."""
+    """An object whose pickle creates a folder when it is read."""
 
     def __init__(self, mark: Path):
         self._mark = mark
@@ -49,7 +49,7 @@ def _all(runs: Runs, mark: Path) -> Iterator[tuple[str, Callable[[], list[str]]]
     payload = Payload(mark)
     for experiment in EXPERIMENTS:
         for manifest in (True, False):
-            about = "with a manifest that fits" if manifest else "behind the manifest's back"
+            about = "with a matching manifest" if manifest else "without the manifest's knowledge"
             for file in (".metadata", "__0_0.distcp"):
                 words = partial(_resumed, runs, experiment, file, payload, manifest)
                 yield f"{experiment}: {file} of a checkpoint, {about}, training", words
@@ -77,7 +77,7 @@ def _resumed(runs: Runs, experiment: str, file: str, payload: Payload, manifest:
 
 
 def _sign(folder: Path) -> None:
-    """Write a manifest that fits the files, as anybody could."""
+    """Write a matching manifest, as anyone could."""
     from common.manifest import MANIFEST, write_manifest
 
     contents = json.loads((folder / MANIFEST).read_text())["manifest"]
@@ -85,7 +85,7 @@ def _sign(folder: Path) -> None:
 
 
 def _saved(payload: Payload) -> bytes:
-    """Return what torch.save makes of an object."""
+    """Return the bytes of torch.save for an object."""
     import torch
 
     buffer = io.BytesIO()

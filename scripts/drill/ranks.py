@@ -1,6 +1,6 @@
 """ranks that disagree: all end in one line within 60 s
 
-Two processes of one run, of which the second has another command line, corpus, library or folder, or is not there.
+Two processes of one run; the second has another command line, corpus, program or folder.
 """
 
 import json
@@ -17,7 +17,7 @@ from scripts.drill.harness import TIMEOUT_S, Cases, Fork, Outcome, crashed, said
 from scripts.drill.runs import Runs, training
 
 BOTH = ("nanoGPT", "SIT")
-DIFFERENT = {  # on rank 1, of experiments with a RunConfig
+DIFFERENT = {  # options of rank 1, for experiments with a RunConfig
     "seed": ("--seed", "7"),
     "lr": ("--optimizer.lr", "1e-3"),
     "weight decay": ("--optimizer.weight_decay", "0.5"),
@@ -29,7 +29,7 @@ DIFFERENT = {  # on rank 1, of experiments with a RunConfig
     "steps": ("--steps", "2"),
     "resume": ("--resume",),
 }
-GRACE_S = 15  # between a rank's failure and the end of the others, in which these may tell theirs
+GRACE_S = 15  # after a rank's failure, for the others to report theirs
 LLAMA = {
     "seed": ("--debug.seed", "7"),
     "lr": ("--optimizer.lr", "1e-3"),
@@ -56,7 +56,7 @@ def _all(runs: Runs) -> Iterator[tuple[str, list[str], list[str]]]:
     words = runs.command("nanoGPT", out)
     yield "nanoGPT: another corpus on one rank", words, [*words, "--data.folder", str(_other_corpus(runs))]
     yield "nanoGPT: another root of runs on one rank", words, [*words, "--out", str(runs.folder / "elsewhere")]
-    yield "nanoGPT: a command line that cannot be on one rank", words, [*words, "--optimizer.lr", "x"]
+    yield "nanoGPT: an invalid command line on one rank", words, [*words, "--optimizer.lr", "x"]
     yield "nanoGPT: another program on one rank", words, runs.command("SIT", out)
     yield "SIT: an encoder that is missing on one rank", (w := runs.command("SIT", out)), [*w, *_nowhere(runs)]
     llama = runs.command("Llama", out, "--training.local_batch_size", "1")
@@ -69,7 +69,7 @@ def _nowhere(runs: Runs) -> list[str]:
 
 
 def _other_corpus(runs: Runs) -> Path:
-    """Return a copy of the corpus of which the last token is another, with a meta.json that fits."""
+    """Return a copy of the corpus with another last token and a matching meta.json."""
     from nanoGPT.data import sha256
 
     folder = runs.folder / "other-corpus"
@@ -93,9 +93,9 @@ def _attempt(runs: Runs, words: list[str], other: list[str]) -> str | None:
 
 
 def _watch(forks: list[Fork]) -> None:
-    """Wait for the ranks and, as torchrun does, end the others some time after one has failed."""
+    """Wait for the ranks and, like torchrun, end the others some time after one has failed."""
     start, failed_at = time.monotonic(), math.inf
-    while not all([fork.ended() for fork in forks]):  # of each: `status` is seen by it
+    while not all([fork.ended() for fork in forks]):  # a list, so that every fork updates its `status`
         now = time.monotonic()
         if any(fork.status for fork in forks):
             failed_at = min(failed_at, now)
@@ -109,7 +109,7 @@ def _watch(forks: list[Fork]) -> None:
 
 def _judge(rank: int, outcome: Outcome) -> str | None:
     if outcome.status in (-signal.SIGTERM, 128 + signal.SIGTERM):
-        return None  # ended for another rank's failure, which is judged by itself
+        return None  # ended because of another rank's failure, which is judged separately
     if crash := crashed(outcome):
         return f"rank {rank}: {crash}"
     lines = [line for line in said(outcome) if "ProcessGroup" not in line]

@@ -1,4 +1,4 @@
-"""The runs that faults are tried on: a corpus, a config and a finished run of each experiment, of seconds each."""
+"""Runs for the faults: a corpus, a config and a finished run of each experiment, which take seconds."""
 
 import shutil
 from collections.abc import Callable
@@ -90,14 +90,14 @@ EXPERIMENTS = ("nanoGPT", "SIT", "Llama")
 
 
 class Runs:
-    """Corpora, configs and finished runs below a folder, each made when it is first asked for."""
+    """Corpora, configs and finished runs below a folder, created on first use."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     @cached_property
     def gpt_config(self) -> Path:
-        """The TOML of a GPT; beside it lies its corpus."""
+        """The TOML of a GPT, with its corpus beside it."""
         text = self.folder / "text.txt"
         text.write_text("\n".join(f"def f{i}(x): return x * {i} + {i * i % 97}" for i in range(1000)))
         _done("nanoGPT.prepare", text, "--out", self.folder / "corpus", "--workers", "1")
@@ -105,13 +105,13 @@ class Runs:
 
     @cached_property
     def sit_config(self) -> Path:
-        """The TOML of a SiT of digits; beside it lies its encoder."""
+        """The TOML of a SiT of digits, with its encoder beside it."""
         forked(self._make_encoder)
         return self._written("sit.toml", SIT)
 
     @cached_property
     def llama_flags(self) -> list[str]:
-        """The command line of a Llama; its corpus is a part of this repository."""
+        """The command line of a Llama, whose corpus is part of this repository."""
         source = self.folder / "source"
         shutil.copytree(ROOT / "common", source, ignore=shutil.ignore_patterns("__pycache__"))
         _done("Llama.prepare", source, "--out", self.folder / "llama_corpus", "--vocab-size", "400")
@@ -119,7 +119,7 @@ class Runs:
         return [str(ROOT / "Llama/train_configs/stdlib.toml"), *flags]
 
     def command(self, experiment: str, out: Path, *more: object) -> list[str]:
-        """Return the words that train an experiment into `out`, module first."""
+        """Return the command that trains an experiment into `out`, module first."""
         more = tuple(map(str, more))
         if experiment == "Llama":
             return ["Llama.train", *self.llama_flags, "--job.dump_folder", str(out), *more]
@@ -127,14 +127,14 @@ class Runs:
         return [f"{experiment}.train", str(config), "--out", str(out), *more]
 
     def finished(self, experiment: str) -> Path:
-        """Return the folder of a finished run with checkpoints of steps 2 and 4; to be copied, not to be changed."""
+        """Return the folder of a finished run with checkpoints of steps 2 and 4; do not modify it."""
         out = self.folder / f"finished-{experiment}"
         if not out.exists():
             _done(*self.command(experiment, out))
         return run_in(out)
 
     def copy(self, experiment: str, name: str) -> Path:
-        """Return a copy of the finished run, the only one below a folder of its own, which is made anew."""
+        """Return a fresh copy of the finished run in a folder of its own."""
         finished, out = self.finished(experiment), self.folder / name
         shutil.rmtree(out, ignore_errors=True)
         target = out / finished.parent.name / finished.name
@@ -158,7 +158,7 @@ class Runs:
 
 
 def run_in(out: Path) -> Path:
-    """Return the one run below a folder of runs."""
+    """Return the only run below a folder of runs."""
     (run,) = {path.parent for path in out.rglob("config.json")}
     return run
 
@@ -169,7 +169,7 @@ def checkpoints(run: Path) -> Path:
 
 
 def training(words: list[str]) -> Callable[[], None]:
-    """Return a function that trains with these words."""
+    """Return a function that runs this training command."""
     return program(*words)
 
 

@@ -1,4 +1,4 @@
-"""Digests of what a run's checkpoints hold, whichever experiment wrote them."""
+"""Digests of the checkpoints of any experiment's run."""
 
 import hashlib
 from pathlib import Path
@@ -8,7 +8,7 @@ from scripts.drill.runs import checkpoints
 
 
 def newest_whole(run: Path) -> int:
-    """Return the step of the newest checkpoint that is as it was written, 0 without any."""
+    """Return the step of the newest undamaged checkpoint, 0 without any."""
     from common.manifest import Damaged, verify_manifest
 
     for step, path in sorted(numbered(run).items(), reverse=True):
@@ -21,7 +21,7 @@ def newest_whole(run: Path) -> int:
 
 
 def numbered(run: Path) -> dict[int, Path]:
-    """Return a run's checkpoints by their steps."""
+    """Return a run's checkpoints by step."""
     return {int(path.name[5:]): path for path in checkpoints(run).glob("step-*")}
 
 
