@@ -14,7 +14,7 @@ from nanoGPT.model import GPT, GPTConfig
 from optimizers import RuleOptimizer, build_optimizer, count_bytes
 from optimizers.layout import local_of
 from optimizers.polar import flops
-from scripts.plan import Options, distribute, gradient_traffic, main, parse_mesh, plan, planned, fake_group, table
+from scripts.plan import Options, distribute, fake_group, gradient_traffic, main, parse_mesh, plan, planned, table
 
 MESHES = ("ddp=4", "fsdp=4", "hsdp=2x2", "tp=4", "fsdp_tp=2x2")
 RULES = ("adamw", "muon", "olion")
