@@ -77,11 +77,13 @@ def problems(count: int, seed: int) -> list[dict[str, str]]:
     """Draw distinct problems."""
     draw = random.Random(seed)
     found: dict[str, str] = {}
-    for _ in range(10 * count):
+    repeated = 0  # draws since the last new problem
+    while repeated < 1000:
         kind = draw.choice(KINDS)
         a, b = draw.choice(kind.numbers)
         name, other = draw.sample(NAMES, 2)
         question = draw.choice(kind.questions).format(name=name, other=other, things=draw.choice(THINGS), a=a, b=b)
+        repeated = repeated + 1 if question in found else 0
         found[question] = kind.answer(a, b)
         if len(found) == count:
             return [{"instruction": question, "output": answer} for question, answer in found.items()]

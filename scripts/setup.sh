@@ -6,11 +6,12 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [[ -n "${PYTHON:-}" ]]; then
-  "$PYTHON" -c 'import matplotlib, numpy, tiktoken, torch, tqdm, tyro
-import importlib.util
-assert all(map(importlib.util.find_spec, ("datasets", "diffusers", "PIL", "sklearn", "tokenizers", "torchtitan",
-    "transformers", "wandb")))
-assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11), "torch 2.11 or newer is required"' || {
+  # Looked up, not imported: imports take seconds, and every run script starts here.
+  "$PYTHON" -c 'import importlib.metadata, importlib.util
+assert all(map(importlib.util.find_spec, ("datasets", "diffusers", "matplotlib", "numpy", "PIL", "sklearn", "tiktoken",
+    "tokenizers", "torch", "torchtitan", "tqdm", "transformers", "tyro", "wandb")))
+torch = importlib.metadata.version("torch")
+assert tuple(map(int, torch.split(".")[:2])) >= (2, 11)' 2>/dev/null || {
     echo "error: PYTHON=$PYTHON needs the packages of requirements.txt; run: $PYTHON -m pip install -r requirements.txt" >&2
     exit 1
   }

@@ -226,7 +226,7 @@ def test_main_guard_turns_ctrl_c_into_one_line_and_the_status_of_shells():
     )
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    _, printed = process.communicate(timeout=60)
+    _, printed = process.communicate()
     assert process.returncode == 130
     assert printed.startswith("stopped; ") and printed.count("\n") == 1
 

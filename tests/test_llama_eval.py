@@ -370,7 +370,7 @@ def fake_python(path: Path, asked: Path) -> Path:
 def bash(checkout: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     settings = {key: value for key, value in os.environ.items() if key != "PYTHON"} | environment
     command = ["bash", str(checkout / "Llama/eval.sh"), *arguments]
-    return subprocess.run(command, cwd="/", env=settings, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, cwd="/", env=settings, capture_output=True, text=True)
 
 
 def test_script_passes_models_tasks_and_flags_on(checkout):

@@ -22,7 +22,7 @@ def checkout(tmp_path) -> Path:
 
 def bash(checkout: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
     settings = os.environ | {"PYTHON": sys.executable, **environment}
-    return subprocess.run(["bash", *command], cwd="/", env=settings, capture_output=True, text=True, timeout=300)
+    return subprocess.run(["bash", *command], cwd="/", env=settings, capture_output=True, text=True)
 
 
 def test_run_script_trains_each_optimizer_and_draws_beside_the_runs_from_any_folder(checkout):
@@ -107,7 +107,7 @@ def test_run_script_passes_sigterm_on_and_leaves_after_the_checkpoint(checkout):
     while process.poll() is None and not any(path.read_text().count("\n") > 1 for path in checkout.glob(metrics)):
         time.sleep(0.05)
     process.terminate()
-    printed, _ = process.communicate(timeout=120)
+    printed, _ = process.communicate()
     assert process.returncode == 143
     assert "--resume continues" in printed
     (run,) = (checkout / "runs/nanogpt/stdlib").iterdir()

@@ -454,7 +454,7 @@ def test_train_digits_makes_an_encoder_and_another_network_for_the_judge(tmp_pat
 
 def run(*arguments):
     command = [sys.executable, "-m", "SIT.prepare", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_command_line_converts_and_encodes_with_a_vae_from_a_folder(source, tmp_path):

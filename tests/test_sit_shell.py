@@ -34,7 +34,7 @@ def checkout(tmp_path) -> Path:
 def run_script(checkout: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     settings = os.environ | {"PYTHON": sys.executable, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", **environment}
     command = ["bash", str(checkout / "SIT/run.sh"), *arguments]
-    return subprocess.run(command, cwd="/", env=settings, capture_output=True, text=True, timeout=500)
+    return subprocess.run(command, cwd="/", env=settings, capture_output=True, text=True)
 
 
 def test_run_script_prepares_trains_measures_and_draws_from_any_folder(checkout):
