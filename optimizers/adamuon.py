@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 from .elementwise import each
 from .engine import ProcessGroup, RuleOptimizer
 from .options import Fraction, NonNegative, declared_by, given
-from .polar import Form, check_options, orthogonalize
+from .polar import POLAR, Form, orthogonalize
 from .rule import Tensors, UpdateRule, register, sign, update_ema
 
 
@@ -91,6 +91,6 @@ register(
         direct=direct,
         refine=refine,
         rms="scale",
-        check=check_options,
+        **POLAR,
     )
 )

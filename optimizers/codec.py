@@ -20,7 +20,6 @@ written as positions where they are few, and as a plane where they are many.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,53 +34,66 @@ _CPU_CHUNK = 2**20
 _GPU_CHUNK = 2**28
 
 
-class Codec(Protocol):
+class Codec:
     """Writes pieces of directions, shards of equal size, as rows of bytes, multiples of 16.
 
-    packed: whether rows are small, so that all of a step may wait for one another, and say the norms of the matrices.
+    A row is what a codec makes of the entries, then a float64 for each matrix of the tensor, if any.
     """
 
-    packed: bool
+    def nbytes(self, entries: int, floats: int) -> int:
+        """Return the bytes of the row of a piece of `entries` entries and so many floats."""
+        return -(-(self._size(entries) + 8 * floats) // 16) * 16
 
-    def nbytes(self, entries: int, batch: int) -> int:
-        """Return the bytes of the row of a piece of `entries` entries, of a tensor of `batch` matrices."""
-        ...
+    def write(self, pieces: Tensor, floats: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return (rows, zeros) of pieces (W, k, entries), the shards of k tensors with `floats` (k, matrices).
 
-    def write(self, pieces: Tensor, norms: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return (rows, zeros) of pieces (W, k, entries), the shards of k tensors with `norms` (k, batch) of matrices.
-
-        rows: uint8 (W, k, nbytes). zeros: uint8 (W, k, bytes), rows to send if `overflow` says so.
+        rows: uint8 (W, k, nbytes). zeros: uint8 (W, k, bytes), rows to send if `overflow` says so; None: never.
         """
-        ...
+        parts, count, entries = pieces.shape
+        size, width = self._size(entries), floats.shape[1]
+        rows = pieces.new_empty(parts, count, self.nbytes(entries, width), dtype=torch.uint8)
+        rows[..., size : size + 8 * width].view(torch.float64).copy_(floats)
+        return rows, self._encode(pieces, rows[..., :size])
 
     def read(
-        self, rows: Tensor, entries: int, batch: int, dtype: torch.dtype, zeros: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return (pieces, norms), (n, entries) in `dtype` and (n, batch) or None, of rows (n, nbytes)."""
-        ...
+        self, rows: Tensor, entries: int, floats: int, dtype: torch.dtype, zeros: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (pieces, floats), (n, entries) in `dtype` and float64 (n, floats), of rows (n, nbytes)."""
+        size = self._size(entries)
+        found = rows[:, size : size + 8 * floats].contiguous().view(torch.float64)
+        return self._decode(rows[:, :size], entries, dtype, zeros), found
 
     def overflow(self, rows: Tensor) -> Tensor:
         """Return whether any of the rows lacks zeros, which must follow: bool, 0-dimensional, the same on all ranks."""
-        ...
+        raise NotImplementedError
+
+    def _size(self, entries: int) -> int:
+        """Bytes that entries become, a multiple of 8."""
+        raise NotImplementedError
+
+    def _encode(self, pieces: Tensor, payload: Tensor) -> Tensor | None:
+        """Write pieces (W, k, entries) into bytes (W, k, size); returns `zeros`."""
+        raise NotImplementedError
+
+    def _decode(self, payload: Tensor, entries: int, dtype: torch.dtype, zeros: Tensor | None) -> Tensor:
+        """Return pieces (n, entries) of bytes (n, size)."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class CastCodec:
+class CastCodec(Codec):
     """Entries in a dtype."""
 
     dtype: torch.dtype
-    packed = False
 
-    def nbytes(self, entries: int, batch: int) -> int:
-        return padded_entries(entries, self.dtype) * self.dtype.itemsize
+    def _size(self, entries):
+        return -(-entries * self.dtype.itemsize // 8) * 8
 
-    def write(self, pieces: Tensor, norms: Tensor) -> tuple[Tensor, None]:
-        rows = pieces.new_empty(*pieces.shape[:2], padded_entries(pieces.shape[2], self.dtype), dtype=self.dtype)
-        rows[..., : pieces.shape[2]] = pieces
-        return rows.view(torch.uint8), None
+    def _encode(self, pieces, payload):
+        payload.view(self.dtype)[..., : pieces.shape[2]] = pieces
 
-    def read(self, rows, entries, batch, dtype, zeros=None):
-        return rows.view(self.dtype)[:, :entries].to(dtype), None
+    def _decode(self, payload, entries, dtype, zeros):
+        return payload.view(self.dtype)[:, :entries].to(dtype)
 
     def overflow(self, rows: Tensor) -> Tensor:
         return rows.new_zeros((), dtype=torch.bool)
@@ -91,21 +103,18 @@ class CastCodec:
 
 
 @dataclass(frozen=True)
-class SignCodec:
-    """Signs. A row is 64-bit words:
+class SignCodec(Codec):
+    """Signs, as 64-bit words:
 
+    overflow     one word: whether the table of any shard is too small
     negatives    one bit per entry
     table        up to 8 words of the plane of zeros and NaN that are not 0, then their positions
-    norms        of the tensor's matrices, float64
-    overflow     after a 0 where it takes one to 16 bytes: whether the table of any shard is too small
     """
 
-    packed = True
+    def _size(self, entries):
+        return 8 * (1 + _words(entries) + 2 * _table(entries))
 
-    def nbytes(self, entries: int, batch: int) -> int:
-        return 8 * (_words(entries) + 2 * _table(entries) + _tail(batch))
-
-    def write(self, pieces: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode(self, pieces, payload):
         parts, count, entries = pieces.shape
         words, table = _words(entries), _table(entries)
         signs = pad(pieces, [0, 64 * words - entries], value=1.0) if entries < 64 * words else pieces
@@ -113,35 +122,32 @@ class SignCodec:
         zeros = zero_or_nan(signs).view(torch.int64).view(parts, count, words)
         filled = zeros != 0
         positions = filled.to(torch.uint8).topk(table, dim=2).indices  # no sync: as many, whether there are any or not
-        overflow = (filled.sum(2) > table).any(0).to(torch.int64)[:, None]  # (k, 1)
-        tail = torch.cat([norms.view(torch.int64), pad(overflow, [_tail(norms.shape[1]) - norms.shape[1] - 1, 0])], 1)
-        rows = torch.cat([planes, zeros.gather(2, positions), positions, tail.expand(parts, -1, -1)], dim=2)
-        return rows.view(torch.uint8), zeros.view(torch.uint8)
+        overflow = (filled.sum(2) > table).any(0)[:, None].expand(parts, -1, -1)  # (W, k, 1)
+        payload.view(torch.int64).copy_(torch.cat([overflow, planes, zeros.gather(2, positions), positions], dim=2))
+        return zeros.view(torch.uint8)
 
-    def read(self, rows, entries, batch, dtype, zeros=None):
-        words, table, count = _words(entries), _table(entries), len(rows)
-        planes, filled, positions, norms, _ = rows.view(torch.int64).split(
-            [words, table, table, batch, _tail(batch) - batch], dim=1
-        )
-        signs = unpack(planes.contiguous().view(torch.uint8).view(-1), 64 * words * count, dtype).view(
-            count, 64 * words
-        )
-        if zeros is not None:
-            restore(signs, zeros.reshape(-1))
+    def _decode(self, payload, entries, dtype, zeros):
+        words, table, count = _words(entries), _table(entries), len(payload)
+        _, planes, filled, positions = payload.view(torch.int64).split([1, words, table, table], dim=1)
+        signs = unpack(planes.contiguous().view(torch.uint8).view(-1), 64 * words * count, dtype)
+        signs = signs.view(count, words, 64)
+        if zeros is None:
+            where = torch.arange(count, device=payload.device)[:, None], positions
+            signs[where] = restore(signs[where], filled.contiguous().view(torch.uint8).view(-1))  # (n, table, 64)
         else:
-            bits = torch.arange(8, dtype=torch.uint8, device=rows.device)
-            hit = filled.contiguous().view(torch.uint8)[..., None] >> bits & 1  # (n, 8 table, 8)
-            where = 64 * positions[..., None] + torch.arange(64, device=rows.device)  # (n, table, 64)
-            hit, where = hit.view(count, 64 * table).bool(), where.view(count, 64 * table)
-            found = signs.gather(1, where)
-            signs.scatter_(1, where, torch.where(hit, _zero_or_nan_of(found), found))
-        return signs[:, :entries], norms.contiguous().view(torch.float64)
+            restore(signs, zeros.reshape(-1))
+        return signs.view(count, 64 * words)[:, :entries]
 
     def overflow(self, rows: Tensor) -> Tensor:
-        return (rows.view(torch.int64)[:, -1] != 0).any()
+        return (rows.view(torch.int64)[:, 0] != 0).any()
 
     def __str__(self) -> str:
         return "signs"
+
+
+def codec_of(signs: bool, dtype: torch.dtype | None) -> Codec:
+    """Return the codec of directions: signs at one bit per entry, others in bfloat16, unless a dtype is asked for."""
+    return SignCodec() if signs and dtype is None else CastCodec(dtype or torch.bfloat16)
 
 
 def _words(entries: int) -> int:
@@ -150,10 +156,6 @@ def _words(entries: int) -> int:
 
 def _table(entries: int) -> int:
     return min(8, max(1, _words(entries) // 256))
-
-
-def _tail(batch: int) -> int:
-    return batch + 1 + (batch + 1) % 2
 
 
 def padded_entries(entries: int, dtype: torch.dtype) -> int:
@@ -189,13 +191,8 @@ def unpack(negatives: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 def restore(signs: Tensor, zero_or_nan: Tensor) -> Tensor:
     """Put the zeros and NaN of the plane `zero_or_nan` back into unpacked signs of any shape, in place."""
-    zeros = unpack(zero_or_nan, signs.numel(), torch.int8).view(signs.shape) < 0
-    return signs.copy_(torch.where(zeros, _zero_or_nan_of(signs), signs))
-
-
-def _zero_or_nan_of(signs: Tensor) -> Tensor:
-    """Return what entries marked as zero or NaN are: NaN where their sign is negative."""
-    return torch.where(signs < 0, torch.nan, 0.0).to(signs.dtype)
+    marked = unpack(zero_or_nan, signs.numel(), torch.int8).view(signs.shape) < 0
+    return signs.copy_(torch.where(marked, torch.where(signs < 0, torch.nan, 0.0).to(signs.dtype), signs))
 
 
 def _pack(signs: Tensor, mark: Callable[[Tensor], Tensor]) -> Tensor:

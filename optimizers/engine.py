@@ -17,7 +17,7 @@ from .options import checked, outline
 from .plan import Plan, make_plan
 from .rule import RULES, UpdateRule, rule_named
 from .state import fill, fingerprint, new_state, refitted, refuse_resized, refuse_unfit, saved_buffers
-from .update import ParamsUpdate
+from .update import Update
 
 # Group keys that belong to the engine or to torch and its schedulers, not to a rule.
 _COMMON_KEYS = {"params", "param_names", "rule", "name", "initial_lr"}
@@ -163,11 +163,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._follow()
         if not self._agreed:  # what is sent has changed: all ranks must have changed alike
             self._plan, self._agreed = make_plan(self.param_groups, self._process_group), True
-        for group, routed in zip(self.param_groups, self._plan.routed, strict=True):
-            for part in routed:
-                params = [group["params"][i] for i in part.indices]
-                update = ParamsUpdate(params, group, self.state, not self._stepped)
-                update.whole_step() if update.rule.whole_step else part.route.run(update)
+        for group, routes in zip(self.param_groups, self._plan.routes, strict=True):
+            for route in routes:
+                route.run(Update(group, route.indices, self.state, not self._stepped))
         self._stepped = True
         return loss
 

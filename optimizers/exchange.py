@@ -19,6 +19,8 @@ no padding.
 
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from math import prod
 
 import torch
@@ -27,14 +29,61 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import wire
-from .buckets import Bucket, MatrixSpec, fill_buckets
-from .codec import Codec, padded_entries
-from .layout import Layout
+from .codec import padded_entries
+from .layout import Layout, Shape
 from .matrices import Blocks
-from .routes import Route, Update
+from .routes import Entry, Route
+from .rule import Tensors, UpdateRule
+from .update import Update
 
+# Entries of a bucket per owner: past one 4096 x 4096 matrix a larger batch is no faster, and smaller buckets leave more
+# to overlap.
+_LIMIT = 2**24
 # Entries that a rank prepares, or reads and applies, at once: a step's temporaries are a few times as large.
 _CHUNK = 2**25
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Matrices of one shape that travel together to their owners, and their directions back.
+
+    members: indices of the parameters, in the order of their owners in the grid. counts: (R, W), how many each rank of
+    the grid owns. shape, blocks, floats: of their entries in the plan. piece: shape of a padded shard.
+    """
+
+    members: list[int]
+    counts: list[list[int]]
+    shape: Shape
+    blocks: Blocks
+    floats: int
+    piece: Shape
+
+    @property
+    def rows(self) -> list[int]:
+        """How many matrices the ranks of each row of the grid own."""
+        return [sum(row) for row in self.counts]
+
+    @property
+    def chunks(self) -> list[slice]:
+        """Ranges of the members that are prepared, or applied, at once."""
+        size = max(1, _CHUNK // max(1, prod(self.piece)))
+        return [slice(start, min(start + size, len(self.members))) for start in range(0, len(self.members), size)]
+
+
+def fill_buckets(entries: list[Entry], layout: Layout) -> list[Bucket]:
+    """Group equal matrices; a bucket holds as many per owner as the limit allows, at least one."""
+    alike: dict[tuple, dict[int | None, list[int]]] = {}
+    for i, entry in enumerate(entries):
+        alike.setdefault((entry.shape, entry.blocks, entry.floats), {}).setdefault(entry.owner, []).append(i)
+    buckets = []
+    for (shape, blocks, floats), by_owner in alike.items():
+        size = max(1, _LIMIT // max(1, prod(shape)))
+        for start in range(0, max(map(len, by_owner.values())), size):
+            owned = [[by_owner.get(rank, [])[start : start + size] for rank in row] for row in layout.grid]
+            counts = [[len(mine) for mine in row] for row in owned]
+            members = list(chain(*chain(*owned)))
+            buckets.append(Bucket(members, counts, shape, blocks, floats, layout.padded_shard(shape)))
+    return buckets
 
 
 @dataclass
@@ -52,20 +101,13 @@ class PendingDirections:
 
 
 class OwnerExchange(Route):
-    """Sends shards to each matrix's owner and returns the directions.
+    """Sends shards to each matrix's owner and returns the directions."""
 
-    Args:
-        matrices: the parameters, the same on every rank.
-        layout: of all of them.
-        to_owner_dtype: in which shards travel to the owners.
-        codec: of the directions on their way back.
-    """
-
-    collective = True
-
-    def __init__(self, matrices: list[MatrixSpec], layout: Layout, to_owner_dtype: torch.dtype, codec: Codec):
-        self.layout, self.to_owner_dtype, self.codec = layout, to_owner_dtype, codec
-        self.buckets = fill_buckets(matrices, layout)
+    def __init__(self, rule: UpdateRule, indices: list[int], entries: list[Entry]):
+        super().__init__(rule, indices, entries)
+        self.to_owner_dtype, self.codec = entries[0].to_owner_dtype, entries[0].codec
+        self.layout = layout = entries[0].layout
+        self.buckets = fill_buckets(entries, layout)
         self._replica, self._shard = layout.coordinate_of(dist.get_rank())
         self._shard_group, self._replica_group = (
             groups[0] if groups else None for groups in (layout.shard_groups, layout.replica_groups)
@@ -83,115 +125,99 @@ class OwnerExchange(Route):
             if not flag:
                 self._finish(each, update)
 
-    def add_traffic(self, traffic: wire.Traffic, rank: int, rescales: bool, refines: bool) -> None:
+    def add_traffic(self, traffic: wire.Traffic, rank: int) -> None:
         if rank not in self.layout.ranks:
             return
         replica, shard = self.layout.coordinate_of(rank)
         for bucket in self.buckets:
-            count, row, rows = bucket.blocks.count, bucket.counts[replica], [sum(each) for each in bucket.counts]
-            directions = self.codec.nbytes(prod(bucket.piece), count)
-            if self._shard_group:
-                shards = self._shard_entries(bucket) * self.to_owner_dtype.itemsize
-                traffic.add_all_to_all("to owners", row, [row[shard]] * len(row), shard, shards)
-                traffic.add_all_to_all("directions", [row[shard]] * len(row), row, shard, directions)
-            if self._replica_group:
-                traffic.add_all_to_all("directions", [rows[replica]] * len(rows), rows, replica, directions)
-            if rescales and self._shard_group and (refines or not self.codec.packed):
-                for chunk in self._chunks(bucket):
-                    traffic.add_all_reduce("norms", 8 * len(bucket.members[chunk]) * count, self.layout.shards)
+            row, rows, entries = bucket.counts[replica], bucket.rows, prod(bucket.piece)
+            mine, all_mine = [row[shard]] * len(row), [rows[replica]] * len(rows)
+            shards = padded_entries(entries, self.to_owner_dtype) * self.to_owner_dtype.itemsize
+            directions = self.codec.nbytes(entries, bucket.floats)
+            traffic.add_all_to_all("to owners", row, mine, shard, shards)
+            traffic.add_all_to_all("directions", mine, row, shard, directions)
+            traffic.add_all_to_all("directions", all_mine, rows, replica, directions)
+            for chunk in bucket.chunks if self.rule.scales_refined else ():
+                size = 8 * (chunk.stop - chunk.start) * bucket.blocks.count
+                traffic.add_all_reduce("norms", size, self.layout.shards)
 
     def _carry(self, bucket: Bucket, update: Update, pending: list[PendingDirections]) -> Generator:
         """Compute and send a bucket's directions, yielding while messages travel."""
         shards, dtype = self._prepare(bucket, update)  # (n, entries)
         counts = bucket.counts[self._replica]
-        if self._shard_group:
-            from_all = [counts[self._shard]] * len(counts)
-            travelling = wire.all_to_all(shards, counts, from_all, self._shard_group, "to owners")
-            yield
-            shards = travelling.wait()
-            del travelling
-        else:
-            yield
+        from_all = [counts[self._shard]] * len(counts)
+        travelling = wire.all_to_all(shards, counts, from_all, self._shard_group, "to owners")
+        yield
+        shards = travelling.wait()
+        del travelling
         directed = self._direct(bucket, update, shards)  # (k, *shape)
         del shards
-        norms = bucket.blocks.norms(directed, torch.float64)
-        messages, zeros = self.codec.write(self._cut(bucket, directed), norms)
+        messages, zeros = self.codec.write(self._cut(bucket, directed), self._floats(bucket, directed))
         del directed
-        received = PendingDirections(
-            bucket, (yield from self._send_to_all(bucket, messages, "directions")), zeros, dtype
-        )
-        if self.codec.packed:
-            pending.append(received)
-        else:
+        rows = yield from self._send_to_all(bucket, messages, "directions")
+        received = PendingDirections(bucket, rows, zeros, dtype)
+        if zeros is None:
             self._finish(received, update)
-
-    def _shard_entries(self, bucket: Bucket) -> int:
-        """Entries of a shard's row on the way to its owner."""
-        return padded_entries(prod(bucket.piece), self.to_owner_dtype) if self._shard_group else prod(bucket.piece)
-
-    def _chunks(self, bucket: Bucket) -> list[slice]:
-        """Ranges of a bucket's members that are prepared, or applied, at once."""
-        size = max(1, _CHUNK // max(1, prod(bucket.piece)))
-        return [slice(start, start + size) for start in range(0, len(bucket.members), size)]
+        else:  # small, so that all of a step may wait for one another
+            pending.append(received)
 
     def _prepare(self, bucket: Bucket, update: Update) -> tuple[Tensor, torch.dtype]:
         """Prepare all members; return the shards for my row's owners, (n, entries), and the dtype of directions."""
-        first = sum(map(sum, bucket.counts[: self._replica]))
-        last = first + sum(bucket.counts[self._replica])
-        rows, dtype = None, torch.float32
-        for chunk in self._chunks(bucket):
+        first = sum(bucket.rows[: self._replica])
+        last = first + bucket.rows[self._replica]
+        rows, dtype = torch.empty(0), torch.float32
+        for chunk in bucket.chunks:  # there is one
             shards = update.prepare(bucket.members[chunk])
-            dtype = shards[0].dtype
-            if rows is None:
+            if chunk.start == 0:
+                dtype = shards[0].dtype
                 sent_in = self.to_owner_dtype if self._shard_group else dtype
-                rows = shards[0].new_empty(last - first, self._shard_entries(bucket), dtype=sent_in)
-            places, kept = [], []
-            for position, shard in enumerate(shards, chunk.start):
-                if first <= position < last:
-                    place = rows[position - first, : prod(bucket.piece)].view(bucket.piece)
-                    dim = self.layout.dim
-                    places.append(place if dim is None else place.narrow(dim, 0, shard.shape[dim]))
-                    kept.append(shard)
-            if kept:
-                torch._foreach_copy_(places, kept)
-        assert rows is not None  # a bucket has members
+                rows = shards[0].new_empty(last - first, padded_entries(prod(bucket.piece), sent_in), dtype=sent_in)
+            mine = range(max(first, chunk.start), min(last, chunk.stop))
+            if mine:
+                kept = [shards[i - chunk.start] for i in mine]
+                places = [rows[i - first, : prod(bucket.piece)].view(bucket.piece) for i in mine]
+                torch._foreach_copy_([self._unpadded(bucket, place) for place in places], kept)
         return rows, dtype
+
+    def _unpadded(self, bucket: Bucket, shards: Tensor) -> Tensor:
+        """Return my part of padded shards (..., *piece)."""
+        dim = self.layout.dim - len(bucket.piece)
+        return shards.narrow(dim, 0, self.layout.shard_range(bucket.shape, self._shard)[1])
 
     def _direct(self, bucket: Bucket, update: Update, shards: Tensor) -> Tensor:
         """Return the directions of this rank's matrices, (k, *shape), from the shards of all ranks, (W k, entries)."""
         dim, count = self.layout.dim, bucket.counts[self._replica][self._shard]
         pieces = shards[:, : prod(bucket.piece)].view(self.layout.shards, count, *bucket.piece)  # (W, k, *piece)
-        whole = pieces[0]
-        if dim is not None:
-            side_by_side = pieces.movedim(0, dim + 1).flatten(dim + 1, dim + 2)  # (k, ..., W x longest, ...)
-            whole = side_by_side.narrow(dim + 1, 0, bucket.shape[dim])
+        side_by_side = pieces.movedim(0, dim + 1).flatten(dim + 1, dim + 2)  # (k, ..., W x longest, ...)
+        whole = side_by_side.narrow(dim + 1, 0, bucket.shape[dim])
         if not whole.numel():
             return whole
         return bucket.blocks.join([update.direct(stack) for stack in bucket.blocks.stacks(whole)]).reshape(whole.shape)
 
+    def _floats(self, bucket: Bucket, directed: Tensor) -> Tensor:
+        """Return the numbers that travel with directions (k, *shape): the norms of their matrices, (k, floats)."""
+        if not bucket.floats:
+            return directed.new_empty(len(directed), 0, dtype=torch.float64)
+        return bucket.blocks.norms(directed, torch.float64)
+
     def _cut(self, bucket: Bucket, directed: Tensor) -> Tensor:
         """Cut directions (k, *shape) into the pieces of the ranks of my row: (W, k, entries), padded with 1, a sign."""
         dim, parts = self.layout.dim, self.layout.shards
-        pieces = directed[None]
-        if dim is not None:
-            missing = parts * bucket.piece[dim] - directed.shape[dim + 1]
-            even = pad(directed, [0, 0] * (directed.ndim - 2 - dim) + [0, missing], value=1.0) if missing else directed
-            pieces = even.unflatten(dim + 1, (parts, bucket.piece[dim])).movedim(dim + 1, 0)
+        missing = parts * bucket.piece[dim] - directed.shape[dim + 1]
+        even = pad(directed, [0, 0] * (directed.ndim - 2 - dim) + [0, missing], value=1.0) if missing else directed
+        pieces = even.unflatten(dim + 1, (parts, bucket.piece[dim])).movedim(dim + 1, 0)
         return pieces.reshape(parts, len(directed), prod(bucket.piece))
 
     def _send_to_all(self, bucket: Bucket, messages: Tensor, kind: str) -> Generator[None, None, Tensor]:
         """Send messages (W, k, bytes), one per shard, to all who hold that shard; return those of all owners."""
-        row, rows = bucket.counts[self._replica], [sum(each) for each in bucket.counts]
-        received = messages.flatten(0, 1)
-        if self._shard_group:
-            received = wire.all_to_all(received, [row[self._shard]] * len(row), row, self._shard_group, kind)
+        row, rows = bucket.counts[self._replica], bucket.rows
+        received = wire.all_to_all(messages.flatten(0, 1), [row[self._shard]] * len(row), row, self._shard_group, kind)
         yield
         if self._replica_group:
-            received = wire.arrived(received).repeat(len(rows), 1)
             to_all = [rows[self._replica]] * len(rows)
-            received = wire.all_to_all(received, to_all, rows, self._replica_group, kind)
+            received = wire.all_to_all(received.wait().repeat(len(rows), 1), to_all, rows, self._replica_group, kind)
         yield
-        return wire.arrived(received)
+        return received.wait()
 
     def _send_zeros(self, pending: PendingDirections, update: Update) -> Generator:
         """Finish a bucket with more zeros than its rows have room for: planes of all of them follow."""
@@ -201,42 +227,29 @@ class OwnerExchange(Route):
 
     def _finish(self, pending: PendingDirections, update: Update, zeros: Tensor | None = None) -> None:
         """Read the directions and apply them. zeros: planes, (n, bytes)."""
-        bucket, dim = pending.bucket, self.layout.dim
-        for chunk in self._chunks(bucket):
-            members, planes = bucket.members[chunk], None if zeros is None else zeros[chunk]
-            entries, count = prod(bucket.piece), bucket.blocks.count
-            stack, norms = self.codec.read(pending.rows[chunk], entries, count, pending.dtype, planes)
-            stack = stack.view(-1, *bucket.piece) if stack.is_contiguous() else stack.unflatten(1, bucket.piece)
-            if dim is not None:
-                stack = stack.narrow(dim + 1, 0, self.layout.shard_range(bucket.shape, self._shard)[1])
-            if update.rms is not None and not update.refines:
-                stack = self._rescaled(bucket, stack, norms, update.rms)
+        bucket = pending.bucket
+        for chunk in bucket.chunks:
+            rows, planes = pending.rows[chunk], None if zeros is None else zeros[chunk]
+            stack, norms = self.codec.read(rows, prod(bucket.piece), bucket.floats, pending.dtype, planes)
+            stack = self._unpadded(bucket, stack.unflatten(1, bucket.piece))
+            if update.direct_rms is not None:
+                stack = self._blocks_here(bucket).scaled(stack, norms, update.direct_rms, bucket.blocks)
             stack = stack.contiguous()
-            if update.factor:
-                self._blocks_here(bucket).multiply_(stack, [update.factor(m, n) for m, n in bucket.blocks.shapes])
-            directions = list(stack)
-            if update.refines:
-                directions = update.refine(members, directions)
-                if update.rms is not None:
-                    directions = list(self._rescaled(bucket, torch.stack(directions), None, update.rms))
-            update.apply(members, directions)
+            self._blocks_here(bucket).multiply_(stack, [update.factor(m, n) for m, n in bucket.blocks.shapes])
+            update.finish(bucket.members[chunk], list(stack), partial(self._rescale, bucket))
 
-    def _rescaled(self, bucket: Bucket, stack: Tensor, norms: Tensor | None, rms: float) -> Tensor:
-        """Scale shards (k, *shard) of matrices with `norms` (k, count); None: all-reduced over the shards."""
-        blocks = self._blocks_here(bucket)
-        if norms is None:
-            squares = blocks.norms(stack, torch.float64).square()
-            if self._shard_group:
-                wire.all_reduce(squares, self._shard_group, "norms")
-            norms = squares.sqrt()
-        return blocks.scaled(stack, norms, rms, bucket.blocks)
+    def _rescale(self, bucket: Bucket, shards: Tensors, rms: float) -> Tensors:
+        """Scale shards of matrices, whose norms are all-reduced."""
+        blocks, stack = self._blocks_here(bucket), torch.stack(shards)
+        squares = blocks.norms(stack, torch.float64).square()  # (k, count)
+        norms = wire.all_reduce(squares, self.layout.shard_groups, "norms").sqrt()
+        return list(blocks.scaled(stack, norms, rms, bucket.blocks))
 
     def _blocks_here(self, bucket: Bucket) -> Blocks:
         """Return the parts of a bucket's matrices that this rank holds."""
-        dim = self.layout.dim
-        if dim is None:
+        if self.layout.shards == 1:
             return bucket.blocks
-        start, length = self.layout.shard_range(bucket.shape, self._shard)
+        dim, (start, length) = self.layout.dim, self.layout.shard_range(bucket.shape, self._shard)
         return bucket.blocks.shard((*bucket.shape[:dim], length, *bucket.shape[dim + 1 :]), dim, start)
 
 

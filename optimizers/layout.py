@@ -25,22 +25,27 @@ class Layout:
     """Ranks that hold one parameter, and how it is cut among them.
 
     Attributes:
-        kind: replicated, sharded, hsdp or gathered.
         ranks: global ranks that hold the parameter, in the order of the group or mesh.
         grid: (R, W) global ranks, one row per replica, one column per shard. Empty for gathered.
-        dim: tensor dimension that is cut into W shards; None where W is 1.
+        dim: tensor dimension that is cut into W shards; 0 where W is 1.
         placements: of the DTensor, for gathered.
         shard_groups: groups along which the tensor is cut; in a grid at most one, whose rank s holds shard s.
         replica_groups: groups whose ranks hold the same shard; in a grid at most one, whose rank r holds replica r.
     """
 
-    kind: str
     ranks: tuple[int, ...]
     grid: tuple[tuple[int, ...], ...] = ()
-    dim: int | None = None
+    dim: int = 0
     placements: tuple = ()
     shard_groups: Groups = field(default=(), compare=False)
     replica_groups: Groups = field(default=(), compare=False)
+
+    @property
+    def kind(self) -> str:
+        """replicated, sharded, hsdp or gathered."""
+        if not self.grid:
+            return "gathered"
+        return "replicated" if self.shards == 1 else "sharded" if len(self.grid) == 1 else "hsdp"
 
     @property
     def groups(self) -> Groups:
@@ -58,15 +63,12 @@ class Layout:
 
     def shard_range(self, shape: Shape, shard: int) -> tuple[int, int]:
         """Return (start, length) of a shard along `dim`, as torch.chunk cuts: the last may be short or empty."""
-        assert self.dim is not None
         longest = -(-shape[self.dim] // self.shards)
         start = min(shard * longest, shape[self.dim])
         return start, min(longest, shape[self.dim] - start)
 
     def padded_shard(self, shape: Shape) -> Shape:
         """Return the shape of the longest shard, to which all shards are padded on the wire."""
-        if self.dim is None:
-            return shape
         return (*shape[: self.dim], self.shard_range(shape, 0)[1], *shape[self.dim + 1 :])
 
 
@@ -97,10 +99,9 @@ def layout_of(param: Tensor, plain: Layout | None, as_matrices: str | None) -> L
     grid = grid.reshape(-1, grid.shape[-1])  # (R, W)
     ordered = all(line == sorted(line) for line in grid.tolist() + grid.mT.tolist())  # as groups number their ranks
     if len(shard_axes) > 1 or len(replica_axes) > 1 or strided or not ordered:
-        return Layout("gathered", ranks, placements=placements, **groups)
-    kind = "replicated" if not shard_axes else "hsdp" if replica_axes else "sharded"
-    dim = placements[shard_axes[0]].dim if shard_axes else None
-    return Layout(kind, ranks, tuple(map(tuple, grid.tolist())), dim, **groups)
+        return Layout(ranks, placements=placements, **groups)
+    dim = placements[shard_axes[0]].dim if shard_axes else 0
+    return Layout(ranks, tuple(map(tuple, grid.tolist())), dim, **groups)
 
 
 def _refuse_unusable(param: DTensor) -> None:
@@ -140,7 +141,7 @@ def plain_layout(group: dist.ProcessGroup | None) -> Layout | None:
     ranks = tuple(dist.get_process_group_ranks(group))
     if len(ranks) == 1:
         return None
-    return Layout("replicated", ranks, tuple((rank,) for rank in ranks), replica_groups=(group,))
+    return Layout(ranks, tuple((rank,) for rank in ranks), replica_groups=(group,))
 
 
 def _groups_of(mesh: DeviceMesh, axes: list[int]) -> Groups:

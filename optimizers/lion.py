@@ -6,7 +6,6 @@ Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675, 
 import torch
 from torch.optim.optimizer import ParamsT
 
-from .elementwise import each
 from .engine import ProcessGroup, RuleOptimizer
 from .options import Fraction, NonNegative, declared_by, given
 from .rule import Tensors, UpdateRule, mix, register, sign, update_ema
@@ -58,11 +57,12 @@ def prepare(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
     return directions
 
 
-def refine(directions: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
-    """Scale the signs."""
-    if group["scale"] != 1:
-        each("mul_", directions, group["scale"])
-    return directions
-
-
-register(UpdateRule(name="lion", **declared_by(Lion), state=("momentum",), prepare=prepare, refine=refine))
+register(
+    UpdateRule(
+        name="lion",
+        **declared_by(Lion),
+        state=("momentum",),
+        prepare=prepare,
+        factor=lambda group, m, n: group["scale"],
+    )
+)

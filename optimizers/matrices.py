@@ -185,14 +185,17 @@ def norms_of(stack: Tensor, dtype: torch.dtype) -> Tensor:
 def scaled(stack: Tensor, norms: Tensor, wanted: float, dtype: torch.dtype) -> Tensor:
     """Return a stack (b, ...), whose matrices have `norms` (b,), scaled to the wanted norm; a zero matrix stays zero.
 
-    Contiguous, also of a transposed stack; elementwise kernels are ten times slower on that.
+    Contiguous, also of a transposed stack; elementwise kernels are ten times slower on that. Factors are computed in
+    float32, or `dtype` if that is wider, on every layout.
     """
-    precision = factor_dtype(dtype)
-    norms = norms.to(precision)
+    norms = norms.to(torch.promote_types(dtype, torch.float32))
     factors = (wanted / norms.clamp(min=_ZERO)).view(-1, *[1] * (stack.ndim - 1))
     return torch.mul(stack, factors, out=torch.empty(stack.shape, dtype=dtype, device=stack.device))
 
 
-def factor_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the precision in which factors of entries of this dtype are computed, the same on every layout."""
-    return torch.promote_types(dtype, torch.float32)
+def to_rms(stack: Tensor, rms: float | None, dtype: torch.dtype) -> Tensor:
+    """Return (b, m, n), contiguous, in `dtype`, each matrix scaled to a root mean square entry (None: as it is)."""
+    if rms is None:
+        return stack.to(dtype, memory_format=torch.contiguous_format).contiguous()
+    _, m, n = stack.shape
+    return scaled(stack, norms_of(stack, torch.promote_types(dtype, torch.float32)), rms * (m * n) ** 0.5, dtype)

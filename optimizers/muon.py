@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from .engine import ProcessGroup, RuleOptimizer
 from .options import Fraction, NonNegative, declared_by, given
-from .polar import JORDAN, Form, check_options, orthogonalize_group
+from .polar import JORDAN, POLAR, Form, orthogonalize_group
 from .rule import Tensors, UpdateRule, ema, mix, register, update_ema
 
 SCALES = {
@@ -82,13 +82,6 @@ def factor(group: dict, m: int, n: int) -> float:
     return SCALES[group["adjust_lr_fn"] or "original"](m, n)
 
 
-def check(group: dict) -> None:
-    """Refuse an unknown scale and what every orthogonalization refuses."""
-    if group["adjust_lr_fn"] not in (None, *SCALES):
-        raise ValueError(f"adjust_lr_fn must be None or one of {', '.join(SCALES)}; got {group['adjust_lr_fn']!r}")
-    check_options(group)
-
-
 register(
     UpdateRule(
         name="muon",
@@ -97,6 +90,6 @@ register(
         prepare=prepare,
         direct=orthogonalize_group,
         factor=factor,
-        check=check,
+        **POLAR,
     )
 )

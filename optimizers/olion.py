@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from .engine import ProcessGroup, RuleOptimizer
 from .options import Fraction, NonNegative, declared_by, given
-from .polar import Form, check_options, orthogonalize_group
+from .polar import POLAR, Form, orthogonalize_group
 from .rule import Tensors, UpdateRule, mix, register, sign_of, update_ema
 
 
@@ -97,6 +97,6 @@ register(
         direct=direct,
         signs=True,
         rms="scale",
-        check=check_options,
+        **POLAR,
     )
 )

@@ -1,37 +1,51 @@
-"""The owner of each matrix, and the agreement of all ranks on the matrices.
-
-Owners are balanced by the floating-point operations of their orthogonalizations, over all param groups together:
-the costliest matrix first, each to the rank with the least so far.
-"""
+"""The owner of each matrix, and the agreement of all ranks on the matrices."""
 
 import hashlib
 import heapq
-from itertools import chain
+from collections import defaultdict
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from .layout import Groups, Layout
+from .routes import Entry
 
 
-def assign_owners(layout: Layout, flops: list[float]) -> list[int]:
-    """Return the owner, a global rank of the layout's grid, of each matrix, given the operations of each."""
-    # Shard by shard: equal matrices go to all replicas in turn, which each then have as much to pass on.
-    ranks = chain.from_iterable(zip(*layout.grid, strict=True))
-    loads = [(0.0, order, rank) for order, rank in enumerate(ranks)]  # a heap
-    owners = [0] * len(flops)
-    for i in sorted(range(len(flops)), key=lambda i: -flops[i]):
-        load, order, rank = loads[0]
-        owners[i] = rank
-        heapq.heapreplace(loads, (load + flops[i], order, rank))
-    return owners
+def assign_owners(entries: list[Entry]) -> None:
+    """Give every matrix that is not gathered an owner among the ranks of its layout.
+
+    Owners are balanced by the floating-point operations of their orthogonalizations, over all param groups together:
+    the costliest matrix first, each to the rank with the least so far.
+    """
+    sharing: dict[tuple[int, ...], list[Entry]] = defaultdict(list)
+    for entry in entries:
+        if entry.layout and entry.layout.grid:
+            sharing[entry.layout.ranks].append(entry)
+    for matrices in sharing.values():
+        # Shard by shard: equal matrices go to all replicas in turn, which each then have as much to pass on.
+        ranks = chain(*zip(*matrices[0].layout.grid, strict=True))
+        loads = [(0.0, order, rank) for order, rank in enumerate(ranks)]  # a heap
+        for entry in sorted(matrices, key=lambda entry: -entry.flops):
+            load, order, entry.owner = loads[0]
+            heapq.heapreplace(loads, (load + entry.flops, order, entry.owner))
 
 
-def refuse_disagreement(groups: Groups, outline: list[str], device: torch.device) -> None:
-    """Raise ValueError, on every rank, unless all ranks that `groups` connect have the same outline (line by line)."""
-    if device.type == "meta":
-        return  # a plan on paper: there is no other rank to ask
+def refuse_disagreement(entries: list[Entry], plain: Layout | None, device: torch.device) -> None:
+    """Raise ValueError, on every rank, unless all ranks of each layout have the same matrices in it.
+
+    plain: the layout of plain tensors, whose ranks are asked even where this one has no matrix: others may.
+    """
+    outlines: dict[tuple[int, ...], tuple[Groups, list[str]]] = {plain.ranks: (plain.groups, [])} if plain else {}
+    for entry in entries:
+        if entry.layout:
+            outlines.setdefault(entry.layout.ranks, (entry.layout.groups, []))[1].append(entry.outline)
+    for groups, outline in outlines.values() if device.type != "meta" else ():  # on paper there is no rank to ask
+        _compare(groups, outline, device)
+
+
+def _compare(groups: Groups, outline: list[str], device: torch.device) -> None:
     digest = hashlib.sha256("\n".join(outline).encode()).digest()
     mine = torch.tensor(list(digest), dtype=torch.uint8, device=device)  # (32,)
     complaint = None
@@ -51,10 +65,8 @@ def refuse_disagreement(groups: Groups, outline: list[str], device: torch.device
 
 
 def _first_difference(outlines: list[list[str]], ranks: list[int]) -> str:
-    first = outlines[0]
     for rank, other in zip(ranks, outlines, strict=True):
-        for i in range(max(len(first), len(other))):
-            here, there = (each[i] if i < len(each) else "no more" for each in (first, other))
+        for here, there in zip_longest(outlines[0], other, fillvalue="no more"):
             if here != there:
                 return f"rank {ranks[0]} has {here}, rank {rank} has {there}"
     return "ranks of another row of the mesh differ"

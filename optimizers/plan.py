@@ -4,87 +4,40 @@ print(optimizer.plan)
 """
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
-from math import prod
-from typing import Any, cast
+from dataclasses import dataclass
+from itertools import chain
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from . import polar
-from .buckets import MatrixSpec
 from .checks import name_of
-from .codec import Codec
+from .codec import codec_of
 from .exchange import OwnerExchange
 from .layout import Layout, layout_of, local_of, plain_layout
-from .matrices import Blocks, blocks_in
+from .matrices import blocks_in
 from .owners import assign_owners, refuse_disagreement
-from .precision import codec_of, grad_dtype, to_owner_dtype
-from .routes import Elementwise, Gathered, Local, Route
-from .rule import UpdateRule, rule_named
+from .routes import Entry, Gathered, Local, Route
+from .rule import rule_named
+from .update import grad_dtype
 from .wire import Traffic
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One parameter of the plan; the fields after `rule` are of matrices, layout and owner of shared ones.
-
-    blocks: the matrices that it is treated as. owner: a global rank. flops: of its direction.
-    to_owner_dtype, codec: in which it travels to its owner, and its direction back.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    rule: str
-    blocks: Blocks | None = None
-    layout: Layout | None = None
-    owner: int | None = None
-    flops: float = 0.0
-    grad_dtype: torch.dtype | None = None
-    to_owner_dtype: torch.dtype | None = None
-    codec: Codec | None = None
-
-    @property
-    def route(self) -> str:
-        """local, replicated, sharded, hsdp or gathered."""
-        return self.layout.kind if self.layout else "local"
-
-    @property
-    def direction_bytes(self) -> int:
-        """Bytes of the whole direction on the wire, when it has no zero; 0 where nothing is sent."""
-        if not (self.codec and self.blocks and self.layout and self.layout.grid):
-            return 0
-        return self.codec.nbytes(prod(self.shape), self.blocks.count)
-
-
-@dataclass(frozen=True)
-class RoutedParams:
-    """Parameters of one param group, by index, that take one route."""
-
-    indices: list[int]
-    route: Route
-
-
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """Routes, owners and bytes of `optimizer.step()`.
 
-    entries: one per parameter. routed: for each param group, its parameters by route. rules: one per param group.
+    entries: one per parameter. routes: those of each param group.
     """
 
     entries: list[Entry]
-    routed: list[list[RoutedParams]]
-    rules: list[UpdateRule]
+    routes: list[list[Route]]
 
     def traffic(self, rank: int | None = None) -> Traffic:
         """Return the bytes that a global rank (None: this one) sends and receives per step without zeros."""
         total = Traffic()
         if rank is None:
             rank = dist.get_rank() if dist.is_initialized() else 0
-        for routed, rule in zip(self.routed, self.rules, strict=True):
-            for params in routed:
-                params.route.add_traffic(total, rank, rule.rms is not None, rule.refine is not None)
+        for route in chain(*self.routes):
+            route.add_traffic(total, rank)
         return total
 
     def loads(self) -> dict[tuple[int, ...], list[float]]:
@@ -125,93 +78,45 @@ def make_plan(groups: list[dict], process_group: dist.ProcessGroup | None, ask: 
     naming the parameter, for a layout that is not supported, and on every rank where the ranks disagree.
     """
     plain = plain_layout(process_group)
-    rules = [rule_named(group["rule"]) for group in groups]
-    entries = [
-        _entry(group, position, rule, plain)
-        for group, rule in zip(groups, rules, strict=True)
-        for position in range(len(group["params"]))
-    ]
-    params = [param for group in groups for param in group["params"]]
-    if ask and params:
-        _refuse_disagreement(entries, plain, params[0].device)
-    entries = _with_owners(entries)
-    routed, start = [], 0
-    for group in groups:
-        end = start + len(group["params"])
-        routed.append(_routed(group["params"], entries[start:end]))
-        start = end
-    return Plan(entries, routed, rules)
+    by_group = [[_entry(group, position, plain) for position in range(len(group["params"]))] for group in groups]
+    entries = list(chain(*by_group))
+    if ask and entries:
+        first = next(param for group in groups for param in group["params"])
+        refuse_disagreement(entries, plain, first.device)
+    assign_owners(entries)
+    return Plan(entries, [_routes(group, mine) for group, mine in zip(groups, by_group, strict=True)])
 
 
-def _entry(group: dict, position: int, rule: UpdateRule, plain: Layout | None) -> Entry:
-    param, name = group["params"][position], name_of(group, position)
+def _entry(group: dict, position: int, plain: Layout | None) -> Entry:
+    param, name, rule = group["params"][position], name_of(group, position), rule_named(group["rule"])
     entry = Entry(name, tuple(param.shape), rule.name)
-    if not rule.direct:
-        return entry
-    try:
-        layout = layout_of(param, plain, group.get("as_matrices"))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    blocks = blocks_in(group, param if layout else local_of(param))
-    return replace(
-        entry,
-        blocks=blocks,
-        layout=layout,
-        flops=sum(count * polar.group_flops(*shape, group, param) for shape, count in blocks.shape_counts.items()),
-        grad_dtype=grad_dtype(param, group),
-        to_owner_dtype=to_owner_dtype(param, group),
-        codec=codec_of(rule, group),
-    )
+    if rule.direct:
+        try:
+            entry.layout = layout_of(param, plain, group.get("as_matrices"))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        entry.blocks = blocks_in(group, param if entry.layout else local_of(param))
+        counts = entry.blocks.shape_counts.items()
+        entry.flops = sum(count * rule.flops(m, n, group, param) for (m, n), count in counts)
+        entry.grad_dtype = grad_dtype(param, group)
+        entry.to_owner_dtype = rule.rounds_to(group, param) or entry.grad_dtype
+        entry.codec = codec_of(rule.signs, group.get("wire_dtype"))
+        entry.floats = entry.blocks.count if rule.scales_directions else 0
+    return entry
 
 
-def _refuse_disagreement(entries: list[Entry], plain: Layout | None, device: torch.device) -> None:
-    """Compare, among the ranks of each layout, all that decides their messages to one another."""
-    outlines: dict[tuple[int, ...], tuple[Layout, list[str]]] = {}
-    if plain:
-        outlines[plain.ranks] = plain, []  # asked even where this rank has no matrix: others may
-    for entry in entries:
-        if entry.layout:
-            _, outline = outlines.setdefault(entry.layout.ranks, (entry.layout, []))
-            sent = f"{entry.to_owner_dtype} to owners, directions in {entry.codec}"
-            outline.append(f"{entry.name} {entry.shape} as {entry.blocks}, {entry.rule}, {entry.route}, {sent}")
-    for layout, outline in outlines.values():
-        refuse_disagreement(layout.groups, outline, device)
-
-
-def _with_owners(entries: list[Entry]) -> list[Entry]:
-    """Give every matrix that is not gathered an owner among the ranks that hold it."""
-    by_ranks = defaultdict(list)
-    for i, entry in enumerate(entries):
-        if entry.layout and entry.layout.grid:
-            by_ranks[entry.layout.ranks].append(i)
-    owned = list(entries)
-    for indices in by_ranks.values():
-        owners = assign_owners(entries[indices[0]].layout, [entries[i].flops for i in indices])
-        for i, owner in zip(indices, owners, strict=True):
-            owned[i] = replace(entries[i], owner=owner)
-    return owned
-
-
-def _routed(params: list[Tensor], entries: list[Entry]) -> list[RoutedParams]:
+def _routes(group: dict, entries: list[Entry]) -> list[Route]:
     """Divide a group's parameters by route; those of one route have one layout and travel in the same precision."""
-    alike = defaultdict(list)
+    alike, rule = defaultdict(list), rule_named(group["rule"])
     for i, entry in enumerate(entries):
         alike[entry.layout, entry.grad_dtype, entry.to_owner_dtype, entry.codec].append(i)
-    return [
-        RoutedParams(indices, _route([params[i] for i in indices], [entries[i] for i in indices]))
-        for indices in alike.values()
-    ]
-
-
-def _route(params: list[Tensor], entries: list[Entry]) -> Route:
-    first: Any = entries[0]
-    if first.blocks is None:
-        return Elementwise()
-    blocks: list[Any] = [entry.blocks for entry in entries]
-    if first.layout is None:
-        return Local(blocks)
-    if not first.layout.grid:
-        return Gathered(cast(Any, params), blocks, first.layout, first.to_owner_dtype)
-    owners: list[Any] = [entry.owner for entry in entries]
-    matrices = [MatrixSpec(*each) for each in zip((entry.shape for entry in entries), blocks, owners, strict=True)]
-    return OwnerExchange(matrices, first.layout, first.to_owner_dtype, first.codec)
+    routes: list[Route] = []
+    for (layout, *_), indices in alike.items():
+        mine = [entries[i] for i in indices]
+        if layout is None:
+            routes.append(Local(rule, indices, mine))
+        elif layout.grid:
+            routes.append(OwnerExchange(rule, indices, mine))
+        else:
+            routes.append(Gathered(rule, indices, mine, [group["params"][i] for i in indices]))
+    return routes

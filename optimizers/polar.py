@@ -54,7 +54,7 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
 
 Form = Literal["auto", "plain", "gram", "qdwh", "svd"]
 FORMS = get_args(Form)
-EXACT_FORMS = ("qdwh", "svd")  # computed in float32 or float64 from what they are given
+_EXACT_FORMS = ("qdwh", "svd")  # computed in float32 or float64 from what they are given
 
 # The Gram form restarts (forms G anew from X) before G's rounding error, the precision's eps grown by up to a² a
 # step, reaches a limit; the first run bears more, as the spectrum of G is still small. Over nine spectra (Gaussian,
@@ -252,16 +252,21 @@ def orthogonalize_group(stack: Tensor, group: dict) -> Tensor:
     )
 
 
-def group_flops(m: int, n: int, group: dict, param: Tensor) -> float:
-    """Return the operations of one direction; of a rule without these options, those of the default iteration."""
-    form = group.get("ns_form", "auto")
-    form = "plain" if form in EXACT_FORMS else form  # about as much, and only the order matters
-    options = {name: group[name] for name in ("ns_steps", "ns_coefficients") if name in group}
-    dtype = group.get("ns_dtype") or default_dtype(param)
-    return flops(m, n, form=form, dtype=dtype, device=param.device, **options)
+def _group_flops(m: int, n: int, group: dict, param: Tensor) -> float:
+    form = "plain" if group["ns_form"] in _EXACT_FORMS else group["ns_form"]  # as many, and only the order matters
+    dtype = group["ns_dtype"] or default_dtype(param)
+    return flops(m, n, group["ns_steps"], form, group["ns_coefficients"], dtype, param.device)
 
 
-def check_options(group: dict) -> None:
-    """Raise ValueError for orthogonalization options of a param group that cannot be done."""
+def _group_rounds_to(group: dict, param: Tensor) -> torch.dtype | None:
+    dtype = group["ns_dtype"] or default_dtype(param)
+    return dtype if dtype == torch.bfloat16 and group["ns_form"] not in _EXACT_FORMS else None
+
+
+def _check_options(group: dict) -> None:
     steps_of(group["ns_coefficients"], group["ns_steps"])
     _check_form(group["ns_form"])
+
+
+POLAR: dict[str, Any] = {"check": _check_options, "flops": _group_flops, "rounds_to": _group_rounds_to}
+"""The fields of an `UpdateRule` that follow from orthogonalizing by a param group's options."""

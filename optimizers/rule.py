@@ -1,6 +1,6 @@
 """What an optimizer is here: a value that says how a gradient becomes an update. The engine runs it on any layout.
 
-    p <- (1 - lr weight_decay) p - lr refine(direct(prepare(g)))
+    p <- (1 - lr weight_decay) p - lr size(refine(direct(prepare(g))))
 
 Adding one is a value of `UpdateRule` and a call of `register`:
 
@@ -43,10 +43,14 @@ class UpdateRule:
             of their own dtype and the state's.
         direct: (stack (batch, m, n), group) -> (batch, m, n), on whole matrices, stateless. None: elementwise rule.
         signs: whether `direct` returns nothing but -1, 0, 1 and NaN; these then travel at one bit an entry.
-        factor: (group, m, n) -> number that the direction of an (m, n) matrix is multiplied by, before `refine`.
         refine: (directions, state, group) -> directions. Elementwise, on my shard; may write to directions.
-        rms: name of the option that holds the root mean square entry which each whole matrix of what `refine`
-            returns is scaled to; None leaves it.
+        rms: the size of an update as the name of an option: the root mean square entry to which each whole matrix of
+            refined directions is scaled.
+        factor: or as a number, (group, m, n) -> factor of the direction of an (m, n) matrix, before `refine`; m and n
+            are 0 where there is no `direct`. With neither the size is that of the directions.
+        flops: (m, n, group, param) -> floating-point operations of the direction of one matrix, which balance owners.
+        rounds_to: (group, param) -> the dtype to which `direct` rounds its stack anyway, in which shards therefore
+            travel to their owners; None is the gradient's.
         whole_step: (params, grads, state, group) -> None. Instead of the three, for an elementwise rule with a kernel
             that does the whole update at once, decay included.
         check: (group) -> None; raises ValueError for option values that the rule cannot take.
@@ -59,12 +63,24 @@ class UpdateRule:
     prepare: Callable[[Tensors, dict[str, Tensors], dict], Tensors] | None = None
     direct: Callable[[Tensor, dict], Tensor] | None = None
     signs: bool = False
-    factor: Callable[[dict, int, int], float] | None = None
     refine: Callable[[Tensors, dict[str, Tensors], dict], Tensors] | None = None
     rms: str | None = None
+    factor: Callable[[dict, int, int], float] | None = None
+    flops: Callable[[int, int, dict, Tensor], float] = lambda m, n, group, param: 2 * m * n * min(m, n)
+    rounds_to: Callable[[dict, Tensor], torch.dtype | None] = lambda group, param: None
     whole_step: Callable[[Tensors, Tensors, dict[str, Tensors], dict], None] | None = None
     check: Callable[[dict], None] | None = None
     kinds: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def scales_directions(self) -> bool:
+        """Whether `rms` is that of directions as they come from `direct`."""
+        return self.rms is not None and self.refine is None
+
+    @property
+    def scales_refined(self) -> bool:
+        """Whether `rms` is that of what `refine` makes of them."""
+        return self.rms is not None and self.refine is not None
 
     def kind(self, option: str) -> Any:
         """Return the annotation that says which values an option takes."""
@@ -83,8 +99,8 @@ def register(rule: UpdateRule) -> UpdateRule:
         raise ValueError(f"rule {rule.name!r} needs defaults for lr and weight_decay; {sorted(missing)} missing")
     if (rule.prepare is None) == (rule.whole_step is None):
         raise ValueError(f"rule {rule.name!r} needs either prepare or whole_step; give exactly one of them")
-    if rule.factor and rule.direct is None:
-        raise ValueError(f"rule {rule.name!r} has a factor of matrices; give it a direct, or multiply in refine")
+    if (rule.rms or rule.whole_step) and rule.factor:
+        raise ValueError(f"rule {rule.name!r} needs one size of updates; give factor without rms and whole_step")
     if rule.rms and (rule.direct is None or rule.rms not in rule.defaults):
         raise ValueError(
             f"rule {rule.name!r} scales matrices to {rule.rms!r}; give it a direct, and that option a default"

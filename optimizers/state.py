@@ -8,8 +8,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .checks import name_of
 from .layout import local_of
-from .precision import state_dtype
 from .rule import UpdateRule
+from .update import state_dtype
 
 Buffers = dict[str, Tensor]
 Groups = list[dict[str, Any]]

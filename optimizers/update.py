@@ -1,6 +1,6 @@
 """The update of some parameters of one param group by its rule, piece by piece, as a route asks for it."""
 
-from functools import partial
+from collections.abc import Callable
 from itertools import compress
 
 import torch
@@ -9,38 +9,41 @@ from torch.distributed.tensor import DTensor
 
 from .elementwise import each
 from .layout import local_of
-from .precision import grad_dtype, state_dtype
-from .routes import Factor
+from .matrices import to_rms
 from .rule import Tensors, rule_named
 
 
-class ParamsUpdate:
-    """One step of parameters; see `routes.Update`.
+class Update:
+    """One step of the parameters of a route, which names them by their indices in it.
 
-    On a collective route a parameter without a gradient takes part with zeros, or other ranks would wait for it; its
-    own state and value stay as they are.
+    A route calls, for parameters that it chooses: `prepare`, `direct` on their whole matrices, `finish`. Where other
+    ranks take part, so does a parameter without a gradient, with zeros; its own state and value stay as they are.
+
+    Attributes:
+        params, weights: the parameters, and this process's shards of them.
+        has_grad: whether each has a gradient.
+        direct_rms: the root mean square entry that whole directions are scaled to; None leaves them.
     """
 
     def __init__(
         self,
-        params: list[Tensor],
         group: dict,
+        indices: list[int],
         state: dict[Tensor, dict[str, Tensor]],
         check_signs: bool = False,
     ):
-        self.rule, self.group, self._params, self._state = rule_named(group["rule"]), group, params, state
+        self.rule, self.group, self._state = rule_named(group["rule"]), group, state
         self._check_signs = check_signs and self.rule.signs
-        self.weights = [local_of(param) for param in params]
-        self.has_grad = [param.grad is not None for param in params]
-        self.rms = group[self.rule.rms] if self.rule.rms else None
-        factor = self.rule.factor
-        self.factor: Factor | None = partial(factor, group) if factor else None
-        self.refines = self.rule.refine is not None
+        self.params = [group["params"][i] for i in indices]
+        self.weights = [local_of(param) for param in self.params]
+        self.has_grad = [param.grad is not None for param in self.params]
+        self.direct_rms = group[self.rule.rms] if self.rule.scales_directions else None
 
     def prepare(self, members: list[int]) -> Tensors:
-        """Read gradients and state, move the state; returns new tensors."""
+        """Read gradients and state, move the state; returns new tensors, this process's shards."""
         assert self.rule.prepare
-        return self.rule.prepare(self._grads(members), self.state(members), self.group)
+        grads = [gradient_of(self.params[i], self.group) for i in members]
+        return self.rule.prepare(grads, self._buffers(members), self.group)
 
     def direct(self, stack: Tensor) -> Tensor:
         """Return the directions of whole matrices, (b, m, n) -> (b, m, n)."""
@@ -50,20 +53,30 @@ class ParamsUpdate:
             _refuse_other_than_signs(directions, self.rule.name)
         return directions
 
-    def refine(self, members: list[int], directions: Tensors) -> Tensors:
-        """Return the shards of the directions, refined elementwise."""
-        if self.rule.refine is None:
-            return directions
-        return self.rule.refine(directions, self.state(members), self.group)
+    def directions(self, stack: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return `direct`'s in `dtype` (None: the stack's), at their size unless that is the RMS of refined ones."""
+        directions = to_rms(self.direct(stack), self.direct_rms, dtype or stack.dtype)
+        factor = self.factor(*stack.shape[1:])
+        return directions if factor == 1 else directions.mul_(factor)
 
-    def apply(self, members: list[int], directions: Tensors) -> None:
-        """Decay the weights that have a gradient, and step against their directions."""
+    def factor(self, m: int = 0, n: int = 0) -> float:
+        """Return the factor of the directions of (m, n) matrices; 1 where the rule has none."""
+        return self.rule.factor(self.group, m, n) if self.rule.factor else 1
+
+    def finish(self, members: list[int], directions: Tensors, rescale: Callable[[Tensors, float], Tensors]) -> None:
+        """Refine the shards of directions, and step against them the weights that have a gradient.
+
+        rescale: scales refined shards, so that the whole matrices have a root mean square entry.
+        """
+        if self.rule.refine:
+            directions = list(self.rule.refine(directions, self._buffers(members), self.group))
+        if self.rule.scales_refined:
+            directions = rescale(directions, self.group[self.rule.rms])
         has_grad = [self.has_grad[i] for i in members]
-        weights = list(compress((self.weights[i] for i in members), has_grad))
-        directions = list(compress(directions, has_grad))
-        if not weights:
+        members, directions = list(compress(members, has_grad)), list(compress(directions, has_grad))
+        if not members:
             return
-        lr = self.group["lr"]
+        weights, lr = [self.weights[i] for i in members], self.group["lr"]
         if self.group["weight_decay"]:
             each("mul_", weights, 1 - lr * self.group["weight_decay"])
         if isinstance(lr, Tensor):  # stays one, so that a step in a CUDA graph reads the schedule's
@@ -75,19 +88,19 @@ class ParamsUpdate:
         """Run a rule that does everything in a kernel of its own."""
         members = [i for i, has_grad in enumerate(self.has_grad) if has_grad]
         if members and self.rule.whole_step:
-            weights = [self.weights[i] for i in members]
-            self.rule.whole_step(weights, self._grads(members), self.state(members), self.group)
+            weights, grads = (
+                [self.weights[i] for i in members],
+                [gradient_of(self.params[i], self.group) for i in members],
+            )
+            self.rule.whole_step(weights, grads, self._buffers(members), self.group)
 
-    def state(self, members: list[int]) -> dict[str, Tensors]:
+    def _buffers(self, members: list[int]) -> dict[str, Tensors]:
         """Return this process's shards of the state, by name; zeros to throw away for parameters without gradient."""
         return {name: [self._shard(i, name) for i in members] for name in self.rule.state + self.rule.scalars}
 
     def _shard(self, i: int, name: str) -> Tensor:
-        shard = local_of(self._state[self._params[i]][name])
+        shard = local_of(self._state[self.params[i]][name])
         return shard if self.has_grad[i] else torch.zeros_like(shard)
-
-    def _grads(self, members: list[int]) -> Tensors:
-        return [gradient_of(self._params[i], self.group) for i in members]
 
 
 def _refuse_other_than_signs(directions: Tensor, rule: str) -> None:
@@ -98,6 +111,19 @@ def _refuse_other_than_signs(directions: Tensor, rule: str) -> None:
             f"rule {rule!r} says signs=True, so its direction must be -1, 0, 1 or NaN, got "
             f"{directions[other][0].item():g}; return signs, or register it with signs=False"
         )
+
+
+# --- precisions
+
+
+def state_dtype(param: Tensor, group: dict) -> torch.dtype:
+    """Return the dtype of a parameter's state."""
+    return group.get("state_dtype") or param.dtype
+
+
+def grad_dtype(param: Tensor, group: dict) -> torch.dtype:
+    """Return the dtype in which `prepare` gets a gradient of the parameter's own dtype."""
+    return torch.promote_types(param.dtype, state_dtype(param, group))
 
 
 def gradient_of(param: Tensor, group: dict) -> Tensor:

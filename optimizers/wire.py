@@ -10,7 +10,7 @@ over W ranks counts 2 (W - 1) / W b each way, which is what a ring moves.
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -77,7 +77,7 @@ def count(kind: str, sent: int, received: int) -> None:
 class Pending:
     """Rows on their way: `wait` returns them once they have come."""
 
-    def __init__(self, received: Tensor, work: dist.Work | None, source: Tensor):
+    def __init__(self, received: Tensor, work: dist.Work | None = None, source: Tensor | None = None):
         self._received, self._work = received, work
         self._source = source  # must live as long as the collective reads it
 
@@ -89,15 +89,15 @@ class Pending:
         return self._received
 
 
-def arrived(rows: Tensor | Pending) -> Tensor:
-    """Return rows that may have been sent, or may have stayed here."""
-    return rows.wait() if isinstance(rows, Pending) else rows
-
-
 def all_to_all(
-    rows: Tensor, counts_out: list[int], counts_in: list[int], group: dist.ProcessGroup, kind: str
+    rows: Tensor, counts_out: list[int], counts_in: list[int], group: dist.ProcessGroup | None, kind: str
 ) -> Pending:
-    """Send counts_out[q] of the rows to each group rank q, in order, and receive counts_in[q] from it."""
+    """Send counts_out[q] of the rows to each group rank q, in order, and receive counts_in[q] from it.
+
+    Without a group they stay here.
+    """
+    if group is None:
+        return Pending(rows)
     for traffic in _counting:
         size = rows.element_size() * rows.shape[1]
         traffic.add_all_to_all(kind, counts_out, counts_in, dist.get_rank(group), size)
@@ -108,11 +108,12 @@ def all_to_all(
     return Pending(received, work, sent)
 
 
-def all_reduce(values: Tensor, group: dist.ProcessGroup, kind: str) -> Tensor:
-    """Sum over the group, in place."""
-    for traffic in _counting:
-        traffic.add_all_reduce(kind, values.nbytes, dist.get_world_size(group))
-    dist.all_reduce(values, group=group)
+def all_reduce(values: Tensor, groups: Iterable[dist.ProcessGroup], kind: str) -> Tensor:
+    """Sum over groups, one after another, in place."""
+    for group in groups:
+        for traffic in _counting:
+            traffic.add_all_reduce(kind, values.nbytes, dist.get_world_size(group))
+        dist.all_reduce(values, group=group)
     return values
 
 
