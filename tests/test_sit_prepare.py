@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections import namedtuple
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 from common import UserError
 from common.config import parse_config
-from SIT import convert, digits, files
+from SIT import convert, digits, files, prepare
 from SIT.config import Config
 from SIT.encode import encode as encode_images
 from SIT.latents import Corrupt, Latents, read_image
@@ -452,25 +451,21 @@ def test_train_digits_makes_an_encoder_and_another_network_for_the_judge(tmp_pat
     digits.prepare(tmp_path / "digits")  # both are there
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "SIT.prepare", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def test_command_line_converts_and_encodes_with_a_vae_from_a_folder(source, tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["SIT.prepare", *map(str, arguments)])
+        prepare.main()  # in this process: one of its own imports torch for seconds
 
-
-def test_command_line_converts_and_encodes_with_a_vae_from_a_folder(source, tmp_path):
     tiny_vae().autoencoder.save_pretrained(tmp_path / "vae")
-    done = run("convert", source, "--out", tmp_path / "data", "--size", SIZE)
-    assert done.returncode == 0, done.stderr
-    done = run("encode", tmp_path / "data", "--vae", tmp_path / "vae", "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    assert "100%" in done.stderr  # a log has a bar too
+    run("convert", source, "--out", tmp_path / "data", "--size", SIZE)
+    run("encode", tmp_path / "data", "--vae", tmp_path / "vae", "--device", "cpu")
+    assert "100%" in capsys.readouterr().err  # a log has a bar too
     items = Latents(tmp_path / "data", n_class=4)
     assert len(items) == 40 and items.vae == str(tmp_path / "vae")
-    refused = run("convert", source, "--out", tmp_path / "data", "--size", 0)
-    assert refused.stderr.splitlines() == ["error: size must be 1 or more; got 0"]
-    refused = run("encode", tmp_path / "data", "--vae", source, "--device", "cpu")
-    assert refused.returncode == 1
-    assert refused.stderr.splitlines()[-1].startswith(f"error: {source} ")
+    with pytest.raises(UserError, match=r"^size must be 1 or more; got 0$"):
+        run("convert", source, "--out", tmp_path / "data", "--size", 0)
+    with pytest.raises(UserError, match=f"^{source} "):
+        run("encode", tmp_path / "data", "--vae", source, "--device", "cpu")
 
 
 def test_prepare_makes_what_a_config_needs_that_extends_the_one_of_the_digits(tmp_path, monkeypatch):
