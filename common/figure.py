@@ -29,7 +29,17 @@ STYLES = {
     "lion": Style("Lion", "#B04FAE", "D"),
     "adamw": Style("AdamW", "#2B2B2B", "v"),
 }
-OTHERS = ("#A6761D", "#332288", "#7A9A01", "#882255")  # of rules without a line above
+PAPERS = tuple(STYLES)  # the five that the OLion paper compares
+# Their kin, of Tol's and Okabe and Ito's sets: eleven colours cannot all stay 27 apart, so the markers tell them too.
+STYLES |= {
+    "normuon": Style("NorMuon", "#56B4E9", "<"),
+    "lionmuon": Style("LionMuon", "#7A9A01", "p"),
+    "signum": Style("Signum", "#A6761D", ">"),
+    "polargrad": Style("PolarGrad", "#332288", "X"),
+    "polarsgdm": Style("PolarSGDM", "#CC6677", "h"),
+    "curvature": Style("Curvature", "#882255", "*"),
+}
+OTHERS = ("#44AA99", "#999933", "#661100", "#E69F00")  # of rules without a line above
 INK, FAINT = "#222222", "#6E6E6E"
 
 

@@ -21,13 +21,18 @@ class OptimizerConfig:
     """The optimizer; its options are checked when it is built."""
 
     name: str = "olion"
-    """Rule of the hidden matrices: olion, muon, adamuon, lion, adamw or another registered rule."""
+    """Rule of the hidden matrices: olion, muon, adamuon, lion, adamw, normuon, lionmuon, polargrad, curvature, signum
+    or another registered one."""
     lr: float | None = None
     """Peak learning rate of the matrices; None takes this optimizer's from `tuned_lr`."""
     tuned_lr: dict[str, float] = field(default_factory=dict)
     """Learning rate per optimizer where `lr` is None: the best of a sweep (python -m scripts.sweep)."""
     adamw_lr: float | None = None
     """Peak learning rate of embeddings, head and vectors, which AdamW trains for every rule; None: the matrices'."""
+    rest: str = "adamw"
+    """Rule of embeddings and head: adamw, polarsgdm or another registered rule; vectors stay with AdamW."""
+    rest_lr: float | None = None
+    """Peak learning rate of `rest`, where that is another than adamw; None: `adamw_lr`."""
     weight_decay: float = 0.1
     """Decoupled weight decay of every tensor of two or more dimensions."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -38,7 +43,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         rates = {f"tuned_lr.{name}": rate for name, rate in self.tuned_lr.items()}
-        rates |= {name: getattr(self, name) for name in ("lr", "adamw_lr", "weight_decay")}
+        rates |= {name: getattr(self, name) for name in ("lr", "adamw_lr", "rest_lr", "weight_decay")}
         for name, rate in rates.items():
             if rate is not None and not math.isfinite(rate):
                 raise ConfigError(f"{name} must be finite; got {rate}")
@@ -57,6 +62,7 @@ class OptimizerConfig:
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of `build_optimizer`."""
         rates = {"lr": self.peak_lr(), "adamw_lr": self.adamw_lr, "weight_decay": self.weight_decay}
+        rates |= {"rest": self.rest, "rest_lr": self.rest_lr}
         if twice := rates.keys() & self.options.keys():
             name = min(twice)
             raise ConfigError(f"optimizer.options must hold a rule's other options, got {name}; set optimizer.{name}")

@@ -1,27 +1,38 @@
-"""OLion, Muon, AdaMuon, Lion and AdamW: one update rule each, one engine for all of them."""
+"""OLion, Muon, AdaMuon, Lion, AdamW and their kin: one update rule each, one engine for all of them."""
 
 from .adamuon import AdaMuon
 from .adamw import AdamW
 from .build import build_optimizer
 from .engine import RuleOptimizer
+from .isotropic import Curvature
 from .lion import Lion
+from .lionmuon import LionMuon
 from .muon import Muon
+from .normuon import NorMuon
 from .olion import OLion
 from .polar import orthogonalize
+from .polargrad import PolarGrad, PolarSGDM
 from .probe import Probe, probe
 from .roles import roles_of
 from .rule import RULES, UpdateRule, register
+from .signum import Signum
 from .wire import count_bytes
 
 __all__ = [
     "RULES",
     "AdaMuon",
     "AdamW",
+    "Curvature",
     "Lion",
+    "LionMuon",
     "Muon",
+    "NorMuon",
     "OLion",
+    "PolarGrad",
+    "PolarSGDM",
     "Probe",
     "RuleOptimizer",
+    "Signum",
     "UpdateRule",
     "build_optimizer",
     "count_bytes",

@@ -1,4 +1,4 @@
-"""One optimizer for a whole model: a rule on its matrices, AdamW on the rest."""
+"""One optimizer for a whole model: a rule on its matrices, AdamW on the rest, or another rule on its tables."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -33,6 +33,8 @@ def build_optimizer(
     weight_decay: float = 0.1,
     adamw_betas: tuple[float, float] = (0.9, 0.95),
     adamw_eps: float = 1e-8,
+    rest: str = "adamw",
+    rest_lr: float | None = None,
     qkv_split: Mapping[str, Split] | None = None,
     as_matrices: str | Mapping[str, str] | None = None,
     roles: Mapping[str, str] | None = None,
@@ -49,6 +51,9 @@ def build_optimizer(
         adamw_lr: learning rate of the rest; None is `lr`, as in the paper.
         weight_decay: of every decayed tensor.
         adamw_betas, adamw_eps: of the rest.
+        rest: rule of embeddings and heads of two dimensions, with its default options: adamw, polarsgdm or any other.
+            Other tensors of the rest stay with AdamW.
+        rest_lr: learning rate of `rest`; None is AdamW's. PolarSGDM's is of another size.
         qkv_split: {name pattern: blocks} of fused weights, whose blocks are orthogonalized one by one: a number of
             equal ones, {"*.c_attn.weight": 3}, or sizes in proportion, as the heads of grouped queries,
             {"*.qkv_proj.weight": (32, 8, 8)}. Blocks are rows; of Hugging Face's Conv1D, columns.
@@ -75,12 +80,19 @@ def build_optimizer(
         {"params": [(each, params[each]) for each in views if views[each] == view], **dict(view)}
         for view in sorted(set(views.values()), key=str)
     ]
-    rest = {"rule": "adamw", "lr": lr if adamw_lr is None else adamw_lr, "betas": adamw_betas, "eps": adamw_eps}
-    for decayed in (True, False):
-        chosen = [each for each, use in uses.items() if use.role != "matrix" and (use.role in DECAYED) == decayed]
-        if chosen:
-            members = [(each, params[each]) for each in chosen]
-            groups.append({"params": members, "weight_decay": weight_decay if decayed else 0.0, **rest})
+    adamw = {"rule": "adamw", "lr": lr if adamw_lr is None else adamw_lr, "betas": adamw_betas, "eps": adamw_eps}
+    of_tables = {"rule": rule_named(rest).name, "lr": adamw["lr"] if rest_lr is None else rest_lr}
+    if rest == "adamw" and rest_lr is not None:
+        raise ValueError(f"rest_lr needs a rest other than adamw, got {rest_lr}; set adamw_lr")
+    others = {name: use.role in DECAYED for name, use in uses.items() if use.role != "matrix"}
+    tables = {name for name, decayed in others.items() if rest != "adamw" and decayed and params[name].ndim == 2}
+    for how, decayed, names in (
+        (of_tables, True, tables),
+        (adamw, True, {name for name in others if others[name]} - tables),
+        (adamw, False, {name for name in others if not others[name]}),
+    ):
+        if members := [(name, params[name]) for name in others if name in names]:
+            groups.append({"params": members, "weight_decay": weight_decay if decayed else 0.0, **how})
     options = {"weight_decay": weight_decay, **PAPER.get(name, {}), **options}
     refuse_unknown(options, rule.defaults, name)
     of_rule = {getattr(each, "rule", None): each for each in RuleOptimizer.__subclasses__()}

@@ -28,8 +28,8 @@ def homogenize(matrices: Tensor, power: float = 4.0, iterations: int = 0, eps: f
     Args:
         matrices: (batch, m, n); a zero matrix stays zero.
         power: p of H(r) = r^p, from 2 (the gradient itself) to 4.
-        iterations: 0 takes an SVD, in float64. More are gradient descent on the model itself by matrix products
-            alone, for p = 4: `_descend`.
+        iterations: 0 takes an SVD, in float64. More are steps of gradient descent on the model itself, by matrix
+            products alone: `_descend`.
         eps: floor of the Frobenius norm that each matrix is divided by.
 
     Raises ValueError for a power or a number of iterations that cannot be done.
@@ -39,7 +39,7 @@ def homogenize(matrices: Tensor, power: float = 4.0, iterations: int = 0, eps: f
     wide = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
     wide = wide / torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True).clamp(min=eps)
     if iterations:
-        step = _descend(wide, iterations)
+        step = _descend(wide, power, iterations)
     else:
         u, sigma, vh = torch.linalg.svd(wide.double(), full_matrices=False)
         step = (u * spectrum(sigma, power).unsqueeze(-2)) @ vh
@@ -53,8 +53,6 @@ def check(power: float, iterations: int) -> None:
         raise ValueError(f"power must be a number from 2 (the gradient) to 4; got {power!r}")
     if not isinstance(iterations, int) or not 0 <= iterations <= 100:
         raise ValueError(f"iterations must be a whole number from 0 (an SVD) to 100; got {iterations!r}")
-    if iterations and power != 4:
-        raise ValueError(f"the iteration by matrix products is for power 4; got {power!r}: give iterations=0")
 
 
 def spectrum(sigma: Tensor, power: float) -> Tensor:
@@ -104,24 +102,49 @@ def expectations(s: Tensor, power: float) -> Tensor:
     return (above + below) * width / gamma(1 - q)
 
 
-def _descend(matrices: Tensor, iterations: int) -> Tensor:
-    """Solve 2 S S'S + ||S||_F^2 S = G, p = 4, from matrix products: G (batch, m, n) of Frobenius norm 1.
+def _descend(matrices: Tensor, power: float, iterations: int) -> Tensor:
+    """Solve S E(S'S) = G from matrix products alone: G (batch, m, n) of Frobenius norm 1, E as in `expectations`.
 
-    It is the gradient of a convex function of S. Its second derivative lies, near the solution, between t = ||S||_F^2
-    and t + 6 s_1^2, or 3 t along S: a spectrum that is spread over many values is solved in a few steps.
+    It is the gradient of a convex function of S, descended from the best multiple of G. E is smooth in the eigenvalues
+    of S S', so a quadratic of them takes its place, through 0, half of and the whole of the bound ||S S'||_F on the
+    largest: one step costs as much as one of Newton-Schulz, and less for p = 4, where E is linear.
     """
     wide = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
-    gram = wide @ wide.mT
-    # Start on the ray of G at the best length: minimise over z, with G of norm 1 and f4 the sum of sigma^4.
-    fourth = gram.square().sum((-2, -1), keepdim=True)
-    length = (2 * fourth + 1).pow(-1 / 3)
-    s, square = length * wide, length.square() * gram
+    square, q = wide @ wide.mT, power / 2 - 1
+    _, fourth = _sums(square)
+    length = _moment(torch.ones_like(fourth), 2 * fourth, q + 1).pow(-1 / (power - 1)).to(wide.dtype)
+    s, square = length * wide, length.square() * square
     for iteration in range(iterations):
         if iteration:
             square = s @ s.mT  # (batch, m, m)
-        total = square.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-        # 6 s_1^2 is at most 6 (sum of s^4)^(1/2), closer than the Frobenius norm.
-        curved = total + 6 * square.square().sum((-2, -1), keepdim=True).sqrt()
-        rate = 2 / (total + torch.maximum(curved, 3 * total)).clamp(min=torch.finfo(s.dtype).tiny)
-        s = s - rate * (2 * square @ s + total * s - wide)
+        total, fourth = _sums(square)
+        top = fourth.sqrt()
+        low, middle, high = (_moment(total + 2 * v, 2 * fourth + 4 * v * v, q) for v in (0 * top, top / 2, top))
+        linear, quadratic = (4 * middle - 3 * low - high) / top, 2 * (low - 2 * middle + high) / fourth
+        # The second derivative lies between E(0) and E + 2 v E'(v) at the top, or p - 1 times the mean E along S.
+        along = (power - 1) * _moment(total, 2 * fourth, q + 1) / total
+        steepest = torch.maximum(high + 2 * top * (linear + 2 * quadratic * top), along)
+        rate = 2 / (low + steepest).clamp(min=torch.finfo(s.dtype).tiny)
+        rate, low, linear, quadratic = (each.to(s.dtype) for each in (rate, low, linear, quadratic))
+        weight = linear * square
+        if power < 4:
+            weight += quadratic * (square @ square)
+        s = s - rate * (weight @ s + low * s - wide)
     return s.mT if matrices.shape[-2] > matrices.shape[-1] else s
+
+
+def _sums(square: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums of s^2 and of s^4 for S S' (batch, m, m): (batch, 1, 1) in float64; of S = 0 as if of s = 1."""
+    total = square.diagonal(dim1=-2, dim2=-1).double().sum(-1)[..., None, None]
+    total = torch.where(total > 0, total, 1.0)
+    fourth = square.square().sum((-2, -1), keepdim=True).double()
+    return total, torch.maximum(fourth, total.square() / square.shape[-1])
+
+
+def _moment(mean: Tensor, variance: Tensor, exponent: float) -> Tensor:
+    """Return E[x^exponent] of the gamma distribution of this mean and variance.
+
+    It is exact for exponent 1 and for x = s^2 g^2 of one normal g; for a weighted sum of such, near.
+    """
+    shape = mean.square() / variance
+    return (variance / mean).pow(exponent) * torch.exp(torch.lgamma(shape + exponent) - torch.lgamma(shape))

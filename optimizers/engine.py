@@ -12,15 +12,17 @@ from torch.optim.optimizer import ParamsT
 
 from .checks import closest, name_of
 from .layout import local_of
+from .line_search import Search, Trial, backtrack, gradients_aside
 from .matrices import blocks_in
 from .options import checked, outline
 from .plan import Plan, make_plan
-from .rule import RULES, UpdateRule, rule_named
+from .routes import Local
+from .rule import RULES, UpdateRule, rule_named, rule_now
 from .state import fill, fingerprint, new_state, refitted, refuse_resized, refuse_unfit, saved_buffers
 from .update import Update
 
 # Group keys that belong to the engine or to torch and its schedulers, not to a rule.
-_COMMON_KEYS = {"params", "param_names", "rule", "name", "initial_lr"}
+_COMMON_KEYS = {"params", "param_names", "rule", "name", "initial_lr", "steps"}
 _IDENTITY = ("params", "param_names")  # keys that a loaded group does not change
 # Keys of schedulers and model libraries that are near an option's name: OneCycleLR, CyclicLR, SWALR, timm.
 _FOREIGN_KEYS = {"max_lr", "min_lr", "base_lr", "swa_lr", "lr_scale", "max_momentum", "base_momentum"}
@@ -48,6 +50,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     """
 
     _stepped = False  # the first step checks that signs are signs
+    line_search: Search | None = None  # of the last step
 
     rule: str | None = None  # a subclass's own
 
@@ -97,6 +100,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        if rule.period:
+            # In the group, not in a parameter's state: it must be the same on all ranks, whoever has a gradient.
+            group.setdefault("steps", 0)
         for param in group["params"]:
             self.state[param] = new_state(param, group, rule)
         if built:
@@ -155,19 +161,46 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
-        """Update every parameter that has a gradient; returns the closure's loss, if there is a closure."""
-        loss = None
+        """Update every parameter that has a gradient; returns the closure's loss, if there is a closure.
+
+        A param group with a line search evaluates the closure again, as torch's LBFGS does.
+        """
+        loss, searches = None, any(group.get("line_search") for group in self.param_groups)
+        if searches and closure is None:
+            raise ValueError(
+                "line_search needs a closure that evaluates the loss of the same batch again, got none; "
+                "call optimizer.step(closure)"
+            )
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._follow()
         if not self._agreed:  # what is sent has changed: all ranks must have changed alike
             self._plan, self._agreed = make_plan(self.param_groups, self._process_group), True
-        for group, routes in zip(self.param_groups, self._plan.routes, strict=True):
-            for route in routes:
-                route.run(Update(group, route.indices, self.state, not self._stepped))
+        if searches and closure:
+            trials, layouts = self._run(Trial)
+            if trials:
+                with gradients_aside([param for group in self.param_groups for param in group["params"]]):
+                    self.line_search = backtrack(trials, layouts, float(loss), closure)
+        self._run(Update)
         self._stepped = True
         return loss
+
+    def _run(self, kind: type[Update]) -> tuple[list, list]:
+        """Step the groups without a line search, or make the trials of the others; return updates and layouts."""
+        updates, layouts = [], []
+        for group, routes in zip(self.param_groups, self._plan.routes, strict=True):
+            if bool(group.get("line_search")) != (kind is Trial):
+                continue
+            rule = rule_now(group)
+            for route in routes:
+                update = kind(group, route.indices, self.state, not self._stepped)
+                (route if rule is route.rule else Local(rule, route.indices, route.entries)).run(update)
+                updates.append(update)
+                layouts.append(route.entries[0].layout)
+            if "steps" in group:
+                group["steps"] += 1
+        return updates, layouts
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a state dict of the same rules over the same tensors; ValueError, changing nothing, for another one.

@@ -48,7 +48,7 @@ class Bucket:
     """Matrices of one shape that travel together to their owners, and their directions back.
 
     members: indices of the parameters, in the order of their owners in the grid. counts: (R, W), how many each rank of
-    the grid owns. shape, blocks, floats: of their entries in the plan. piece: shape of a padded shard.
+    the grid owns. shape, blocks, floats, row_dims: of their entries in the plan. piece: shape of a padded shard.
     """
 
     members: list[int]
@@ -56,6 +56,7 @@ class Bucket:
     shape: Shape
     blocks: Blocks
     floats: int
+    row_dims: int
     piece: Shape
 
     @property
@@ -74,15 +75,16 @@ def fill_buckets(entries: list[Entry], layout: Layout) -> list[Bucket]:
     """Group equal matrices; a bucket holds as many per owner as the limit allows, at least one."""
     alike: dict[tuple, dict[int | None, list[int]]] = {}
     for i, entry in enumerate(entries):
-        alike.setdefault((entry.shape, entry.blocks, entry.floats), {}).setdefault(entry.owner, []).append(i)
+        key = entry.shape, entry.blocks, entry.floats, entry.row_dims
+        alike.setdefault(key, {}).setdefault(entry.owner, []).append(i)
     buckets = []
-    for (shape, blocks, floats), by_owner in alike.items():
+    for (shape, blocks, *numbers), by_owner in alike.items():
         size = max(1, _LIMIT // max(1, prod(shape)))
         for start in range(0, max(map(len, by_owner.values())), size):
             owned = [[by_owner.get(rank, [])[start : start + size] for rank in row] for row in layout.grid]
             counts = [[len(mine) for mine in row] for row in owned]
             members = list(chain(*chain(*owned)))
-            buckets.append(Bucket(members, counts, shape, blocks, floats, layout.padded_shard(shape)))
+            buckets.append(Bucket(members, counts, shape, blocks, *numbers, layout.padded_shard(shape)))
     return buckets
 
 
@@ -140,6 +142,9 @@ class OwnerExchange(Route):
             for chunk in bucket.chunks if self.rule.scales_refined else ():
                 size = 8 * (chunk.stop - chunk.start) * bucket.blocks.count
                 traffic.add_all_reduce("norms", size, self.layout.shards)
+            for chunk in bucket.chunks if self.rule.rows and self._cuts_rows(bucket) else ():
+                size = 8 * (chunk.stop - chunk.start) * prod(bucket.shape[: bucket.row_dims])
+                traffic.add_all_reduce("rows", size, self.layout.shards)
 
     def _carry(self, bucket: Bucket, update: Update, pending: list[PendingDirections]) -> Generator:
         """Compute and send a bucket's directions, yielding while messages travel."""
@@ -150,9 +155,10 @@ class OwnerExchange(Route):
         yield
         shards = travelling.wait()
         del travelling
-        directed = self._direct(bucket, update, shards)  # (k, *shape)
+        whole, directed = self._direct(bucket, update, shards)  # (k, *shape) both
         del shards
-        messages, zeros = self.codec.write(self._cut(bucket, directed), self._floats(bucket, directed))
+        messages, zeros = self.codec.write(self._cut(bucket, directed), self._floats(bucket, whole, directed))
+        del whole
         del directed
         rows = yield from self._send_to_all(bucket, messages, "directions")
         received = PendingDirections(bucket, rows, zeros, dtype)
@@ -184,20 +190,23 @@ class OwnerExchange(Route):
         dim = self.layout.dim - len(bucket.piece)
         return shards.narrow(dim, 0, self.layout.shard_range(bucket.shape, self._shard)[1])
 
-    def _direct(self, bucket: Bucket, update: Update, shards: Tensor) -> Tensor:
-        """Return the directions of this rank's matrices, (k, *shape), from the shards of all ranks, (W k, entries)."""
+    def _direct(self, bucket: Bucket, update: Update, shards: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this rank's matrices and directions, (k, *shape), from the shards of all ranks, (W k, entries)."""
         dim, count = self.layout.dim, bucket.counts[self._replica][self._shard]
         pieces = shards[:, : prod(bucket.piece)].view(self.layout.shards, count, *bucket.piece)  # (W, k, *piece)
         side_by_side = pieces.movedim(0, dim + 1).flatten(dim + 1, dim + 2)  # (k, ..., W x longest, ...)
         whole = side_by_side.narrow(dim + 1, 0, bucket.shape[dim])
         if not whole.numel():
-            return whole
-        return bucket.blocks.join([update.direct(stack) for stack in bucket.blocks.stacks(whole)]).reshape(whole.shape)
+            return whole, whole
+        directions = [update.direct(stack) for stack in bucket.blocks.stacks(whole)]
+        return whole, bucket.blocks.join(directions).reshape(whole.shape)
 
-    def _floats(self, bucket: Bucket, directed: Tensor) -> Tensor:
-        """Return the numbers that travel with directions (k, *shape): the norms of their matrices, (k, floats)."""
+    def _floats(self, bucket: Bucket, whole: Tensor, directed: Tensor) -> Tensor:
+        """Return the numbers that travel with directions (k, *shape): norms or products, (k, floats)."""
         if not bucket.floats:
             return directed.new_empty(len(directed), 0, dtype=torch.float64)
+        if self.rule.sized:
+            return bucket.blocks.products(whole, directed)
         return bucket.blocks.norms(directed, torch.float64)
 
     def _cut(self, bucket: Bucket, directed: Tensor) -> Tensor:
@@ -230,13 +239,19 @@ class OwnerExchange(Route):
         bucket = pending.bucket
         for chunk in bucket.chunks:
             rows, planes = pending.rows[chunk], None if zeros is None else zeros[chunk]
-            stack, norms = self.codec.read(rows, prod(bucket.piece), bucket.floats, pending.dtype, planes)
+            stack, floats = self.codec.read(rows, prod(bucket.piece), bucket.floats, pending.dtype, planes)
             stack = self._unpadded(bucket, stack.unflatten(1, bucket.piece))
             if update.direct_rms is not None:
-                stack = self._blocks_here(bucket).scaled(stack, norms, update.direct_rms, bucket.blocks)
+                stack = self._blocks_here(bucket).scaled(stack, floats, update.direct_rms, bucket.blocks)
             stack = stack.contiguous()
             self._blocks_here(bucket).multiply_(stack, [update.factor(m, n) for m, n in bucket.blocks.shapes])
-            update.finish(bucket.members[chunk], list(stack), partial(self._rescale, bucket))
+            update.finish(
+                bucket.members[chunk],
+                list(stack),
+                partial(self._rescale, bucket),
+                partial(self._multiply, bucket, floats),
+                partial(self._sum_rows, bucket),
+            )
 
     def _rescale(self, bucket: Bucket, shards: Tensors, rms: float) -> Tensors:
         """Scale shards of matrices, whose norms are all-reduced."""
@@ -244,6 +259,19 @@ class OwnerExchange(Route):
         squares = blocks.norms(stack, torch.float64).square()  # (k, count)
         norms = wire.all_reduce(squares, self.layout.shard_groups, "norms").sqrt()
         return list(blocks.scaled(stack, norms, rms, bucket.blocks))
+
+    def _multiply(self, bucket: Bucket, sizes: Tensor, shards: Tensors) -> Tensors:
+        """Multiply shards by the numbers (k, count) of their matrices."""
+        return list(self._blocks_here(bucket).multiplied(torch.stack(shards), sizes))
+
+    def _cuts_rows(self, bucket: Bucket) -> bool:
+        return self.layout.dim >= bucket.row_dims
+
+    def _sum_rows(self, bucket: Bucket, sums: Tensors) -> Tensors:
+        """Add what the shards of each row hold."""
+        if not self._cuts_rows(bucket):
+            return sums
+        return list(wire.all_reduce(torch.stack(sums), self.layout.shard_groups, "rows"))
 
     def _blocks_here(self, bucket: Bucket) -> Blocks:
         """Return the parts of a bucket's matrices that this rank holds."""

@@ -79,20 +79,32 @@ class Blocks:
             return norms_of(self.stacks(tensors)[0], dtype).view(len(tensors), self.count)
         return torch.cat([torch.linalg.vector_norm(block, dim=(2, 3), dtype=dtype) for block in self.split(tensors)], 1)
 
+    def products(self, tensors: Tensor, others: Tensor) -> Tensor:
+        """Return the inner product of each matrix with that of other tensors: (k, count) in float64."""
+        if self._stacked:
+            return products_of(self.stacks(tensors)[0], self.stacks(others)[0]).view(len(tensors), self.count)
+        pairs = zip(self.split(tensors), self.split(others), strict=True)
+        products = [products_of(one.flatten(0, 1), other.flatten(0, 1)) for one, other in pairs]
+        return torch.cat([each.view(len(tensors), self.batch) for each in products], 1)
+
+    def multiplied(self, tensors: Tensor, factors: Tensor) -> Tensor:
+        """Return the tensors, each matrix times its factor: (k, count), of the matrices that these are shards of."""
+        if self._stacked:
+            return multiplied(self.stacks(tensors)[0], factors.flatten(), tensors.dtype).view(tensors.shape)
+        parts = [
+            multiplied(block.flatten(0, 1), factor.flatten(), tensors.dtype).view(block.shape)
+            for block, factor in zip(self.split(tensors), factors.split(self.batch, dim=1), strict=True)
+        ]
+        return torch.cat(parts, dim=2 + self.dim).view(tensors.shape)
+
     def scaled(self, tensors: Tensor, norms: Tensor, rms: float, whole: "Blocks") -> Tensor:
         """Return the tensors, each matrix scaled to a root mean square entry.
 
         norms: (k, count), of the matrices that these are shards of. whole: the blocks of these.
         """
-        wanted = [rms * (m * n) ** 0.5 for m, n in whole.shapes]
-        if self._stacked and len(set(wanted)) == 1:
-            (stack,) = self.stacks(tensors)
-            return scaled(stack, norms.flatten(), wanted[0], tensors.dtype).view(tensors.shape)
-        parts = [
-            scaled(block.flatten(0, 1), norm.flatten(), each, tensors.dtype).view(block.shape)
-            for block, norm, each in zip(self.split(tensors), norms.split(self.batch, dim=1), wanted, strict=True)
-        ]
-        return torch.cat(parts, dim=2 + self.dim).view(tensors.shape)
+        wanted = [rms * (m * n) ** 0.5 for m, n in whole.shapes for _ in range(whole.batch)]
+        factors = [factors_of(norm, each, tensors.dtype) for norm, each in zip(norms.unbind(1), wanted, strict=True)]
+        return self.multiplied(tensors, torch.stack(factors, 1))
 
     def multiply_(self, tensors: Tensor, factors: Sequence[float]) -> None:
         """Multiply each block of contiguous tensors by its factor, in place."""
@@ -177,20 +189,39 @@ def blocks_in(group: dict, param: Tensor) -> Blocks:
     return blocks_of(param.shape, **options)
 
 
+def row_dims(shape: tuple[int, ...], group: dict) -> int:
+    """Return how many leading dimensions of a tensor count the rows of its matrices; the others are columns."""
+    return 1 if group.get("as_matrices") == "flatten" else len(shape) - 1
+
+
 def norms_of(stack: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the Frobenius norm of each matrix of a stack: (b, ...) -> (b,) in `dtype`."""
     return torch.linalg.vector_norm(stack, dim=tuple(range(1, stack.ndim)), dtype=dtype)
 
 
 def scaled(stack: Tensor, norms: Tensor, wanted: float, dtype: torch.dtype) -> Tensor:
-    """Return a stack (b, ...), whose matrices have `norms` (b,), scaled to the wanted norm; a zero matrix stays zero.
+    """Return a stack (b, ...), whose matrices have `norms` (b,), scaled to the wanted norm; a zero matrix stays zero."""
+    return multiplied(stack, factors_of(norms, wanted, dtype), dtype)
 
-    Contiguous, also of a transposed stack; elementwise kernels are ten times slower on that. Factors are computed in
-    float32, or `dtype` if that is wider, on every layout.
+
+def factors_of(norms: Tensor, wanted: float, dtype: torch.dtype) -> Tensor:
+    """Return what brings norms to the wanted one, in float32, or `dtype` if that is wider, on every layout."""
+    return wanted / norms.to(torch.promote_types(dtype, torch.float32)).clamp(min=_ZERO)
+
+
+def multiplied(stack: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a stack (b, ...) times its factors (b,), in `dtype`.
+
+    Contiguous, also of a transposed stack; elementwise kernels are ten times slower on that.
     """
-    norms = norms.to(torch.promote_types(dtype, torch.float32))
-    factors = (wanted / norms.clamp(min=_ZERO)).view(-1, *[1] * (stack.ndim - 1))
+    factors = factors.to(torch.promote_types(dtype, torch.float32)).view(-1, *[1] * (stack.ndim - 1))
     return torch.mul(stack, factors, out=torch.empty(stack.shape, dtype=dtype, device=stack.device))
+
+
+def products_of(stack: Tensor, other: Tensor) -> Tensor:
+    """Return the inner product of each matrix of a stack with another's: (b, ...) -> (b,) in float64."""
+    precision = torch.promote_types(torch.promote_types(stack.dtype, other.dtype), torch.float32)
+    return (stack.to(precision) * other).sum(tuple(range(1, stack.ndim)), dtype=torch.float64)
 
 
 def to_rms(stack: Tensor, rms: float | None, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,7 @@ scalable for LLM training", arXiv 2502.16982. Options mean what they mean in tor
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import sqrt
 from typing import Literal
 
@@ -14,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 from .engine import ProcessGroup, RuleOptimizer
 from .options import Fraction, NonNegative, declared_by, given
 from .polar import JORDAN, POLAR, Form, orthogonalize_group
-from .rule import Tensors, UpdateRule, ema, mix, register, update_ema
+from .rule import Tensors, UpdateRule, ema, mix, register, signed, update_ema
 
 SCALES = {
     "original": lambda m, n: sqrt(max(1, m / n)),  # Jordan et al.
@@ -37,6 +38,13 @@ class Muon(RuleOptimizer):
         eps: floor of the Frobenius norm that each matrix is divided by before the orthogonalization.
         adjust_lr_fn: factor(m, n): "original" (also None), sqrt(max(1, m / n)), or "match_rms_adamw",
             0.2 sqrt(max(m, n)), under which AdamW's learning rate and weight decay carry over.
+        signed: whether D is the sign of what Newton-Schulz returns, of RMS 0.2 for every shape: OLion with
+            betas=(momentum, momentum), if with `nesterov`.
+        line_search: "armijo" makes lr the largest step a of a search for f(X - a D) <= f(X) - armijo_c a <g, D>, whose
+            slope <g, D> is, without momentum, the nuclear norm of g times the factor. `step` then needs a closure, as
+            torch.optim.LBFGS does; weights decay after the search; `optimizer.line_search` says what came of it.
+        armijo_c: share of the slope's promise that a step must keep.
+        shrink: ratio of a step to the one tried before; above 0.
         Others: as in `OLion`.
 
     Raises ValueError, when built, for values out of range and tensors that are not matrices.
@@ -58,6 +66,10 @@ class Muon(RuleOptimizer):
         eps: NonNegative = 1e-7,
         ns_steps: int = 5,
         adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None,
+        signed: bool = False,
+        line_search: Literal["armijo"] | None = None,
+        armijo_c: Fraction = 0.1,
+        shrink: Fraction = 0.5,
         ns_dtype: torch.dtype | None = None,
         ns_form: Form = "auto",
         state_dtype: torch.dtype | None = None,
@@ -82,14 +94,21 @@ def factor(group: dict, m: int, n: int) -> float:
     return SCALES[group["adjust_lr_fn"] or "original"](m, n)
 
 
-register(
-    UpdateRule(
-        name="muon",
-        **declared_by(Muon),
-        state=("momentum",),
-        prepare=prepare,
-        direct=orthogonalize_group,
-        factor=factor,
-        **POLAR,
-    )
+def check(group: dict) -> None:
+    """Refuse a search that would try one step for ever, and what every orthogonalization refuses."""
+    if group["shrink"] == 0:
+        raise ValueError("shrink must be above 0 and below 1, got 0; 0.5 is usual")
+    POLAR["check"](group)
+
+
+RULE = UpdateRule(
+    name="muon",
+    **declared_by(Muon),
+    state=("momentum",),
+    prepare=prepare,
+    direct=orthogonalize_group,
+    factor=factor,
+    **{**POLAR, "check": check},
 )
+SIGNED = signed(RULE, rms=0.2)
+register(replace(RULE, variant=lambda group: SIGNED if group["signed"] else RULE))

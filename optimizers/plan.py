@@ -13,10 +13,10 @@ from .checks import name_of
 from .codec import codec_of
 from .exchange import OwnerExchange
 from .layout import Layout, layout_of, local_of, plain_layout
-from .matrices import blocks_in
+from .matrices import blocks_in, row_dims
 from .owners import assign_owners, refuse_disagreement
 from .routes import Entry, Gathered, Local, Route
-from .rule import rule_named
+from .rule import rule_of
 from .update import grad_dtype
 from .wire import Traffic
 
@@ -88,7 +88,7 @@ def make_plan(groups: list[dict], process_group: dist.ProcessGroup | None, ask: 
 
 
 def _entry(group: dict, position: int, plain: Layout | None) -> Entry:
-    param, name, rule = group["params"][position], name_of(group, position), rule_named(group["rule"])
+    param, name, rule = group["params"][position], name_of(group, position), rule_of(group)
     entry = Entry(name, tuple(param.shape), rule.name)
     if rule.direct:
         try:
@@ -101,13 +101,13 @@ def _entry(group: dict, position: int, plain: Layout | None) -> Entry:
         entry.grad_dtype = grad_dtype(param, group)
         entry.to_owner_dtype = rule.rounds_to(group, param) or entry.grad_dtype
         entry.codec = codec_of(rule.signs, group.get("wire_dtype"))
-        entry.floats = entry.blocks.count if rule.scales_directions else 0
+        entry.floats, entry.row_dims = entry.blocks.count if rule.sends_floats else 0, row_dims(entry.shape, group)
     return entry
 
 
 def _routes(group: dict, entries: list[Entry]) -> list[Route]:
     """Divide a group's parameters by route; those of one route have one layout and travel in the same precision."""
-    alike, rule = defaultdict(list), rule_named(group["rule"])
+    alike, rule = defaultdict(list), rule_of(group)
     for i, entry in enumerate(entries):
         alike[entry.layout, entry.grad_dtype, entry.to_owner_dtype, entry.codec].append(i)
     routes: list[Route] = []

@@ -192,7 +192,9 @@ def _update(matrix: Matrix, grad: Tensor, state: dict[str, Tensor]) -> Tensor:
     options: dict[str, Any] = {name: matrix.group[name] for name in matrix.rule.defaults}
     options |= {"lr": 1.0, "weight_decay": 0.0}
     stand_in = torch.zeros_like(grad)
-    optimizer = RuleOptimizer([stand_in], matrix.rule.name, **options)
+    if "steps" in matrix.group:
+        options["steps"] = matrix.group["steps"]  # the coming step may be one between orthogonalizations
+    optimizer = RuleOptimizer([{"params": [stand_in], **options}], matrix.rule.name)
     for name, buffer in optimizer.state[stand_in].items():
         buffer.copy_(state[name])
     stand_in.grad = grad

@@ -17,18 +17,19 @@ from torch import Tensor
 _CHOLESKY_BELOW = 100.0  # Nakatsukasa and Higham 2013: below this c, I + c X'X is well enough conditioned
 
 
-def qdwh(matrices: Tensor, eps: float = 1e-7) -> Tensor:
+def qdwh(matrices: Tensor, eps: float = 1e-7, steps: int | None = None) -> Tensor:
     """Return the polar factor of each (m, n) of a stack (batch, m, n), in float32 or, for float64, float64.
 
     Singular values above the dtype's eps times the Frobenius norm become 1; below it they are rounding, and what they
     become is arbitrary between 0 and 1. A zero matrix stays zero. eps: floor of that norm. Nothing is read back to the
-    host: the number of steps follows from the dtype alone.
+    host: the number of steps follows from the dtype alone, or is given: after 2 in float32, singular values of more
+    than eps lie in [0.3, 1], most of them near 1.
     """
     m, n = matrices.shape[-2:]
     tall = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
     tall = tall.mT if m < n else tall
     x = tall / torch.linalg.vector_norm(tall, dim=(-2, -1), keepdim=True).clamp(min=eps)
-    for a, b, c in weights(torch.finfo(x.dtype).eps):
+    for a, b, c in weights(torch.finfo(x.dtype).eps)[:steps]:
         x = _qr_step(x, a, b, c) if c > _CHOLESKY_BELOW else _cholesky_step(x, a, b, c)
     return x.mT if m < n else x
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from . import wire
 from .elementwise import each
-from .matrices import Blocks, norms_of, scaled, to_rms
+from .matrices import Blocks, multiplied, norms_of, products_of, scaled, to_rms
 from .rule import Tensors, UpdateRule
 from .update import Update
 
@@ -38,7 +38,8 @@ class Entry:
 
     blocks: the matrices that it is treated as. layout: None where this process needs no other. owner: a
     global rank. flops: of its direction. to_owner_dtype, codec: in which it travels to its owner, and its direction
-    back. floats: the numbers that travel with the direction, the norms of its matrices if they are wanted.
+    back. floats: the numbers that travel with the direction, one per matrix, if they are wanted. row_dims: the leading
+    dimensions that count rows of matrices.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Entry:
     to_owner_dtype: Any = None
     codec: Any = None
     floats: int = 0
+    row_dims: int = 0
 
     @property
     def route(self) -> str:
@@ -80,7 +82,7 @@ class Route:
     """
 
     def __init__(self, rule: UpdateRule, indices: list[int], entries: list[Entry]):
-        self.rule, self.indices = rule, indices
+        self.rule, self.indices, self.entries = rule, indices, entries
         self.blocks = [entry.blocks for entry in entries]
 
     def run(self, update: Update) -> None:
@@ -108,15 +110,28 @@ class Local(Route):
         # Elementwise work takes fewer launches on the members of several stacks.
         for some in _chunks(list(range(len(stacks))), stack_sizes, _TOGETHER * limit):
             chosen = [stacks[j] for j in some]
-            members = [*chain(*chosen)]
-            update.finish(members, self._direct(chosen, update, members), partial(self._rescale, chosen))
+            members, sizes = [*chain(*chosen)], []
+            directions = self._direct(chosen, update, members, sizes)
+            update.finish(members, directions, partial(self._rescale, chosen), partial(self._multiply, chosen, sizes))
 
-    def _direct(self, stacks: list[list[int]], update: Update, members: list[int]) -> Tensors:
+    def _direct(self, stacks: list[list[int]], update: Update, members: list[int], sizes: Tensors) -> Tensors:
+        """Return directions; of a sized rule, append the numbers of each stack to `sizes`."""
+
+        def directed(stack: Tensor) -> Tensor:
+            directions = update.directions(stack)
+            if self.rule.sized:
+                sizes.append(products_of(stack, directions))
+            return directions
+
         prepared = update.prepare(members)
         if self.rule.direct:
-            return self._each(stacks, update.directions, list(prepared))
+            return self._each(stacks, directed, list(prepared))
         factor = update.factor()
         return prepared if factor == 1 else each("mul_", prepared, factor)
+
+    def _multiply(self, stacks: list[list[int]], sizes: Tensors, tensors: Tensors) -> Tensors:
+        of_stack = iter(sizes)
+        return self._each(stacks, lambda stack: multiplied(stack, next(of_stack), stack.dtype), tensors)
 
     def _rescale(self, stacks: list[list[int]], tensors: Tensors, rms: float) -> Tensors:
         return self._each(stacks, lambda stack: to_rms(stack, rms, stack.dtype), tensors)
@@ -145,6 +160,9 @@ class Gathered(Route):
         self.layout, self.to_owner_dtype = entries[0].layout, entries[0].to_owner_dtype
         self._itemsize = params[0].element_size()
         self._missing = [param.numel() - param.to_local().numel() for param in params]  # entries of other ranks
+        dims = [entry.row_dims for entry in entries]
+        self._across_columns = [_cut_beyond(first, param) for first, param in zip(dims, params, strict=True)]
+        self._rows = [prod(param.to_local().shape[:first]) for first, param in zip(dims, params, strict=True)]
         alike = defaultdict(list)
         for i, blocks in enumerate(self.blocks):
             alike[tuple(blocks.shape_counts)].append(i)
@@ -157,10 +175,17 @@ class Gathered(Route):
             shards = update.prepare(members)
             dtype = shards[0].dtype
             wholes = self._gather(params, members, [shard.to(self.to_owner_dtype) for shard in shards])
-            directed = [update.directions(stack, dtype) for stack in join(wholes, blocks)]
+            stacks = join(wholes, blocks)
             del wholes
-            directions = _cut(params, blocks, directed)
-            update.finish(members, directions, partial(self._rescale, params, members))
+            directed = [update.directions(stack, dtype) for stack in stacks]
+            sizes = [products_of(*pair) for pair in zip(stacks, directed, strict=True)] if self.rule.sized else []
+            update.finish(
+                members,
+                _cut(params, blocks, directed),
+                partial(self._rescale, params, members),
+                partial(_multiply, params, blocks, directed, sizes),
+                partial(self._sum_rows, members),
+            )
 
     def add_traffic(self, traffic: wire.Traffic, rank: int) -> None:
         """Count what this rank, taken for any, gathers per step."""
@@ -172,6 +197,14 @@ class Gathered(Route):
             traffic.add("gather", size, size)
             for group in self.layout.shard_groups if self.rule.scales_refined and not again else ():
                 traffic.add_all_reduce("norms", 8 * len(members), dist.get_world_size(group))
+            for i in members if self.rule.rows else ():
+                for group in self._across_columns[i]:
+                    traffic.add_all_reduce("rows", 8 * self._rows[i], dist.get_world_size(group))
+
+    def _sum_rows(self, members: list[int], sums: Tensors) -> Tensors:
+        for i, mine in zip(members, sums, strict=True):
+            wire.all_reduce(mine, self._across_columns[i], "rows")
+        return sums
 
     def _hides_rows(self, members: list[int]) -> bool:
         """Whether a tensor has several matrices: DTensor does not expose which of their rows a rank has."""
@@ -193,6 +226,21 @@ class Gathered(Route):
         return [
             _dtensor(shard, param, param.placements).full_tensor() for shard, param in zip(shards, params, strict=True)
         ]
+
+
+def _cut_beyond(dims: int, param: DTensor) -> tuple[dist.ProcessGroup, ...]:
+    """Return the groups along which a parameter is cut in another than its first `dims` dimensions."""
+    axes = [axis for axis, each in enumerate(param.placements) if each.is_shard() and each.dim >= dims]
+    return tuple(param.device_mesh.get_group(axis) for axis in axes)
+
+
+def _multiply(params: list[DTensor], blocks: list[Blocks], stacks: Tensors, sizes: Tensors, shards: Tensors) -> Tensors:
+    """Multiply shards by the numbers (b,) of the matrices of stacks, which all ranks have."""
+    spread = [size[:, None, None].expand(stack.shape).contiguous() for size, stack in zip(sizes, stacks, strict=True)]
+    # In float32 or wider, as `multiplied` does on other layouts.
+    precision = torch.promote_types(shards[0].dtype, torch.float32)
+    factors = [cut.to(precision) for cut in _cut(params, blocks, spread)]
+    return [(shard * factor).to(shard.dtype) for shard, factor in zip(shards, factors, strict=True)]
 
 
 def _dtensor(local: Tensor, param: DTensor, placements) -> DTensor:

@@ -5,16 +5,16 @@
 Adding one is a value of `UpdateRule` and a call of `register`:
 
     register(UpdateRule(
-        name="signum",                                     # Bernstein et al. 2018: the sign of an averaged gradient
+        name="my_signum",                                  # Bernstein et al. 2018: the sign of an averaged gradient
         defaults=dict(lr=1e-3, weight_decay=0.0, momentum=0.9),
         state=("momentum",),
         prepare=lambda grads, state, group: sign(ema(state["momentum"], grads, group["momentum"])),
     ))
-    optimizer = RuleOptimizer(model.parameters(), "signum", lr=3e-4)
+    optimizer = RuleOptimizer(model.parameters(), "my_signum", lr=3e-4)
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,14 +38,18 @@ class UpdateRule:
             constructor by `**declared_by(OLion)`; see `options.py`.
         state: names of the buffers, each of its parameter's shape, layout and (unless `state_dtype`) dtype.
         scalars: names of 0-dimensional float32 buffers.
+        rows: names of buffers of one number per row of each matrix; where there are some, `refine` also finds
+            state["row_squares"], the mean square entry of each row of the directions.
         prepare: (grads, state, group) -> directions. Elementwise, on my shard; state[name] is a list beside grads and
             may be written to, grads may not, and what is returned must be new tensors. Gradients come in the wider
             of their own dtype and the state's.
         direct: (stack (batch, m, n), group) -> (batch, m, n), on whole matrices, stateless. None: elementwise rule.
+        sized: whether each matrix of refined directions is multiplied by the inner product <stack, direct(stack)>, which
+            travels beside the direction.
         signs: whether `direct` returns nothing but -1, 0, 1 and NaN; these then travel at one bit an entry.
         refine: (directions, state, group) -> directions. Elementwise, on my shard; may write to directions.
-        rms: the size of an update as the name of an option: the root mean square entry to which each whole matrix of
-            refined directions is scaled.
+        rms: the size of an update: the root mean square entry to which each whole matrix of refined directions is
+            scaled, or the name of the option that holds it.
         factor: or as a number, (group, m, n) -> factor of the direction of an (m, n) matrix, before `refine`; m and n
             are 0 where there is no `direct`. With neither the size is that of the directions.
         flops: (m, n, group, param) -> floating-point operations of the direction of one matrix, which balance owners.
@@ -54,28 +58,41 @@ class UpdateRule:
         whole_step: (params, grads, state, group) -> None. Instead of the three, for an elementwise rule with a kernel
             that does the whole update at once, decay included.
         check: (group) -> None; raises ValueError for option values that the rule cannot take.
+        variant: (group) -> the rule that these options ask for, with the same name, options and state.
+        period: name of the option that holds P: `direct` is taken at the first step and every P-th after it.
+        between: the elementwise rule of the other steps, over the same state; nothing is sent then.
     """
 
     name: str
     defaults: Mapping[str, Any]
     state: tuple[str, ...] = ()
     scalars: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
     prepare: Callable[[Tensors, dict[str, Tensors], dict], Tensors] | None = None
     direct: Callable[[Tensor, dict], Tensor] | None = None
+    sized: bool = False
     signs: bool = False
     refine: Callable[[Tensors, dict[str, Tensors], dict], Tensors] | None = None
-    rms: str | None = None
+    rms: str | float | None = None
     factor: Callable[[dict, int, int], float] | None = None
     flops: Callable[[int, int, dict, Tensor], float] = lambda m, n, group, param: 2 * m * n * min(m, n)
     rounds_to: Callable[[dict, Tensor], torch.dtype | None] = lambda group, param: None
     whole_step: Callable[[Tensors, Tensors, dict[str, Tensors], dict], None] | None = None
     check: Callable[[dict], None] | None = None
+    variant: Callable[[dict], "UpdateRule"] | None = None
+    period: str | None = None
+    between: "UpdateRule | None" = None
     kinds: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def scales_directions(self) -> bool:
         """Whether `rms` is that of directions as they come from `direct`."""
         return self.rms is not None and self.refine is None
+
+    @property
+    def sends_floats(self) -> bool:
+        """Whether a number of each matrix travels with its direction: the norm of that, or its product with it."""
+        return self.scales_directions or self.sized
 
     @property
     def scales_refined(self) -> bool:
@@ -99,12 +116,14 @@ def register(rule: UpdateRule) -> UpdateRule:
         raise ValueError(f"rule {rule.name!r} needs defaults for lr and weight_decay; {sorted(missing)} missing")
     if (rule.prepare is None) == (rule.whole_step is None):
         raise ValueError(f"rule {rule.name!r} needs either prepare or whole_step; give exactly one of them")
-    if (rule.rms or rule.whole_step) and rule.factor:
-        raise ValueError(f"rule {rule.name!r} needs one size of updates; give factor without rms and whole_step")
-    if rule.rms and (rule.direct is None or rule.rms not in rule.defaults):
+    if isinstance(rule.rms, str) and (rule.direct is None or rule.rms not in rule.defaults):
         raise ValueError(
             f"rule {rule.name!r} scales matrices to {rule.rms!r}; give it a direct, and that option a default"
         )
+    if rule.sized and (rule.direct is None or rule.rms or rule.signs):
+        raise ValueError(f"rule {rule.name!r} is sized; give it a direct, and neither rms nor signs")
+    if (rule.rms or rule.whole_step) and rule.factor:
+        raise ValueError(f"rule {rule.name!r} needs one size of updates; give factor without rms and whole_step")
     RULES[rule.name] = rule
     return rule
 
@@ -114,6 +133,18 @@ def rule_named(name: str) -> UpdateRule:
     if name not in RULES:
         raise ValueError(f"the optimizer must be one of {', '.join(sorted(RULES))}; got {name!r}{closest(name, RULES)}")
     return RULES[name]
+
+
+def rule_of(group: dict) -> UpdateRule:
+    """Return the rule of a param group, in the variant that its options ask for."""
+    rule = rule_named(group["rule"])
+    return rule.variant(group) if rule.variant else rule
+
+
+def rule_now(group: dict) -> UpdateRule:
+    """Return the rule of a param group's coming step."""
+    rule = rule_of(group)
+    return rule.between if rule.period and rule.between and group.get("steps", 0) % group[rule.period] else rule
 
 
 # The elementwise pieces that rules are made of.
@@ -153,3 +184,12 @@ def sign(tensors: Tensors) -> Tensors:
 def sign_of(tensor: Tensor) -> Tensor:
     """Return the sign, as above, of one tensor."""
     return tensor.sign().add_(tensor, alpha=0)
+
+
+def signed(rule: UpdateRule, rms: str | float) -> UpdateRule:
+    """Return a rule with the sign of another's direction, scaled to a root mean square entry as OLion's."""
+    direct = rule.direct
+    assert direct is not None
+    return replace(
+        rule, direct=lambda stack, group: sign_of(direct(stack, group)), refine=None, signs=True, rms=rms, factor=None
+    )

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from .checks import name_of
 from .layout import local_of
+from .matrices import row_dims
 from .rule import UpdateRule
 from .update import state_dtype
 
@@ -18,8 +19,23 @@ Groups = list[dict[str, Any]]
 def new_state(param: Tensor, group: dict, rule: UpdateRule) -> Buffers:
     """Return a parameter's buffers, all zero."""
     state = {name: torch.zeros_like(param, dtype=state_dtype(param, group)) for name in rule.state}
+    state |= {name: _new_rows(param, group) for name in rule.rows}
     scalars = {name: torch.zeros((), dtype=torch.float32, device=param.device) for name in rule.scalars}
     return {name: buffer.detach() for name, buffer in {**state, **scalars}.items()}
+
+
+def _new_rows(param: Tensor, group: dict) -> Tensor:
+    """Return one zero per row of a parameter's matrices, cut as its rows are."""
+    local, dims = local_of(param), row_dims(param.shape, group)
+    shape, mine = ((*each.shape[:dims], *[1] * (each.ndim - dims)) for each in (param, local))
+    rows = torch.zeros(mine, dtype=state_dtype(param, group), device=local.device)
+    if not isinstance(param, DTensor):
+        return rows
+    placements = [Replicate() if each.is_shard() and each.dim >= dims else each for each in param.placements]
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        rows, param.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
 
 
 def refitted(buffers: Buffers, param: Tensor, group: dict, rule: UpdateRule) -> Buffers:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import compress
+from math import prod
 
 import torch
 from torch import Tensor
@@ -9,8 +10,8 @@ from torch.distributed.tensor import DTensor
 
 from .elementwise import each
 from .layout import local_of
-from .matrices import to_rms
-from .rule import Tensors, rule_named
+from .matrices import row_dims, to_rms
+from .rule import Tensors, rule_now
 
 
 class Update:
@@ -32,12 +33,13 @@ class Update:
         state: dict[Tensor, dict[str, Tensor]],
         check_signs: bool = False,
     ):
-        self.rule, self.group, self._state = rule_named(group["rule"]), group, state
+        self.rule, self.group, self._state = rule_now(group), group, state
         self._check_signs = check_signs and self.rule.signs
         self.params = [group["params"][i] for i in indices]
         self.weights = [local_of(param) for param in self.params]
         self.has_grad = [param.grad is not None for param in self.params]
-        self.direct_rms = group[self.rule.rms] if self.rule.scales_directions else None
+        self.rms = group[self.rule.rms] if isinstance(self.rule.rms, str) else self.rule.rms
+        self.direct_rms = self.rms if self.rule.scales_directions else None
 
     def prepare(self, members: list[int]) -> Tensors:
         """Read gradients and state, move the state; returns new tensors, this process's shards."""
@@ -63,19 +65,49 @@ class Update:
         """Return the factor of the directions of (m, n) matrices; 1 where the rule has none."""
         return self.rule.factor(self.group, m, n) if self.rule.factor else 1
 
-    def finish(self, members: list[int], directions: Tensors, rescale: Callable[[Tensors, float], Tensors]) -> None:
+    def finish(
+        self,
+        members: list[int],
+        directions: Tensors,
+        rescale: Callable[[Tensors, float], Tensors],
+        multiply: Callable[[Tensors], Tensors],
+        sum_rows: Callable[[Tensors], Tensors] = lambda sums: sums,
+    ) -> None:
         """Refine the shards of directions, and step against them the weights that have a gradient.
 
         rescale: scales refined shards, so that the whole matrices have a root mean square entry.
+        multiply: multiplies refined shards by the numbers of a sized rule.
+        sum_rows: adds what shards of the same rows hold, one number per row.
         """
         if self.rule.refine:
-            directions = list(self.rule.refine(directions, self._buffers(members), self.group))
+            buffers = self._buffers(members)
+            if self.rule.rows:
+                buffers["row_squares"] = self._row_squares(members, directions, sum_rows)
+            directions = list(self.rule.refine(directions, buffers, self.group))
+        if self.rule.sized:
+            directions = multiply(directions)
         if self.rule.scales_refined:
-            directions = rescale(directions, self.group[self.rule.rms])
+            directions = rescale(directions, self.rms)
         has_grad = [self.has_grad[i] for i in members]
         members, directions = list(compress(members, has_grad)), list(compress(directions, has_grad))
         if not members:
             return
+        self._step(members, directions)
+
+    def _row_squares(self, members: list[int], directions: Tensors, sum_rows: Callable) -> Tensors:
+        """Return the mean square entry of each row of whole matrices."""
+        shapes = [self.params[i].shape for i in members]
+        dims = [row_dims(shape, self.group) for shape in shapes]
+        sums = [
+            direction.square().sum(tuple(range(first, direction.ndim)), keepdim=True, dtype=torch.float64)
+            for direction, first in zip(directions, dims, strict=True)
+        ]
+        columns = [prod(shape[first:]) for shape, first in zip(shapes, dims, strict=True)]
+        means = [total / n for total, n in zip(sum_rows(sums), columns, strict=True)]
+        return [mean.to(direction.dtype) for mean, direction in zip(means, directions, strict=True)]
+
+    def _step(self, members: list[int], directions: Tensors) -> None:
+        """Decay weights, and step against their directions."""
         weights, lr = [self.weights[i] for i in members], self.group["lr"]
         if self.group["weight_decay"]:
             each("mul_", weights, 1 - lr * self.group["weight_decay"])
@@ -96,7 +128,8 @@ class Update:
 
     def _buffers(self, members: list[int]) -> dict[str, Tensors]:
         """Return this process's shards of the state, by name; zeros to throw away for parameters without gradient."""
-        return {name: [self._shard(i, name) for i in members] for name in self.rule.state + self.rule.scalars}
+        names = self.rule.state + self.rule.scalars + self.rule.rows
+        return {name: [self._shard(i, name) for i in members] for name in names}
 
     def _shard(self, i: int, name: str) -> Tensor:
         shard = local_of(self._state[self.params[i]][name])

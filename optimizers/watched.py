@@ -13,7 +13,7 @@ from .engine import RuleOptimizer
 from .layout import Layout, layout_of
 from .matrices import Blocks, blocks_of
 from .roles import roles_of
-from .rule import UpdateRule, rule_named
+from .rule import UpdateRule, rule_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Matrix:
 
     @property
     def rule(self) -> UpdateRule | None:
-        return rule_named(self.group["rule"]) if "rule" in self.group else None
+        return rule_of(self.group) if "rule" in self.group else None
 
     @property
     def label(self) -> str:

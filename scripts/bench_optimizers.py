@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from common.launch import main_guard
 from common.options import parse_options
 from common.runlog import machine
-from optimizers import AdaMuon, AdamW, Lion, Muon, OLion
+from optimizers import AdaMuon, AdamW, Curvature, Lion, LionMuon, Muon, NorMuon, OLion, PolarGrad, Signum
 
 BASELINE = "torch.optim.Muon"
 EMBEDDED_CONFIG = Path("nanoGPT/configs/stdlib.toml")
@@ -70,11 +70,15 @@ def matrix_shapes(name: str, layers: int | None) -> list[tuple[int, int]]:
 def contestants(dtype: str) -> dict[str, Build]:
     """Return the constructor of each row of the table, ours first."""
     rows: dict[str, Build] = {}
-    for constructor in (OLion, Muon, AdaMuon):
+    for constructor in (OLion, Muon, AdaMuon, NorMuon, LionMuon):
         for name in DTYPES if dtype == "both" else [dtype]:
             rows[f"{constructor.__name__} {name}"] = partial(constructor, ns_dtype=DTYPES[name])
     rows |= {
+        "Curvature": Curvature,
+        "PolarGrad qdwh": PolarGrad,
+        "PolarGrad Newton-Schulz": partial(PolarGrad, ns_form="auto"),
         "Lion": Lion,
+        "Signum": Signum,
         "AdamW": AdamW,
         BASELINE: torch.optim.Muon,
         "torch.optim.AdamW fused": partial(torch.optim.AdamW, fused=True),

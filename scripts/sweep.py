@@ -28,7 +28,7 @@ import tyro
 
 from common import UserError, one_line, progress, warn
 from common.evidence import Paired, digits_of, paired_difference
-from common.figure import FAINT, STYLES, label_ends, markdown, mean_and_spread, new_figure, rate, save, style_of
+from common.figure import FAINT, PAPERS, STYLES, label_ends, markdown, mean_and_spread, new_figure, rate, save, style_of
 from common.guard import main_guard
 from common.options import parse_options
 from common.recorded import is_number, method, read_config, read_object, require, seeds_in_words
@@ -54,7 +54,7 @@ class Options:
 
     config: tyro.conf.Positional[Path]
     """The experiment's TOML, for its train.py."""
-    optimizers: tuple[str, ...] = tuple(STYLES)
+    optimizers: tuple[str, ...] = PAPERS
     lrs: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
     """Learning rates, each with every optimizer."""
     seeds: tuple[int, ...] = (1337,)

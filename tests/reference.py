@@ -143,6 +143,126 @@ def lion(
     return decay_and_step(param, direction, lr, weight_decay), {"momentum": kept}
 
 
+def signum(
+    param: Tensor,
+    grad: Tensor,
+    state: dict,
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    scale: float = 1.0,
+) -> tuple[Tensor, dict]:
+    """Bernstein et al. 2018 (arXiv 1802.04434): the sign of an average of gradients."""
+    kept = momentum * buffer(state, "momentum", grad) + (1 - momentum) * grad.double()
+    return decay_and_step(param, scale * torch.sign(kept), lr, weight_decay), {"momentum": kept}
+
+
+def lionmuon(
+    param: Tensor,
+    grad: Tensor,
+    state: dict,
+    *,
+    lr: float,
+    betas=(0.9, 0.99),
+    weight_decay: float = 0.1,
+    period: int = 2,
+    sign_scale: float = 0.05,
+    scale: float = 0.2,
+    ns_steps: int = 5,
+    ns_coefficients=JORDAN,
+    eps: float = 1e-7,
+) -> tuple[Tensor, dict]:
+    """arXiv 2605.19811: Lion's mix with the OLD buffer, orthogonalized at steps 1, P + 1, ..., else signed."""
+    mix, keep = betas
+    old, number = buffer(state, "momentum", grad), state.get("_steps", 0)
+    mixture = mix * old + (1 - mix) * grad.double()
+    if number % period == 0:
+        factor = scale * math.sqrt(max(param.shape))
+        direction = factor * newton_schulz(mixture, ns_steps, ns_coefficients, eps)
+    else:
+        direction = sign_scale * torch.sign(mixture)
+    kept = keep * old + (1 - keep) * grad.double()
+    return decay_and_step(param, direction, lr, weight_decay), {"momentum": kept, "_steps": number + 1}
+
+
+def polargrad(
+    param: Tensor,
+    grad: Tensor,
+    state: dict,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    momentum: float = 0.95,
+    order: str = "momentum_first",
+    exact: bool = False,
+) -> tuple[Tensor, dict]:
+    """Lau, Long and Su, arXiv 2505.21799; `exact`: with the SVD's polar factor and sum of singular values."""
+    old, polar = buffer(state, "momentum", grad), polar_factor if exact else newton_schulz
+    averaged = momentum * old + (1 - momentum) * grad.double()
+    source = averaged if order == "momentum_first" else grad.double()
+    factor = polar(source)
+    nuclear = torch.linalg.svdvals(source).sum() if exact else (source * factor).sum()
+    if order == "momentum_first":
+        kept, direction = averaged, nuclear * factor
+    else:
+        kept = momentum * old + (1 - momentum) * factor
+        direction = nuclear * kept
+    return decay_and_step(param, direction, lr, weight_decay), {"momentum": kept}
+
+
+def normuon(
+    param: Tensor,
+    grad: Tensor,
+    state: dict,
+    *,
+    lr: float,
+    weight_decay: float = 0.1,
+    betas=(0.95, 0.95),
+    eps: float = 1e-10,
+    scale: float = 0.2,
+    ns_steps: int = 5,
+    ns_coefficients=JORDAN,
+) -> tuple[Tensor, dict]:
+    """Li et al., arXiv 2510.05491: EMA, Newton-Schulz, a second moment of each row, RMS of `scale`."""
+    first, second = betas
+    kept = first * buffer(state, "momentum", grad) + (1 - first) * grad.double()
+    orthogonal = newton_schulz(kept, ns_steps, ns_coefficients)
+    rows = (orthogonal**2).mean(dim=1, keepdim=True)
+    moment = second * buffer(state, "row_second_moment", rows) + (1 - second) * rows
+    direction = to_rms(orthogonal / (moment.sqrt() + eps), scale)
+    return decay_and_step(param, direction, lr, weight_decay), {"momentum": kept, "row_second_moment": moment}
+
+
+def quartic_spectrum(sigma: Tensor) -> Tensor:
+    """The s of 2 s_i^3 + s_i sum s^2 = sigma_i: the root of each cubic by sinh, inside bisection for the sum."""
+    low, high = 1e-300, 1.0 + float(sigma.sum()) ** (2 / 3) * len(sigma)
+    for _ in range(120):
+        half = (low + high) / 4  # s^3 + half s = sigma / 2
+        s = 2 * math.sqrt(half / 3) * torch.sinh(torch.asinh(0.75 * sigma / half * math.sqrt(3 / half)) / 3)
+        low, high = (2 * half, high) if float((s**2).sum()) > 2 * half else (low, 2 * half)  # it falls in the sum
+    return s
+
+
+def curvature(
+    param: Tensor,
+    grad: Tensor,
+    state: dict,
+    *,
+    lr: float,
+    weight_decay: float = 0.1,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    scale: float = 0.2,
+) -> tuple[Tensor, dict]:
+    """Su, arXiv 2511.00674, for H = r^4: the singular vectors stay, the singular values solve a cubic each."""
+    kept = momentum * buffer(state, "momentum", grad) + (1 - momentum) * grad.double()
+    mixture = (1 - momentum) * grad.double() + momentum * kept if nesterov else kept
+    u, sigma, vh = torch.linalg.svd(mixture / max(float(mixture.norm()), 1e-7), full_matrices=False)
+    direction = to_rms((u * quartic_spectrum(sigma)) @ vh, scale)
+    return decay_and_step(param, direction, lr, weight_decay), {"momentum": kept}
+
+
 def adamw(
     param: Tensor,
     grad: Tensor,

@@ -3,6 +3,7 @@
 from fnmatch import fnmatchcase
 
 import pytest
+import reference
 import torch
 import transformers
 from torch import nn
@@ -448,3 +449,31 @@ def test_build_optimizer_refuses_a_bad_option_naming_the_nearest(options, named)
 def test_a_model_without_trainable_parameters_is_refused():
     with pytest.raises(ValueError, match="trainable"):
         build_optimizer(TinyGPT().requires_grad_(False), "olion", lr=1e-3)
+
+
+@pytest.mark.parametrize("rest", ["polarsgdm", "signum"])
+def test_rest_gives_tables_another_rule_and_leaves_vectors_to_adamw(rest):
+    optimizer = build_optimizer(TinyGPT(), "muon", lr=0.1, adamw_lr=0.2, rest=rest, rest_lr=0.3, weight_decay=0.4)
+    found = groups_of(optimizer)
+    assert {found[name] for name in TABLES} == {(rest, 0.4)}
+    assert {found[name] for name in HIDDEN} == {("muon", 0.4)}
+    assert {found[name] for name in found.keys() - TABLES - HIDDEN} == {("adamw", 0.0)}
+    rates = {group["rule"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == {rest: 0.3, "muon": 0.1, "adamw": 0.2}
+
+
+def test_polarsgdm_on_tables_steps_them_by_their_nuclear_norm():
+    model = TinyGPT(bias=False).double()
+    optimizer = build_optimizer(model, "olion", lr=0.0, rest="polarsgdm", rest_lr=0.5, weight_decay=0.0)
+    before = model.wte.weight.detach().clone()
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    expected, _ = reference.polargrad(before, model.wte.weight.grad, {}, lr=0.5, momentum=0.9)
+    torch.testing.assert_close(model.wte.weight.detach(), expected, rtol=0, atol=1e-10)
+
+
+def test_rest_refuses_a_rate_for_adamw_and_an_unknown_rule():
+    for options, message in (({"rest_lr": 0.1}, "set adamw_lr"), ({"rest": "polarsgd"}, "did you mean 'polarsgdm'")):
+        with pytest.raises(ValueError, match=message):
+            build_optimizer(TinyGPT(), "olion", lr=0.1, **options)

@@ -1,0 +1,61 @@
+"""Signum: the sign of a momentum average; without momentum it is signSGD.
+
+Bernstein, Wang, Azizzadenesheli and Anandkumar, "signSGD: Compressed Optimisation for Non-Convex Problems",
+arXiv 1802.04434, algorithms 1 and 2.
+"""
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from .engine import ProcessGroup, RuleOptimizer
+from .options import Fraction, NonNegative, declared_by, given
+from .rule import Tensors, UpdateRule, register, sign, update_ema
+
+
+class Signum(RuleOptimizer):
+    """Signum, for tensors of any shape.
+
+        M <- momentum M + (1 - momentum) g          D = scale sign(M)
+
+    Args:
+        params: tensors, named tensors or param groups.
+        lr: step size; every entry moves by lr x scale per step.
+        momentum: decay of M; 0 is signSGD.
+        weight_decay: decoupled, multiplied by lr.
+        scale: size of D.
+
+    Raises ValueError, when built, for values out of range.
+
+    Example:
+        >>> optimizer = Signum(model.parameters(), lr=1e-4)
+    """
+
+    rule = "signum"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: NonNegative = 1e-4,
+        momentum: Fraction = 0.9,
+        weight_decay: NonNegative = 0.0,
+        scale: NonNegative = 1.0,
+        state_dtype: torch.dtype | None = None,
+        process_group: ProcessGroup | None = None,
+    ):
+        super().__init__(**given(locals()))
+
+
+def prepare(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
+    """Return the sign of the averaged gradient."""
+    return sign(update_ema(state["momentum"], grads, group["momentum"]))
+
+
+register(
+    UpdateRule(
+        name="signum",
+        **declared_by(Signum),
+        state=("momentum",),
+        prepare=prepare,
+        factor=lambda group, m, n: group["scale"],
+    )
+)
