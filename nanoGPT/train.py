@@ -19,6 +19,7 @@ if __name__ == "__main__":  # --help and errors before the imports below, which 
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,10 @@ def train(settings: Config, process: launch.Process) -> bool:
     optimizer = build(settings.optimizer, network)
     watch = Probe(optimizer, model=model, **settings.probe.options())
     launch.seed_all(settings.seed + process.rank)  # after the weights: dropout differs between ranks
+    if optimizer.searches and precision(settings.dtype, process) == torch.float16:
+        raise UserError(
+            "line_search needs float32 or bfloat16, got float16, whose GradScaler takes no closure; set dtype"
+        )
     scaler = torch.amp.GradScaler(process.device.type, enabled=precision(settings.dtype, process) == torch.float16)
     run = Run(
         settings,
@@ -70,7 +75,8 @@ def train(settings: Config, process: launch.Process) -> bool:
             run.log(state | evaluate(network, corpus["val"], settings, process))
         batches = read_batches(corpus["train"], range(run.step, settings.steps), settings, process)
         for step in run.steps():
-            loss = accumulate_gradient(network, scaler, batches, settings, process)
+            batch = list(islice(batches, len(cut_batch(settings.data.batch_size, settings.data.micro_batch, process))))
+            loss = accumulate_gradient(network, scaler, batch, settings, process)
             scaler.unscale_(optimizer)
             norm = clip_gradient(model, settings.clip or math.inf)
             (loss,), norm = run.read(loss, norm)
@@ -79,13 +85,15 @@ def train(settings: Config, process: launch.Process) -> bool:
             run.timer.optimizer()
             with count_bytes() as traffic:
                 if run.accepts(loss, norm):
-                    scaler.step(optimizer)
+                    again = evaluations(loss, network, batch, settings, process)
+                    scaler.step(optimizer, *([again.__next__] if optimizer.searches else []))
             scaler.update()
             optimizer.zero_grad()
             run.count_step()
 
             if run.is_due(settings.log_every):
                 metrics |= {"train/loss": loss, **run.measurements()}
+                metrics |= optimizer.line_search.metrics() if optimizer.line_search else {}
                 metrics |= utilization(metrics["tokens_per_second"], model, process)
                 if process.world_size > 1:
                     metrics["optimizer_mb_received"] = traffic.total_received / 1e6
@@ -158,17 +166,19 @@ def read_batches(
 def accumulate_gradient(
     network: nn.Module,
     scaler: torch.amp.GradScaler,
-    batches: Iterator[tuple[Tensor, Tensor]],
+    batch: list[tuple[Tensor, Tensor]],
     settings: Config,
     process: launch.Process,
 ) -> Tensor:
-    """Accumulate the gradient of the global batch's mean loss; returns this rank's share of that loss, ()."""
+    """Accumulate the gradient of the global batch's mean loss; returns this rank's share of that loss, ().
+
+    batch: inputs and targets (b, T) of each micro-batch of this rank.
+    """
     network.train()
     batch_size, shares = settings.data.batch_size, process.world_size
     mine = cut_batch(batch_size, settings.data.micro_batch, process)
     total = 0.0  # becomes a tensor of the loss's dtype: a float32 zero would round the losses of a float64 run
-    for number, (_, count) in enumerate(mine, start=1):
-        inputs, targets = next(batches)  # (b, T) each
+    for number, ((_, count), (inputs, targets)) in enumerate(zip(mine, batch, strict=True), start=1):
         with synchronizing(network, number == len(mine)):  # gradients are reduced once per step
             with autocast(precision(settings.dtype, process), process):
                 _, loss = network(inputs, targets)
@@ -176,6 +186,20 @@ def accumulate_gradient(
             scaler.scale(loss).backward()
         total += loss.detach()
     return total / shares
+
+
+def evaluations(
+    loss: float, network: nn.Module, batch: list[tuple[Tensor, Tensor]], settings: Config, process: launch.Process
+) -> Iterator[float]:
+    """Yield a known loss, then, for a search, this rank's mean loss of the batch at the weights of the moment."""
+    yield loss
+    counts = [count for _, count in cut_batch(settings.data.batch_size, settings.data.micro_batch, process)]
+    while True:
+        total = 0.0
+        for count, (inputs, targets) in zip(counts, batch, strict=True):
+            with torch.no_grad(), autocast(precision(settings.dtype, process), process):
+                total += network(inputs, targets)[1].item() * count
+        yield total * process.world_size / settings.data.batch_size
 
 
 @torch.no_grad()

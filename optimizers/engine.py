@@ -154,6 +154,11 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _fingerprints(self) -> list[list[tuple[Tensor, tuple]]]:
         return [[(param, fingerprint(param)) for param in group["params"]] for group in self.param_groups]
 
+    @property
+    def searches(self) -> bool:
+        """Whether a param group has a line search, for which `step` needs a closure."""
+        return any(group.get("line_search") for group in self.param_groups)
+
     def state_dict(self) -> dict:
         """Return the state and the param groups, as any torch optimizer does."""
         self._follow()
@@ -165,8 +170,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
         A param group with a line search evaluates the closure again, as torch's LBFGS does.
         """
-        loss, searches = None, any(group.get("line_search") for group in self.param_groups)
-        if searches and closure is None:
+        loss = None
+        if self.searches and closure is None:
             raise ValueError(
                 "line_search needs a closure that evaluates the loss of the same batch again, got none; "
                 "call optimizer.step(closure)"
@@ -177,7 +182,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._follow()
         if not self._agreed:  # what is sent has changed: all ranks must have changed alike
             self._plan, self._agreed = make_plan(self.param_groups, self._process_group), True
-        if searches and closure:
+        if self.searches and closure and loss is not None:
             trials, layouts = self._run(Trial)
             if trials:
                 with gradients_aside([param for group in self.param_groups for param in group["params"]]):

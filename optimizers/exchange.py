@@ -78,13 +78,13 @@ def fill_buckets(entries: list[Entry], layout: Layout) -> list[Bucket]:
         key = entry.shape, entry.blocks, entry.floats, entry.row_dims
         alike.setdefault(key, {}).setdefault(entry.owner, []).append(i)
     buckets = []
-    for (shape, blocks, *numbers), by_owner in alike.items():
+    for (shape, blocks, floats, row_dims), by_owner in alike.items():
         size = max(1, _LIMIT // max(1, prod(shape)))
         for start in range(0, max(map(len, by_owner.values())), size):
             owned = [[by_owner.get(rank, [])[start : start + size] for rank in row] for row in layout.grid]
             counts = [[len(mine) for mine in row] for row in owned]
             members = list(chain(*chain(*owned)))
-            buckets.append(Bucket(members, counts, shape, blocks, *numbers, layout.padded_shard(shape)))
+            buckets.append(Bucket(members, counts, shape, blocks, floats, row_dims, layout.padded_shard(shape)))
     return buckets
 
 

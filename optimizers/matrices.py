@@ -200,7 +200,7 @@ def norms_of(stack: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def scaled(stack: Tensor, norms: Tensor, wanted: float, dtype: torch.dtype) -> Tensor:
-    """Return a stack (b, ...), whose matrices have `norms` (b,), scaled to the wanted norm; a zero matrix stays zero."""
+    """Return a stack (b, ...), whose matrices have `norms` (b,), scaled to the wanted norm; zero stays zero."""
     return multiplied(stack, factors_of(norms, wanted, dtype), dtype)
 
 

@@ -230,7 +230,7 @@ class Gathered(Route):
 
 def _cut_beyond(dims: int, param: DTensor) -> tuple[dist.ProcessGroup, ...]:
     """Return the groups along which a parameter is cut in another than its first `dims` dimensions."""
-    axes = [axis for axis, each in enumerate(param.placements) if each.is_shard() and each.dim >= dims]
+    axes = [axis for axis, each in enumerate(param.placements) if getattr(each, "dim", -1) >= dims]  # -1: a replica
     return tuple(param.device_mesh.get_group(axis) for axis in axes)
 
 

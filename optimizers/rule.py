@@ -44,7 +44,7 @@ class UpdateRule:
             may be written to, grads may not, and what is returned must be new tensors. Gradients come in the wider
             of their own dtype and the state's.
         direct: (stack (batch, m, n), group) -> (batch, m, n), on whole matrices, stateless. None: elementwise rule.
-        sized: whether each matrix of refined directions is multiplied by the inner product <stack, direct(stack)>, which
+        sized: whether each matrix of refined directions is multiplied by the product <stack, direct(stack)>, which
             travels beside the direction.
         signs: whether `direct` returns nothing but -1, 0, 1 and NaN; these then travel at one bit an entry.
         refine: (directions, state, group) -> directions. Elementwise, on my shard; may write to directions.

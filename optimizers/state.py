@@ -31,7 +31,7 @@ def _new_rows(param: Tensor, group: dict) -> Tensor:
     rows = torch.zeros(mine, dtype=state_dtype(param, group), device=local.device)
     if not isinstance(param, DTensor):
         return rows
-    placements = [Replicate() if each.is_shard() and each.dim >= dims else each for each in param.placements]
+    placements = [Replicate() if getattr(each, "dim", -1) >= dims else each for each in param.placements]
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
         rows, param.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride

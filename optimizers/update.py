@@ -87,6 +87,7 @@ class Update:
         if self.rule.sized:
             directions = multiply(directions)
         if self.rule.scales_refined:
+            assert self.rms is not None
             directions = rescale(directions, self.rms)
         has_grad = [self.has_grad[i] for i in members]
         members, directions = list(compress(members, has_grad)), list(compress(directions, has_grad))
