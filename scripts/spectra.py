@@ -75,7 +75,7 @@ def _relative(step: Tensor) -> list[float]:
 
 def draw(record: dict[str, dict[str, list[float]]], out: Path) -> None:
     figure, (above, below) = new_figure(
-        "Flatten, scale, even out, sign", "one gradient, one step of each rule, no momentum", rows=2
+        "What each rule makes of a gradient: spectrum and size", "one step of each rule, no momentum", rows=2
     )
     ends_above, ends_below = [], []
     for name, found in record.items():
@@ -92,7 +92,9 @@ def draw(record: dict[str, dict[str, list[float]]], out: Path) -> None:
         if name in ("gradient", "PolarGrad", "Muon"):
             label = "Muon and the others" if name == "Muon" else name
             ends_below.append((SCALES[-1], found["norms"][-1], label, name))
-    above.set(yscale="log", xlabel="singular value, from the largest", ylabel="size over the mean", ylim=(0.02, 10))
+    above.set(
+        yscale="log", xlabel="singular value, from the largest", ylabel="singular value over its RMS", ylim=(0.02, 10)
+    )
     below.set(xscale="log", yscale="log", xlabel="norm of the gradient", ylabel="norm of the step")
     figure.subplots_adjust(left=0.11)
     for panel, ends in ((above, ends_above), (below, ends_below)):

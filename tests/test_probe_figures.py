@@ -1,4 +1,4 @@
-"""scripts/probe_figures.py and scripts/geometry.py: what is drawn is what was recorded, or what an SVD says."""
+"""scripts/probe_figures.py, geometry.py and spectra.py: what is drawn is what was recorded, or what an SVD says."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import torch
 from test_figures import curves_of, drawn, make_run, run_main
 
 from optimizers import measures
-from scripts import geometry, probe_figures
+from scripts import geometry, probe_figures, spectra
 
 SHAPES = ("8x8", "32x8", "8x16")
 
@@ -118,3 +118,15 @@ def test_planes_hold_the_hadamard_matrices_that_they_are_known_to_hold():
         for plane in geometry.planes().values()
     ]
     assert counts == [4, 0, 2]
+
+
+def test_spectra_are_flat_kept_or_between_and_sizes_follow_the_gradient_or_do_not():
+    found = spectra.measured()
+    relative = {name: np.array(each["spectrum"]) / each["spectrum"][0] for name, each in found.items()}
+    np.testing.assert_allclose(relative["gradient"], 1 / np.arange(1, 65), rtol=1e-9)
+    np.testing.assert_allclose(relative["PolarGrad"], 1, rtol=1e-9)
+    assert (relative["Curvature, p = 4"] >= relative["Curvature, p = 2.5"]).all()
+    assert (relative["Curvature, p = 2.5"] >= relative["gradient"] * (1 - 1e-9)).all()
+    np.testing.assert_allclose(np.array(found["PolarGrad"]["norms"]) / spectra.SCALES, found["PolarGrad"]["norms"][4])
+    for name in ("Muon", "OLion", "Signum", "NorMuon", "Curvature, p = 4"):
+        np.testing.assert_allclose(found[name]["norms"], found[name]["norms"][0], rtol=1e-2)
