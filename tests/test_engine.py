@@ -13,6 +13,7 @@ from optimizers import (
     AdaMuon,
     AdamW,
     Lion,
+    LionMuon,
     Muon,
     OLion,
     RuleOptimizer,
@@ -592,6 +593,19 @@ def refusal_of_state(optimizer, parameters, foreign, others) -> str:
     for key, value in before["state"][0].items():
         assert torch.equal(after["state"][0][key], value)
     return str(caught.value).lower()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_resumed_lionmuon_takes_up_its_period_where_it_was(steps):
+    parameters = matrices((6, 4), (4, 6))
+    optimizer = LionMuon(parameters, lr=0.1, period=3)
+    train(optimizer, parameters, steps)
+    twins = clones(parameters)
+    resumed = LionMuon(twins, lr=0.1, period=3)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(optimizer, parameters, 4, first=steps)
+    train(resumed, twins, 4, first=steps)
+    assert_all_equal(values(parameters), values(twins))
 
 
 @pytest.mark.parametrize("name, other", list(itertools.permutations(RULES, 2)))
