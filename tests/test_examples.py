@@ -1,12 +1,16 @@
 """Each example trains: its loss falls. They are run as a user would run them, in this process where they need one."""
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from optimizers import AdamW, OLion, roles_of
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
@@ -61,6 +65,62 @@ def test_lightning_example_learns():
 
     losses = lightning_module.main(steps=40)
     assert losses[-1] < losses[0] / 2
+
+
+def test_the_learning_rate_monitor_of_lightning_matches_the_schedule_in_every_group(tmp_path):
+    lightning = pytest.importorskip("lightning")
+    from lightning.pytorch.callbacks import LearningRateMonitor
+    from lightning.pytorch.loggers import CSVLogger
+
+    from examples.lightning_module import Student
+
+    steps, monitor = 4, LearningRateMonitor(logging_interval="step", log_momentum=True)
+    trainer = lightning.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=CSVLogger(tmp_path),
+        callbacks=[monitor],
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = torch.utils.data.TensorDataset(torch.randn(4 * steps, 32), torch.randn(4 * steps, 8))
+    trainer.fit(Student(steps), torch.utils.data.DataLoader(data, batch_size=4))
+    cosine = [1e-2 * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)]
+    rates = {name: rate for name, rate in monitor.lrs.items() if "momentum" not in name}
+    assert len(rates) == len(trainer.optimizers[0].param_groups) > 1
+    assert all(rate == pytest.approx(cosine) for rate in rates.values())
+
+
+@pytest.mark.parametrize("optimizer_class", [OLion, AdamW])
+def test_the_trainer_builds_the_class_that_it_is_given(optimizer_class, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=32, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+    data = [{"input_ids": row, "labels": row} for row in torch.arange(8 * 8).view(8, 8) * 7 % 32]
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=2, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no"
+    )
+
+    def trained(options: dict | None) -> transformers.Trainer:
+        torch.manual_seed(0)
+        model = transformers.GPT2LMHeadModel(config)
+        if optimizer_class is OLion:  # the Trainer hands a class every tensor, and this one takes matrices
+            for name, role in roles_of(model).items():
+                model.get_parameter(name).requires_grad_(role == "matrix")
+        if options:
+            given = {"optimizer_cls_and_kwargs": (optimizer_class, options)}
+        else:  # TrainingArguments.weight_decay is 0
+            params = [param for param in model.parameters() if param.requires_grad]
+            given = {"optimizers": (optimizer_class(params, lr=1e-2, weight_decay=0.0), None)}
+        trainer = transformers.Trainer(model, arguments, train_dataset=data, **given)
+        trainer.train()
+        return trainer
+
+    built, ready = trained({"lr": 1e-2}), trained(None)
+    assert type(built.optimizer.optimizer) is optimizer_class
+    for got, expected in zip(built.model.parameters(), ready.model.parameters(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)  # rounding of other stacks
 
 
 def test_convnet_example_reads_digits():
