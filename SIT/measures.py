@@ -1,6 +1,5 @@
 """Measures of runs of digits, their table and their figure: `python -m SIT.evaluate`."""
 
-import json
 import math
 import re
 import statistics
@@ -19,6 +18,7 @@ from common.config import at_least
 from common.figure import FAINT, INK, markdown, mean_and_spread, new_figure, save, style_of
 from common.json_files import read_object
 from common.runlog import METRICS_FILE, read_metrics
+from common.whole import write_json
 from SIT.data import Pixels, digits, to_images
 from SIT.digits import FOLDER, JUDGE_FILE, DigitsCNN, load_digits_cnn
 from SIT.files import check_memory
@@ -151,7 +151,7 @@ def evaluate_digits(options: "Options") -> str:
     names = ("folder", "optimizer", *MEASURES)
     runs = [{name: vars(run)[name] for name in names} for runs in best_first for run in runs]
     record = {"count": options.count, "steps": options.steps, "validation": real, "runs": runs}
-    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(out.with_suffix(".json"), record, indent=1)
     return f"{table(best_first, real)}\n\ndigits of each: {out}"
 
 

@@ -20,7 +20,7 @@ memory; for networks see scripts.plan.
 import json
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -32,9 +32,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from common import UserError
+from common.config import to_dict
 from common.launch import main_guard
 from common.options import parse_options
 from common.runlog import machine
+from common.whole import write_json
 from optimizers import AdamW, Muon, OLion, RuleOptimizer, count_bytes
 from optimizers.layout import local_of
 from scripts.bench_optimizers import matrix_shapes
@@ -117,7 +119,7 @@ def measure(rank: int, ranks: int, options: Options, folder: str) -> None:
     rounds = [[each.step() for each in contestants] for _ in range(options.repeats)]
     for row, milliseconds in zip(rows, zip(*rounds, strict=True), strict=True):
         row["milliseconds"] = milliseconds
-    Path(folder, f"{rank}.json").write_text(json.dumps(rows), encoding="utf-8")
+    write_json(Path(folder, f"{rank}.json"), rows)
     dist.destroy_process_group()
 
 
@@ -163,7 +165,7 @@ def main() -> None:
     here = machine()
     print(f"{here['machine']['cpu']}, {here['machine']['cores']} cores, torch {torch.__version__}")
     print(f"{options.layers} of GPT-2 small's 12 blocks, orthogonalized in {options.dtype}, {options.repeats} rounds")
-    record = {**here, "options": asdict(options), "ranks": {}}
+    record = {**here, "options": to_dict(options), "ranks": {}}
     for ranks in options.ranks:
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(measure, (ranks, options, folder), nprocs=ranks)
@@ -171,7 +173,7 @@ def main() -> None:
         record["ranks"][ranks] = summary(found)
         print(f"\n{ranks} ranks\n{table(record['ranks'][ranks])}", flush=True)
     if options.record:
-        options.record.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+        write_json(options.record, record, indent=2)
 
 
 if __name__ == "__main__":

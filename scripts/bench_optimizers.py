@@ -8,7 +8,6 @@ Every round steps each optimizer once, so that other load on the machine slows a
 torch.optim.Muon. Optimizers of pytorch_optimizer, heavyball and dion are timed if installed.
 """
 
-import json
 import time
 import tomllib
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from common.launch import main_guard
 from common.options import parse_options
 from common.runlog import machine
+from common.whole import write_json
 from optimizers import AdaMuon, AdamW, Curvature, Lion, LionMuon, Muon, NorMuon, OLion, PolarGrad, Signum
 
 BASELINE = "torch.optim.Muon"
@@ -201,7 +201,7 @@ def main() -> None:
         print(f"\n{name}: {len(shapes) // 4} x ({kinds})\n{table(rows)}", flush=True)
         record["shapes"][name] = {"matrices": shapes, "optimizers": rows}
     if options.record:
-        options.record.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(options.record, record, indent=2)
 
 
 if __name__ == "__main__":

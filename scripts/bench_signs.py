@@ -9,7 +9,6 @@ read and written, of the tensor and of its packed form. `clone` allocates its re
 `copy_` writes to allocated memory. The last columns are times relative to `clone`.
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import tyro
 from common.launch import main_guard
 from common.options import parse_options
 from common.runlog import machine
+from common.whole import write_json
 from optimizers.codec import SignCodec, negatives, unpack
 
 COLUMNS = ("clone", "copy_", "pack", "unpack", "write", "read")
@@ -116,7 +116,7 @@ def main() -> None:
     print(table(rows))
     if options.record:
         record = {**here, "device": options.device, "threads": threads, "repeats": options.repeats, "rows": rows}
-        options.record.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(options.record, record, indent=2)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@
 A JSON beside the PNG holds the drawn points and each run's config and machine.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from common.recorded import (
     seeds_of,
 )
 from common.runlog import read_metrics
+from common.whole import write_json
 from scripts.probe_figures import QUANTILE, What, draw_levels, metrics_of, words_of
 
 NAMES = {
@@ -277,7 +277,7 @@ def main() -> None:
     lines = group_lines(runs)
     tell_lengths(lines, record["x"])
     draw(lines, record, out, options.ylim)
-    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(out.with_suffix(".json"), record, indent=1)
     drawn = f"{', '.join(record['metric'])} against {record['x']}"
     print(table(lines, record["x"], record["metric"][0], options.steps_to))
     print(f"\n{drawn}: {out}, its points: {out.with_suffix('.json')}")

@@ -146,7 +146,7 @@ def check_layouts(folder: Path) -> None:
     if wrong := {name: each for name, each in differences.items() if not each < 1e-9}:
         raise RuntimeError(f"weights differ from one device's by more than 1e-9: {wrong}")
     if process.is_main:
-        (folder / "layouts.json").write_text(json.dumps(differences))
+        write_json(folder / "layouts.json", differences)
     dist.barrier()
 
 

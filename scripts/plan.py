@@ -17,7 +17,6 @@ gathers everything, of one.
 """
 
 import contextlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -35,9 +34,11 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
 
 from common import UserError
+from common.config import to_dict
 from common.launch import main_guard
 from common.options import parse_options
 from common.runlog import machine
+from common.whole import write_json
 from nanoGPT.model import GPT, GPTConfig
 from optimizers import RULES, RuleOptimizer, build_optimizer
 from optimizers.layout import local_of
@@ -295,8 +296,7 @@ def main() -> None:
     print(table(found["columns"]))
     print(NOTES.format(**asdict(options)))
     if options.record:
-        record = {**machine(), "options": asdict(options), **found}
-        options.record.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+        write_json(options.record, {**machine(), "options": to_dict(options), **found}, indent=2)
 
 
 if __name__ == "__main__":
