@@ -4,7 +4,6 @@ A row is one example or, with packing, several. Row n of an epoch, whose order i
 n mod W, so that batches do not depend on the number W of ranks.
 """
 
-import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -19,6 +18,7 @@ from torchtitan.tools.logging import logger
 from common import UserError, one_line, progress
 from common.corpus import TABLES, local_files
 from common.launch import process_rank
+from common.text_rows import read_rows
 from Llama.config import JobConfig
 from Llama.data import Batch
 from Llama.sources import split_of
@@ -128,32 +128,7 @@ def local_rows(path: str | None, split: str) -> Iterator[tuple[str, Any]]:
     if not tables:
         raise UserError(f"{path} must hold .jsonl or .parquet files of instructions, holds none")
     for file in tables:
-        yield from parquet_rows(file) if file.suffix == ".parquet" else jsonl_rows(file)
-
-
-def jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (location, row) of a .jsonl file; raises UserError for a line that is not JSON or not UTF-8."""
-    number = 0
-    try:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"{file}, line {number}", json.loads(line)
-    except UnicodeDecodeError as error:  # of a block of lines: the line is unknown
-        raise UserError(f"{file} must be UTF-8, is not after line {number} ({one_line(error)}): convert it") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{file}, line {number} must be JSON, one object per line: {one_line(error)}") from error
-
-
-def parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (location, row) of a .parquet file; raises UserError if it is damaged."""
-    from pyarrow import ArrowException, parquet  # only such files need it
-
-    try:
-        rows = parquet.read_table(file).to_pylist()
-    except (ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{file} must be a whole .parquet file, is not ({one_line(error)[:200]})") from error
-    yield from ((f"{file}, row {i}", row) for i, row in enumerate(rows))
+        yield from read_rows(file)
 
 
 def conversation(row: Any, where: str) -> Messages:

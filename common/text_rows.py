@@ -1,6 +1,7 @@
-"""Rows of text from .jsonl and .parquet files: each row is checked, and an error names its file and row.
+"""Rows of .jsonl and .parquet files, and their texts: each row is checked, and an error names its file and row.
 
     for text in texts(Path("train.jsonl")): ...
+    for place, row in read_rows(Path("instructions.jsonl")): ...
     text_of(row.get("text"), "train.jsonl, row 7")    # the same check for rows that another library has read
 
 Nothing is converted: a null, a number or invalid Unicode would silently be trained on.
@@ -18,14 +19,23 @@ REMEDY = "correct the file, or leave it out"
 PARQUET_ROWS = 256  # per read
 
 
-def texts(path: Path) -> Iterator[str]:
-    """Yield the text of each row, in order; rows are counted from 1, like the lines of a .jsonl.
+def read_rows(path: Path, text_alone: bool = False) -> Iterator[tuple[str, Any]]:
+    """Yield each row and its place, "FILE, row N"; rows are counted from 1, like the lines of a .jsonl.
 
-    Raises UserError for a file that cannot be read, or a row without text.
+    text_alone: read no other column of a .parquet. Raises UserError for a file that cannot be read.
     """
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
-    for number, value in rows:
-        yield text_of(value, f"{path}, row {number}")
+    numbered = _parquet_rows(path, text_alone) if path.suffix == ".parquet" else _jsonl_rows(path)
+    for number, row in numbered:
+        yield f"{path}, row {number}", row
+
+
+def texts(path: Path) -> Iterator[str]:
+    """Yield the text of each row, in order; raises UserError for a file that cannot be read, or a row without text."""
+    for place, row in read_rows(path, text_alone=True):
+        if not isinstance(row, dict) or KEY not in row:
+            found = f"the keys {', '.join(row) or 'none'}" if isinstance(row, dict) else _shown(row)
+            raise UserError(f"{place} must have its text under the key {KEY!r}, has {found}: {REMEDY}")
+        yield text_of(row[KEY], place)
 
 
 def text_of(value: Any, place: str) -> str:
@@ -54,30 +64,26 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict) or KEY not in row:
-                        found = f"the keys {', '.join(row) or 'none'}" if isinstance(row, dict) else _shown(row)
-                        raise UserError(
-                            f"{path}, row {number} must have its text under the key {KEY!r}, has {found}: {REMEDY}"
-                        )
-                    yield number, row[KEY]
+                    yield number, json.loads(line)
     except UnicodeDecodeError as error:  # of a block of lines: the row is unknown
         raise UserError(f"{path} must be UTF-8, is not after row {number} ({one_line(error)}): {REMEDY}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}, row {number} must be JSON, is not ({one_line(error)}): {REMEDY}") from error
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+def _parquet_rows(path: Path, text_alone: bool) -> Iterator[tuple[int, Any]]:
     from pyarrow import ArrowException, parquet  # only such files need it
 
     number = 0
     try:
         table = parquet.ParquetFile(path)
-        require_key(table.schema_arrow.names, str(path))
-        for rows in table.iter_batches(batch_size=PARQUET_ROWS, columns=[KEY]):
-            for value in rows.column(0):
+        if text_alone:
+            require_key(table.schema_arrow.names, str(path))
+        for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[KEY] if text_alone else None):
+            for cells in zip(*batch.columns, strict=True):
                 number += 1
-                yield number, value.as_py()
+                values = [cell.as_py() for cell in cells]
+                yield number, dict(zip(batch.schema.names, values, strict=True))
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}, row {number}: the text must be UTF-8, is not ({one_line(error)}): {REMEDY}"

@@ -295,7 +295,7 @@ def test_run_is_exported_once_and_again_when_its_checkpoint_is_newer(assets, mod
     ("line", "message"),
     [
         ('{"question": "2?", "answer": 2}\n{"question": "3?"}', r'problem 2 must have "question" and "answer".*got'),
-        ("2?", "numglue.jsonl must be JSON, one object per line"),
+        ("2?", r"numglue.jsonl, row 1 must be JSON, is not"),
         ("", "numglue.jsonl must hold problems, one per line; it is empty"),
         (None, "needs its problems in .*numglue.jsonl, which does not exist: add it, or unset EVAL_DATA"),
     ],

@@ -199,22 +199,22 @@ def test_rows_that_are_no_conversation_refuse_with_their_line(tmp_path):
         {"role": "assistant", "content": "b"},
     ]
     for bad, message in [
-        ({"instruction": "a", "answer": "b"}, "line 2 must have .*'output' is missing or not text, of"),
-        ({"instruction": "a", "output": None}, "line 2 must have .*'output' is missing"),
-        ({"messages": [{"role": "user", "content": "a"}]}, "line 2: .*one must be the assistant's"),
-        ({"messages": [{"from": "human", "value": "a"}]}, 'line 2: each of "messages" must have a "role"'),
-        ([1], "line 2 must be an object"),
+        ({"instruction": "a", "answer": "b"}, "row 2 must have .*'output' is missing or not text, of"),
+        ({"instruction": "a", "output": None}, "row 2 must have .*'output' is missing"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "row 2: .*one must be the assistant's"),
+        ({"messages": [{"from": "human", "value": "a"}]}, 'row 2: each of "messages" must have a "role"'),
+        ([1], "row 2 must be an object"),
     ]:
         (tmp_path / "train.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n")
         with pytest.raises(UserError, match=message) as refused:
             [conversation(row, where) for where, row in local_rows(str(tmp_path), "train")]
         assert "\n" not in str(refused.value)
     (tmp_path / "train.jsonl").write_text('{"instruction": \n')
-    with pytest.raises(UserError, match=r"line 1 must be JSON"):
+    with pytest.raises(UserError, match=r"row 1 must be JSON"):
         list(local_rows(str(tmp_path), "train"))
     line = json.dumps(good).encode()
     for content, message in [
-        (line + b"\n" + b"[" * 100_000, "line 2 must be JSON"),
+        (line + b"\n" + b"[" * 100_000, "row 2 must be JSON"),
         (b"\xff" + line, "train.jsonl must be UTF-8"),
     ]:
         (tmp_path / "train.jsonl").write_bytes(content)

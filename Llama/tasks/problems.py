@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 
 from common import UserError, one_line
+from common.text_rows import read_rows
 from Llama.arithmetic import FOLDER
 
 EXAMPLES = Path(__file__).with_name("examples.jsonl")
@@ -33,7 +34,7 @@ def load(name: str, data: str | None = None, plain: bool = False, **_: Any) -> d
     problems = [to_problem(row, f"{where}, problem {i}") for i, row in enumerate(read(name, data), start=1)]
     if not problems:
         raise UserError(f"{where} must hold problems, one per line; it is empty")
-    examples = read_lines(EXAMPLES)
+    examples = [row for _, row in read_rows(EXAMPLES)]
     if plain:
         for each in (*problems, *examples):
             each["question"] = f"Question: {each['question']}\nAnswer:"
@@ -48,7 +49,7 @@ def read(name: str, data: str | None) -> list[Any]:
         if not path.is_file():
             remedy = "add it, or unset EVAL_DATA" if data else "run python -m Llama.arithmetic"
             raise UserError(f"{name} needs its problems in {path}, which does not exist: {remedy}")
-        return read_lines(path)
+        return [row for _, row in read_rows(path)]
     try:
         if name == "aqua":
             return datasets.load_dataset("deepmind/aqua_rat", "raw", split="test").to_list()
@@ -59,15 +60,6 @@ def read(name: str, data: str | None) -> list[Any]:
             f"the problems of {name} are not reachable ({one_line(error)[:100]}): where there is no internet, set "
             f"EVAL_DATA to a folder with {name}.jsonl, or leave {name} out of TASKS"
         ) from error
-
-
-def read_lines(path: Path) -> list[Any]:
-    """Return the rows of a file of JSON lines."""
-    try:
-        with path.open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines if line.strip()]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} must be JSON, one object per line: {error}") from error
 
 
 def to_problem(row: Any, where: str) -> dict[str, str]:
