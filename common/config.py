@@ -68,10 +68,19 @@ def refuse_changes(
     for name in names:
         for key in new:
             if (key == name or key.startswith(f"{name}.")) and key not in but and old.get(key) != new[key]:
+                setting, of_checkpoint, here = _differing(key, old.get(key), new[key])
                 raise UserError(
-                    f"{flag} needs the {key} of the checkpoint, {old.get(key)}; got {new[key]}; set it back, or start "
+                    f"{flag} needs the {setting} of the checkpoint, {of_checkpoint}; got {here}; set it back, or start "
                     f"over without {flag}"
                 )
+
+
+def _differing(key: str, old: Any, new: Any) -> tuple[str, Any, Any]:
+    """Return the name and both values of a setting that differs; of a table, of its first entry that does."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return key, old, new
+    name = next(each for each in [*old, *new] if old.get(each, "none") != new.get(each, "none"))
+    return _differing(f"{key}.{name}", old.get(name, "none"), new.get(name, "none"))
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
@@ -209,13 +218,15 @@ def _known_keys(config_class: type, prefix: str = "") -> list[str]:
         keys.append(prefix + field.name)
         if dataclasses.is_dataclass(hints[field.name]):
             keys += _known_keys(hints[field.name], f"{prefix}{field.name}.")
-    return keys
+    entries = getattr(config_class, "known_entries", tuple)  # "table.key" of tables whose keys are known
+    return keys + [prefix + entry for entry in entries()]
 
 
 def _nearest(name: str, known: list[str]) -> str:
     """Return the hint that ends an unknown-key error: the same leaf in another section, else the closest spelling."""
-    leaf = name.rpartition(".")[2]
+    section, _, leaf = name.rpartition(".")
     found = [key for key in known if key.rpartition(".")[2] == leaf]
+    found.sort(key=lambda key: not key.startswith(f"{section}."))  # first a table of the same section
     found = found or difflib.get_close_matches(name, known, n=1, cutoff=0.75)  # below that, an unrelated word
     if not found:
         leaves = {key.rpartition(".")[2]: key for key in known}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.config import ConfigError
-from common.optimizer_help import options_help
+from common.optimizer_help import option_names, options_help
 
 
 def _list_options(config: type) -> None:
@@ -40,6 +40,11 @@ class OptimizerConfig:
 
     def __init_subclass__(cls):
         _list_options(cls)
+
+    @classmethod
+    def known_entries(cls) -> list[str]:
+        """Return the keys of `options`, which the error of an unknown flag hints at."""
+        return [f"options.{name}" for name in option_names()]
 
     def __post_init__(self):
         rates = {f"tuned_lr.{name}": rate for name, rate in self.tuned_lr.items()}

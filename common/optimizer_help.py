@@ -23,6 +23,12 @@ def options_help() -> str:
     return "\n\n".join(["Options of the rule, each as --optimizer.options.NAME VALUE, written as in TOML:", *lines])
 
 
+def option_names() -> list[str]:
+    """Return the name of every option of the optimizer classes."""
+    return sorted({option for options, _ in _classes().values() for option in options})
+
+
+@cache
 def _classes() -> dict[str, tuple[list[str], dict[str, str]]]:
     """Return {rule: (options, {option: documentation})} of the classes that declare a rule's options."""
     found = {}

@@ -9,7 +9,8 @@ from typing import Literal
 
 import pytest
 
-from common.config import ConfigError, from_dict, parse_config, to_dict
+from common import UserError
+from common.config import ConfigError, from_dict, parse_config, refuse_changes, to_dict
 from common.run_config import RunConfig
 
 
@@ -220,6 +221,26 @@ def test_loop_of_links_is_refused_in_one_line(tmp_path):
     link.symlink_to(link)
     with pytest.raises(ConfigError, match=r"a\.toml: not a readable TOML file"):
         parse_config(Config, [str(link)])
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "said"),
+    [
+        (
+            {"betas": [0.9, 0.98]},
+            {"betas": [0.9, 0.99]},
+            r"optimizer.options.betas .*\[0.9, 0.98\]; got \[0.9, 0.99",
+        ),
+        ({"scale": 0.2, "eps": 1e-7}, {"scale": 0.2}, "optimizer.options.eps of the checkpoint, 1e-07; got none"),
+        ({}, {"scale": 0.1}, "optimizer.options.scale of the checkpoint, none; got 0.1"),
+    ],
+)
+def test_a_changed_table_is_refused_by_the_entry_that_differs(was, now, said):
+    configs = [{"steps": 3, "optimizer": {"name": "olion", "options": options}} for options in (was, now)]
+    refuse_changes(configs[0], configs[0], ["optimizer"])
+    refuse_changes(*configs, ["steps", "optimizer.name"])
+    with pytest.raises(UserError, match=f"^--resume needs the {said}"):
+        refuse_changes(*configs, ["optimizer"])
 
 
 @pytest.mark.parametrize("seed", [-1, 2**31, 2**70])

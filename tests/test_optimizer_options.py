@@ -12,7 +12,7 @@ import torch
 from test_engine import RULES, clones, every_rule, matrices, train, values
 from torch import nn
 
-from common.config import parse_config
+from common.config import ConfigError, parse_config
 from common.optimizer_config import OptimizerConfig
 from common.optimizer_help import SET_ELSEWHERE, options_help
 from nanoGPT.config import Config, GPTOptimizerConfig
@@ -146,6 +146,20 @@ def test_options_from_toml_and_command_line_match_those_from_code(tmp_path):
     expected = {"nesterov": False, "momentum": 0.7, "adjust_lr_fn": "original", "ns_dtype": torch.float32}
     assert {name: group[name] for name in expected} == expected
     assert tuple(group["ns_coefficients"]) == (2.0, -1.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("flag", "nearest"),
+    [("betas", "options.betas"), ("ns-steps", "options.ns_steps"), ("ns_step", "options.ns_steps"), ("lrr", "lr")],
+)
+def test_an_option_without_its_table_refuses_with_the_flag_that_sets_it(flag, nearest, tmp_path):
+    hint = f"; the nearest known key is 'optimizer.{nearest}'"
+    with pytest.raises(ConfigError, match=rf"unknown flag '--optimizer\.{flag}'{hint}$"):
+        parse_config(Config, [f"--optimizer.{flag}", "[0.9, 0.98]"])
+    path = tmp_path / "config.toml"
+    path.write_text(f"[optimizer]\n{flag} = 1\n")
+    with pytest.raises(ConfigError, match=rf"unknown key 'optimizer\.{flag}'{hint}$"):
+        parse_config(Config, [str(path)])
 
 
 def test_help_lists_every_option_of_every_rule():
