@@ -253,7 +253,7 @@ def test_warmup_longer_than_the_run_is_told(tiny, capsys):
 
 
 def test_config_of_a_run_holds_the_rate_that_was_used(tiny):
-    base = tiny.with_name("base.toml")
+    base = tiny.with_name("tiny-0.toml")
     base.write_text(base.read_text().replace("\nlr = ", "\ntuned_lr.olion = "))
     train(tiny, "--steps", "1")
     record = json.loads((run_folder(tiny) / "config.json").read_text())["config"]["optimizer"]

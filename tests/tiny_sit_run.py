@@ -9,42 +9,16 @@ from common import checkpoint
 from common.config import parse_config
 from common.launch import Process
 from common.runlog import read_metrics
+from scripts.drill import tiny
 from SIT import train as training
-from SIT.digits import ENCODER_FILE, DigitsCNN, save_digits_cnn
 from SIT.model import ModelConfig, SiT
 from SIT.train import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE = Process(0, 0, 1, torch.device("cpu"))  # a single process
 CONFIG = """
-log_every = 1
-wandb = "disabled"
-device = "cpu"
-ema = 0.9
-[model]
-size = ""
-patch_size = 2
-depth = 2
-width = 16
-n_head = 2
-input_size = 8
-channels = 1
-n_class = 10
-encoder_depth = 1
-projector_width = 16
-z_dim = 8
-[data]
-kind = "digits"
-[objective]
-encoder = "digits"
-encoder_folder = "{encoder}"
-[optimizer]
-lr = 4e-3
 [schedule]
-warmup = 2
 decay = "cosine"
-[eval]
-preview = 0
 """
 # Nothing divides: of 5 images in micro-batches of 1, on 2 ranks, one takes part without any, as in the last round of
 # the 5 validation images.
@@ -65,14 +39,8 @@ TIMINGS = {"step_ms", "optimizer_ms", "images_per_second", "peak_memory_mb"}
 def write_config(folder: Path, differing: str = UNEVEN) -> Path:
     """Write a config in this folder: the one above, and what a test has otherwise (TOML); returns its path."""
     encoder = folder / "encoder"
-    encoder.mkdir(parents=True)
-    torch.manual_seed(0)
-    with open(encoder / ENCODER_FILE, "wb") as file:
-        save_digits_cnn(DigitsCNN(width=4, z_dim=8), file)
-    (folder / "base.toml").write_text(CONFIG.format(encoder=encoder))
-    path = folder / "tiny.toml"
-    path.write_text(f'extends = "base.toml"\n{differing}')
-    return path
+    tiny.write_encoder(encoder)
+    return tiny.write_config(folder, "tiny", tiny.SIT.format(encoder=encoder), CONFIG, differing)
 
 
 def settings_of(config: Path, *arguments: str, out: Path | None = None) -> Config:

@@ -2,29 +2,18 @@
 
 import shutil
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
+from scripts.drill import tiny
 from scripts.drill.harness import forked, program
 
 ROOT = Path(__file__).resolve().parents[2]
 GPT = """
-log_every = 1
-wandb = "disabled"
-device = "cpu"
 steps = 4
-[model]
-n_layer = 2
-n_head = 2
-n_embd = 32
-context = 32
-vocab_size = 0
 [data]
-folder = "{folder}/corpus"
 batch_size = 2
 micro_batch = 2
-[optimizer]
-lr = 4e-3
 [schedule]
 warmup = 2
 [eval]
@@ -34,38 +23,13 @@ windows = 4
 every = 2
 """
 SIT = """
-log_every = 1
-wandb = "disabled"
-device = "cpu"
 steps = 4
-ema = 0.9
-[model]
-size = ""
-patch_size = 2
-depth = 2
-width = 16
-n_head = 2
-input_size = 8
-channels = 1
-n_class = 10
-encoder_depth = 1
-projector_width = 16
-z_dim = 8
 [data]
-kind = "digits"
 batch_size = 4
 micro_batch = 4
-[objective]
-encoder = "digits"
-encoder_folder = "{folder}/digits"
-[optimizer]
-lr = 4e-3
-[schedule]
-warmup = 2
 [eval]
 every = 4
 images = 4
-preview = 0
 [checkpoint]
 every = 2
 """
@@ -98,16 +62,16 @@ class Runs:
     @cached_property
     def gpt_config(self) -> Path:
         """The TOML of a GPT, with its corpus beside it."""
-        text = self.folder / "text.txt"
-        text.write_text("\n".join(f"def f{i}(x): return x * {i} + {i * i % 97}" for i in range(1000)))
-        _done("nanoGPT.prepare", text, "--out", self.folder / "corpus", "--workers", "1")
-        return self._written("gpt.toml", GPT)
+        text, corpus = tiny.write_text(self.folder / "text.txt", functions=1000), self.folder / "corpus"
+        _done("nanoGPT.prepare", text, "--out", corpus, "--workers", "1")
+        return tiny.write_config(self.folder, "gpt", tiny.GPT.format(corpus=corpus), GPT)
 
     @cached_property
     def sit_config(self) -> Path:
         """The TOML of a SiT of digits, with its encoder beside it."""
-        forked(self._make_encoder)
-        return self._written("sit.toml", SIT)
+        encoder = self.folder / "digits"
+        forked(partial(tiny.write_encoder, encoder))
+        return tiny.write_config(self.folder, "sit", tiny.SIT.format(encoder=encoder), SIT)
 
     @cached_property
     def llama_flags(self) -> list[str]:
@@ -140,21 +104,6 @@ class Runs:
         target = out / finished.parent.name / finished.name
         shutil.copytree(finished, target)
         return target
-
-    def _written(self, name: str, text: str) -> Path:
-        path = self.folder / name
-        path.write_text(text.format(folder=self.folder))
-        return path
-
-    def _make_encoder(self) -> None:
-        import torch
-
-        from SIT.digits import ENCODER_FILE, DigitsCNN, save_digits_cnn
-
-        (self.folder / "digits").mkdir()
-        torch.manual_seed(0)
-        with open(self.folder / "digits" / ENCODER_FILE, "wb") as file:
-            save_digits_cnn(DigitsCNN(width=4, z_dim=8), file)
 
 
 def run_in(out: Path) -> Path:
