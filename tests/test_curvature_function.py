@@ -149,6 +149,7 @@ def test_growth_on_a_gpt_matches_the_second_derivative(run):
     assert found == pytest.approx(float(second) / 2 * 1e-6, rel=1e-4)  # the next order is r^4
 
 
+@pytest.mark.slow
 def test_the_program_measures_draws_and_refuses(run, tmp_path, monkeypatch, capsys):
     def start(*arguments):
         monkeypatch.setattr(sys, "argv", ["curvature", *arguments])

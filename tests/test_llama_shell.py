@@ -109,3 +109,21 @@ def test_torchrun_matches_the_exit_status_of_the_rank_that_failed(checkout):
     done = subprocess.run([*torchrun, "sh", "-c", "exit 3"], cwd=checkout, capture_output=True, text=True)
     assert done.returncode == 3  # run.sh's sign of a diverged run
     assert "Traceback" not in done.stderr
+
+
+def test_qwen_script_sweeps_adamw_muon_and_muon_with_each_rate_of_polarsgdm(checkout):
+    """With an interpreter that only writes down what it is asked."""
+    python = checkout / "python"
+    python.write_text(f'#!/bin/sh\necho "$*" >> {checkout}/asked\n')
+    python.chmod(0o755)
+    given = {"PYTHON": str(python), "SEEDS": "1 2", "LRS": "4e-3", "REST_LRS": "2e-3 8e-3", "OUT": "out.json"}
+    done = bash(checkout, str(checkout / "Llama/run_qwen.sh"), "training.steps=9", **given)
+    assert done.returncode == 0, done.stderr
+    config = "Llama/train_configs/qwen_stdlib.toml"
+    *_, prepare, plain, first, second = (checkout / "asked").read_text().splitlines()
+    assert prepare == f"-m Llama.prepare {config}"
+    start = f"-m scripts.sweep {config} --module Llama.train --optimizers"
+    common = "--lrs 4e-3 --seeds 1 2 --jobs 1 --out out.json --set"
+    assert plain == f"{start} adamw muon {common} training.steps=9"
+    for line, rate in ((first, "2e-3"), (second, "8e-3")):
+        assert line == f"{start} muon {common} optimizer.rest=polarsgdm optimizer.rest_lr={rate} training.steps=9"

@@ -1,4 +1,4 @@
-"""Measures how the loss grows around a run's weights: the curvature function H(r) of the isotropic curvature model.
+"""Measure how the loss grows around a run's weights: the curvature function H(r) of the isotropic curvature model.
 
     python -m scripts.curvature --run runs/nanogpt/stdlib/olion-lr8e-3-s1337
     python -m scripts.curvature --run RUN --steps 0 400 800 --directions 8 --out images/curvature.png

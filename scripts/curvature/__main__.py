@@ -1,4 +1,4 @@
-"""Measures H(r) on the checkpoints of a run, fits its exponents, draws it and prints a table; see the package."""
+"""Measure H(r) on the checkpoints of a run, fit its exponents, draw it and print a table; see the package."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ RECORD = {"run": str, "radii": [float], "directions": int, "steps": dict}
 
 @dataclass(frozen=True)
 class Options:
-    """Measures H(r) on checkpoints of a run of any experiment, and fits its exponents."""
+    """Measure H(r) on checkpoints of a run of any experiment, and fit its exponents."""
 
     run: Path
     """Folder of a run, or the JSON of an earlier measurement."""
@@ -49,7 +49,7 @@ def check(options: Options) -> None:
 
 
 def collect(options: Options) -> dict[str, Any]:
-    """Measure every step asked for."""
+    """Measure every step asked for, and write the record after each."""
     from scripts.curvature.subjects import open_run  # here: a record is drawn again without an experiment
 
     subject = open_run(options.run, options.rows)
@@ -65,11 +65,12 @@ def collect(options: Options) -> dict[str, Any]:
         loss = float(subject.loss())
         found, rounding = measure(subject.loss, subject.matrices, radii, options.directions, options.seed)
         record["steps"][str(step)] = {"loss": loss, "rounding": rounding, "growth": found}
+        write_json(options.out.with_suffix(".json"), record)  # a step takes minutes: none is lost to an interruption
     return record
 
 
 def table(record: dict[str, Any]) -> str:
-    """The fits of each matrix at each step."""
+    """Format the fits of each matrix at each step."""
 
     def number(value: float | None, error: float | None = None, form: str = ".3f") -> str:
         return "–" if value is None else f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")
@@ -96,14 +97,14 @@ def table(record: dict[str, Any]) -> str:
 
 
 def kind_of(name: str) -> str:
-    """A matrix' name without the number of its layer: blocks.3.mlp.c_fc.weight is mlp.c_fc."""
+    """Return a matrix' name without the number of its layer: blocks.3.mlp.c_fc.weight is mlp.c_fc."""
     parts = name.removesuffix(".weight").split(".")
     last = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
     return ".".join(parts[last + 1 :]) or name
 
 
 def draw(record: dict[str, Any], out: Path) -> None:
-    """H(r) at the last step, and H(r) / r² at every step: mean over layers, band from the lowest to the highest."""
+    """Draw H(r) at the last step and H(r) / r² at all: mean over layers, band from the lowest to the highest."""
     steps, radii = list(record["steps"]), np.array(record["radii"])
     subtitle = f"mean of {record['directions']} directions; bands: from the lowest layer to the highest"
     figure, panels = new_figure("Growth of the loss around the weights", subtitle, rows=1 + len(steps))
@@ -133,8 +134,6 @@ def main() -> None:
     record = read_object(options.run, RECORD, "name a record of scripts.curvature") if again else collect(options)
     out = (options.run if again else options.out).with_suffix(".png")
     draw(record, out)
-    if not again:
-        write_json(out.with_suffix(".json"), record)
     print(f"{table(record)}\n\nH(r) and H(r)/r²: {out}, its values: {out.with_suffix('.json')}")
 
 

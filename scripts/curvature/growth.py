@@ -18,7 +18,7 @@ Growth = list[list[float]]  # (directions, radii)
 
 
 def draw_direction(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """A random D (m, n) of ||D u|| = 1 for unit u, in the mean over u where m < n."""
+    """Draw a D (m, n) of ||D u|| = 1 for unit u, in the mean over u where m < n."""
     m, n = shape
     gaussian = torch.randn(max(m, n), min(m, n), generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
@@ -30,7 +30,7 @@ def draw_direction(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 def growth(
     loss: Callable[[], Tensor], weights: Sequence[Tensor], directions: Sequence[Tensor], radii: Sequence[float]
 ) -> list[float]:
-    """(f(W + r D) + f(W - r D)) / 2 - f(W) for each r, all of `weights` moved at once and put back exactly."""
+    """Return (f(W + r D) + f(W - r D)) / 2 - f(W) for each r, all of `weights` moved at once and put back exactly."""
     before = [weight.clone() for weight in weights]
 
     def at(step: float) -> float:
@@ -48,7 +48,7 @@ def growth(
 def measure(
     loss: Callable[[], Tensor], matrices: dict[str, Tensor], radii: Sequence[float], directions: int, seed: int
 ) -> tuple[dict[str, Growth], float]:
-    """H of each matrix, and of all at once, along each direction and at each radius; and the rounding of the loss."""
+    """Return H of each matrix, and of all at once, by direction and radius; and the rounding of the loss."""
     generator = torch.Generator().manual_seed(seed)
     drawn = {
         name: [draw_direction(weight.shape, generator) for _ in range(directions)] for name, weight in matrices.items()
@@ -64,7 +64,7 @@ def measure(
 
 
 def fit(radii: Sequence[float], found: Growth, rounding: float) -> dict[str, Any]:
-    """Exponents of H with their standard errors, its plateau of H / r^2, and where it leaves that; None without points.
+    """Fit exponents of H with their standard errors, its plateau of H / r^2 and the end of that; None without points.
 
     plateau: H / r^2, geometric mean over the first decade that can be trusted. leaves: the first r at which H / r^2 is
     10 % off it. exponent: over all trusted decades, of which there are `decades`. steepest, at: the largest slope over
@@ -83,7 +83,8 @@ def fit(radii: Sequence[float], found: Growth, rounding: float) -> dict[str, Any
     slope, error = _slope(r, values, trusted)
     result = none | {"plateau": 10**plateau, "exponent": slope, "error": error, "decades": float(np.ptp(inside))}
     result["leaves"] = float(10 ** inside[off][0]) if off.any() else None
-    windows = [trusted[(inside >= low - 1e-9) & (inside <= low + 1 + 1e-9)] for low in inside if low + 1 <= inside[-1]]
+    windows = [trusted[(inside >= low - 1e-9) & (inside <= low + 1 + 1e-9)] for low in inside]
+    windows = [window for window in windows if np.ptp(r[window]) > 1 - 1e-9]
     if windows:
         best = max(windows, key=lambda window: _slope(r, values, window)[0])
         steepest, steepest_error = _slope(r, values, best)
@@ -93,7 +94,7 @@ def fit(radii: Sequence[float], found: Growth, rounding: float) -> dict[str, Any
 
 
 def _window(r: np.ndarray, mean: np.ndarray, rounding: float) -> np.ndarray:
-    """Indices of the radii, neighbours of one another, at which H is above the rounding and not saturated."""
+    """Return the indices of neighbouring radii at which H is above the rounding and not saturated."""
     above = mean > TRUSTED * max(rounding, np.finfo(float).tiny)
     if not above.any():
         return np.array([], dtype=int)
@@ -107,7 +108,7 @@ def _window(r: np.ndarray, mean: np.ndarray, rounding: float) -> np.ndarray:
 
 
 def _slope(r: np.ndarray, values: np.ndarray, window: np.ndarray) -> tuple[float, float | None]:
-    """Slope of log H of the mean direction, with its jackknife standard error; None for a single direction."""
+    """Return the slope of the log of the mean H, with its jackknife standard error; None for one direction."""
 
     def of(rows: np.ndarray) -> float:
         return float(np.polyfit(r[window], np.log10(np.abs(rows.mean(0)[window])), 1)[0])

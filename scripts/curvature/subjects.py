@@ -130,7 +130,7 @@ def _llama(folder: Path, config: dict[str, Any], rows: int) -> Subject:
 
 
 def _rotate(xq: Tensor, xk: Tensor, freqs_cis: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """torchtitan's rotary embedding, in the dtype that queries and keys (b, T, heads, D) come in."""
+    """Apply torchtitan's rotary embedding in the dtype that queries and keys (b, T, heads, D) come in."""
     from torchtitan.models.llama3.model.model import reshape_for_broadcast
 
     def turned(x: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def _seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _stored(folder: Path, model: nn.Module) -> tuple[list[int], Callable[[int], None]]:
-    """The steps of a run of nanoGPT or SIT, and what loads them into the model, which must be as it was initialized."""
+    """Return the steps of a run of nanoGPT or SIT, and a function that loads one into the initialized model."""
     initial = _copied(model)
     steps = sorted(manifest["step"] for _, manifest in survey(folder / "checkpoints")[0])
 

@@ -23,7 +23,7 @@ class Problem:
 
 
 def gaussian(seeds: Sequence[int], *shape: int) -> Tensor:
-    """Independent normal entries (S, *shape), a generator for each seed and shape."""
+    """Draw independent normal entries (S, *shape), a generator for each seed and shape."""
     drawn = [torch.randn(*shape, generator=_generator(seed, shape), dtype=torch.float64) for seed in seeds]
     return torch.stack(drawn)
 
@@ -36,7 +36,7 @@ def _generator(seed: int, shape: Sequence[int]) -> torch.Generator:
 
 
 def quadratic(seeds: Sequence[int], m: int = 24, n: int = 12) -> Problem:
-    """1/2 ||A X B - C||^2 / L with A (2 m, m), B (n, 5 n / 2) and C Gaussian."""
+    """Make 1/2 ||A X B - C||^2 / L with A (2 m, m), B (n, 5 n / 2) and C Gaussian."""
     a, b, c = gaussian(seeds, 2 * m, m), gaussian(seeds, n, 5 * n // 2), gaussian(seeds, 2 * m, 5 * n // 2)
     sides = [torch.linalg.svdvals(each).square() for each in (a, b)]
     largest = sides[0][:, 0] * sides[1][:, 0]  # (S,)
@@ -58,7 +58,7 @@ def quadratic(seeds: Sequence[int], m: int = 24, n: int = 12) -> Problem:
 
 
 def logistic(seeds: Sequence[int], m: int = 24, n: int = 12) -> Problem:
-    """sum log(1 + exp(-C * (A X B))) / L; C are the signs of A X0 B with noise of the same size."""
+    """Make sum log(1 + exp(-C * (A X B))) / L; C are the signs of A X0 B with noise of the same size."""
     a, b, x = gaussian(seeds, 2 * m, m), gaussian(seeds, n, 5 * n // 2), gaussian(seeds, m, n)
     clean = a @ x @ b
     labels = (clean + clean.std((1, 2), keepdim=True) * gaussian(seeds, *clean.shape[1:])).sign()
@@ -90,7 +90,7 @@ def logistic(seeds: Sequence[int], m: int = 24, n: int = 12) -> Problem:
 
 
 def completion(seeds: Sequence[int], m: int = 32, n: int = 24, rank: int = 4, seen: float = 0.6) -> Problem:
-    """1/2 ||mask * (X Y' - M)||^2 / ||mask * M||^2, M = U V' of this rank, a share `seen` of its entries."""
+    """Make 1/2 ||mask * (X Y' - M)||^2 / ||mask * M||^2, M = U V' of this rank, a share `seen` of its entries."""
     matrix = gaussian(seeds, m, rank) @ gaussian(seeds, n, rank).mT
     mask = (torch.erf(gaussian(seeds, m, n) / 2**0.5) / 2 + 0.5 < seen).double()  # the normal's own quantile
     size = (mask * matrix).square().sum((1, 2))

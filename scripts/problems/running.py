@@ -1,6 +1,6 @@
-"""Runs an optimizer on a problem at many rates at once, and finds the best of them."""
+"""Run an optimizer on a problem at many rates at once, and find the best of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from scripts.problems.objectives import Params, Problem
 DECAYED = 1e-3  # part of the rate that is left at the end of a decaying schedule
 SOLVED = 1e-16  # share of the first gap below which a problem is solved, to the rounding
 LOST = 1e3  # times the first value: the rate diverges, and the run goes no further
-RATES = tuple(2.0**k for k in range(-14, 7))
+RATES = tuple(2.0**k for k in range(-13, 10))
 
 
 @dataclass(frozen=True)
@@ -29,23 +29,36 @@ EXACT = {"ns_form": "qdwh"}  # the polar factor to rounding: what differs is the
 METHODS = (
     Method("Adam", "adamw"),
     Method("Lion", "lion"),
+    Method("Signum", "signum"),
     Method("Muon", "muon", EXACT),
     Method("OLion", "olion", EXACT),
+    Method("PolarGrad", "polargrad", {"inner_steps": 0, "momentum": 0.9}),
+    Method("PolarGrad, no momentum", "polargrad", {"inner_steps": 0, "momentum": 0.0}),
+    Method("Curvature", "curvature"),
 )
 
 
 class Course(NamedTuple):
-    """A course of values over the steps, each (steps + 1, R, S) for R rates and S seeds; NaN after a divergence."""
+    """A course of values over recorded steps, each (points, R, S) for R rates and S seeds; NaN after a divergence."""
 
     gap: Tensor  # f - f*
     norm: Tensor  # of the whole gradient
     condition: Tensor  # kappa_G: the largest over the smallest singular value of a gradient, the largest of several
 
 
-def run(problem: Problem, method: Method, rates: Sequence[float], decays: bool, steps: int, watch=None) -> Course:
-    """Take `steps` steps at each rate. watch(step, grads, optimizer, params) is called before each of them.
+def run(
+    problem: Problem,
+    method: Method,
+    rates: Sequence[float],
+    decays: bool,
+    steps: int,
+    every: int = 1,
+    watch: Callable[[int, RuleOptimizer, Params], None] | None = None,
+) -> Course:
+    """Take `steps` steps at each rate and record every so many of them, the first and the last.
 
-    The rates are the same run: the engine steps at rate 1, and each row keeps its rate's part of that.
+    The rates share one run: the engine steps at rate 1, and each row keeps its rate's part of that. `watch` is called
+    before each step with its number, the optimizer and the parameters (R S, m, n), which have their gradients.
     """
     count, each = len(rates), torch.tensor(rates, dtype=torch.float64).view(-1, 1)  # (R, 1)
     start = [tensor.expand(count, *tensor.shape).flatten(0, 1) for tensor in problem.start]  # (R S, m, n)
@@ -62,7 +75,8 @@ def run(problem: Problem, method: Method, rates: Sequence[float], decays: bool, 
         alive &= values <= LOST * first  # false of NaN, too
         for param, begin in zip(params, start, strict=True):
             param.data[~alive.flatten()] = begin[~alive.flatten()]
-        rows.append(_measured(values - problem.least, grads, alive))
+        if step in points(steps, every):
+            rows.append(_measured(values - problem.least, grads, alive))
         if step == steps:
             break
         before = [param.detach().clone() for param in params]
@@ -77,8 +91,13 @@ def run(problem: Problem, method: Method, rates: Sequence[float], decays: bool, 
     return Course(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
+def points(steps: int, every: int) -> list[int]:
+    """Return the steps that are recorded."""
+    return [*range(0, steps, every), steps]
+
+
 def _evaluate(problem: Problem, params: Params, count: int) -> tuple[Tensor, Params]:
-    """Values (R, S) and gradients (R S, m, n)."""
+    """Return values (R, S) and gradients (R S, m, n)."""
     values = problem.value([param.unflatten(0, (count, -1)) for param in params])
     return values.detach(), list(torch.autograd.grad(values.sum(), params))
 
@@ -93,34 +112,37 @@ def _measured(gap: Tensor, grads: Params, alive: Tensor) -> tuple[Tensor, Tensor
 
 
 def scores(problem: Problem, course: Course) -> Tensor:
-    """log10 of the part of the gap that is left, (R, S); infinite where the rate diverged."""
+    """Return log10 of the part of the gap that is left, (R, S); infinite where the rate diverged."""
     left = (course.gap[-1] / course.gap[0]).clamp(min=SOLVED).log10()
     return torch.where(left.isnan(), torch.inf, left)
 
 
 class Tuned(NamedTuple):
-    """The best rate, whether rates on both sides were tried, and its course (steps + 1, S)."""
+    """The best rate, whether rates on both sides were tried, and its course (points, S)."""
 
     rate: float
     bracketed: bool
     course: Course
 
 
-def tune(problem: Problem, method: Method, decays: bool, steps: int, rates: Sequence[float] = RATES) -> Tuned:
+def tune(
+    problem: Problem, method: Method, decays: bool, steps: int, rates: Sequence[float] = RATES, every: int = 1
+) -> Tuned:
     """Find the rate of the lowest mean log gap over the seeds."""
-    course = run(problem, method, rates, decays, steps)
+    course = run(problem, method, rates, decays, steps, every)
     means = scores(problem, course).mean(1)  # (R,)
     best = int(means.argmin())
     inside = 0 < best < len(rates) - 1
     return Tuned(rates[best], inside, Course(*(each[:, best] for each in course)))
 
 
-def newton(problem: Problem, steps: int) -> Course:
-    """Newton's method: (steps + 1, S) of everything."""
+def newton(problem: Problem, steps: int, every: int = 1) -> Course:
+    """Take `steps` steps of Newton's method, recorded as (points, S)."""
     params, rows = [tensor.clone().requires_grad_() for tensor in problem.start], []
     for step in range(steps + 1):
         values, grads = _evaluate(problem, params, 1)
-        rows.append(_measured(values - problem.least, grads, torch.ones_like(values, dtype=torch.bool)))
+        if step in points(steps, every):
+            rows.append(_measured(values - problem.least, grads, torch.ones_like(values, dtype=torch.bool)))
         if step < steps:
             moved = problem.newton([param.detach() for param in params])
             params = [tensor.requires_grad_() for tensor in moved]
