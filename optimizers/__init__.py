@@ -1,4 +1,4 @@
-"""OLion, Muon, AdaMuon, Lion, AdamW and their kin: one update rule each, one engine for all of them."""
+"""OLion, Muon, AdaMuon, Lion, AdamW and related optimizers: one update rule each, one engine for all."""
 
 from .adamuon import AdaMuon
 from .adamw import AdamW

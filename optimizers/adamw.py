@@ -46,7 +46,7 @@ class AdamW(RuleOptimizer):
 
 
 def whole_step(params: Tensors, grads: Tensors, state: dict[str, Tensors], group: dict) -> None:
-    """Decay, average and step in torch's fused kernel where there is one."""
+    """Decay, average and step, in torch's fused kernel if the device has one."""
     beta1, beta2 = group["betas"]
     torch_adamw(
         params,
@@ -55,10 +55,10 @@ def whole_step(params: Tensors, grads: Tensors, state: dict[str, Tensors], group
         state["exp_avg_sq"],
         max_exp_avg_sqs=[],
         state_steps=state["step"],
-        # torch.compile makes a kernel of its own.
+        # torch.compile generates its own kernel.
         fused=not torch.compiler.is_compiling()
         and all(
-            # The fused kernel walks memory: a gradient laid out otherwise than its parameter would be misread.
+            # The fused kernel reads in memory order, so a gradient needs its parameter's strides.
             param.device.type in _FUSED_DEVICES
             and (param.stride() == grad.stride() or (param.is_contiguous() and grad.is_contiguous()))
             for param, grad in zip(params, grads, strict=True)

@@ -44,9 +44,9 @@ def build_optimizer(
     """Build one optimizer for a whole model: rule `name` on its matrices, AdamW on the rest.
 
     Args:
-        model: its trainable parameters are divided by role; see `roles_of`. DistributedDataParallel brings its process
-            group along, DTensors (FSDP2, tensor parallelism) their layout.
-        name: olion, muon, adamuon, lion, adamw, or a rule of your own.
+        model: its trainable parameters are divided by role; see `roles_of`. DistributedDataParallel carries its process
+            group, DTensors (FSDP2, tensor parallelism) their layout.
+        name: olion, muon, adamuon, lion, adamw, or a registered rule.
         lr: learning rate of the matrices.
         adamw_lr: learning rate of the rest; None is `lr`, as in the paper.
         weight_decay: of every decayed tensor.
@@ -125,7 +125,7 @@ def _views(
     as_matrices: str | Mapping[str, str] | None,
     split: bool,
 ) -> dict[str, tuple]:
-    """Return the group options of every matrix, by name: its blocks and the way to see it, if `split`."""
+    """Return the group options of every matrix, by name: its blocks and `as_matrices`, if `split`."""
     names = [name for name, use in uses.items() if use.role == "matrix"]
     refuse_unmatched("qkv_split", qkv_split, names, "matrix")
     if isinstance(as_matrices, Mapping):

@@ -1,15 +1,15 @@
-"""The words of an error about a name that is not known."""
+"""Parts of error messages: the nearest known name, and the name of a parameter."""
 
 import difflib
 from collections.abc import Iterable
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the known name nearest to `name`, or "" where none is near."""
+    """Return "; did you mean 'x'?" for the known name nearest to `name`, or "" if none is near."""
     near = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def name_of(group: dict, position: int) -> str:
-    """Return what an error calls a parameter of a param group."""
+    """Return the name of a parameter of a param group, for error messages."""
     return group["param_names"][position] if "param_names" in group else f"parameter {position} of its group"

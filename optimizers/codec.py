@@ -1,20 +1,20 @@
-"""Codecs: how directions are written as bytes, read back, and how many bytes they take.
+"""Codecs: directions written as bytes and read back, and the number of these bytes.
 
-    SignCodec     entries -1, 1, 0 and NaN: one bit per entry, and zeros and NaN, of which there are few, apart
+    SignCodec     entries -1, 1, 0 and NaN: one bit per entry; zeros and NaN, which are few, apart
     CastCodec     any entries, rounded to a dtype
 
-Two bits tell the four kinds of sign apart, and a tensor of -1 and 1 alone needs only the first:
+Two bits distinguish the four kinds of sign; a tensor of -1 and 1 alone needs only the first:
 
                      1   -1    0   NaN
     negatives        0    1    0    1
     zero_or_nan      0    0    1    1
 
 Entry 8 j + i of the flat tensor is bit i of byte j of a plane; bits past the last entry are 0. -0.0 counts as zero and
-comes back as 0.0. The ops are those that torch vectorizes on CPUs, comparisons not being among them, and take about
+is read back as 0.0. All ops are vectorized by torch on CPUs, which comparisons are not, and take about
 as long as a clone of the tensor (`python -m scripts.bench_signs`); torch.compile gained nothing over them.
 
-Rounding alone makes a zero or two in a matrix of a million entries; a dead unit makes whole rows. So zeros and NaN are
-written as positions where they are few, and as a plane where they are many.
+Rounding causes a zero or two in a matrix of a million entries, a dead unit causes whole rows. So zeros and NaN are
+written as positions if they are few, and as a plane if they are many.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 # terms share a bit, so nothing carries into the top byte. On big-endian machines the bits of a byte come in reverse.
 _GATHER = 0x0102040810204080
 
-# Bytes of signs packed at once: temporaries stay in the L2 cache of each core; a GPU is better off with big kernels.
+# Bytes of signs packed at once: on CPUs temporaries stay in each core's L2 cache; GPUs are faster with large kernels.
 _CPU_CHUNK = 2**20
 _GPU_CHUNK = 2**28
 
@@ -41,13 +41,13 @@ class Codec:
     """
 
     def nbytes(self, entries: int, floats: int) -> int:
-        """Return the bytes of the row of a piece of `entries` entries and so many floats."""
+        """Return the bytes of the row of a piece of `entries` entries and `floats` floats."""
         return -(-(self._size(entries) + 8 * floats) // 16) * 16
 
     def write(self, pieces: Tensor, floats: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return (rows, zeros) of pieces (W, k, entries), the shards of k tensors with `floats` (k, matrices).
 
-        rows: uint8 (W, k, nbytes). zeros: uint8 (W, k, bytes), rows to send if `overflow` says so; None: never.
+        rows: uint8 (W, k, nbytes). zeros: uint8 (W, k, bytes), rows to send if `overflow` is true; None: never.
         """
         parts, count, entries = pieces.shape
         size, width = self._size(entries), floats.shape[1]
@@ -64,11 +64,11 @@ class Codec:
         return self._decode(rows[:, :size], entries, dtype, zeros), found
 
     def overflow(self, rows: Tensor) -> Tensor:
-        """Return whether any of the rows lacks zeros, which must follow: bool, 0-dimensional, the same on all ranks."""
+        """Return whether zeros must follow, as a row lacks room: bool, 0-dimensional, equal on all ranks."""
         raise NotImplementedError
 
     def _size(self, entries: int) -> int:
-        """Bytes that entries become, a multiple of 8."""
+        """Return the bytes of encoded entries, a multiple of 8."""
         raise NotImplementedError
 
     def _encode(self, pieces: Tensor, payload: Tensor) -> Tensor | None:
@@ -121,7 +121,7 @@ class SignCodec(Codec):
         planes = negatives(signs).view(torch.int64).view(parts, count, words)
         zeros = zero_or_nan(signs).view(torch.int64).view(parts, count, words)
         filled = zeros != 0
-        positions = filled.to(torch.uint8).topk(table, dim=2).indices  # no sync: as many, whether there are any or not
+        positions = filled.to(torch.uint8).topk(table, dim=2).indices  # a fixed number, so no sync
         overflow = (filled.sum(2) > table).any(0)[:, None].expand(parts, -1, -1)  # (W, k, 1)
         payload.view(torch.int64).copy_(torch.cat([overflow, planes, zeros.gather(2, positions), positions], dim=2))
         return zeros.view(torch.uint8)
@@ -146,7 +146,7 @@ class SignCodec(Codec):
 
 
 def codec_of(signs: bool, dtype: torch.dtype | None) -> Codec:
-    """Return the codec of directions: signs at one bit per entry, others in bfloat16, unless a dtype is asked for."""
+    """Return the codec of directions: one bit per entry for signs, bfloat16 for others, or the given dtype."""
     return SignCodec() if signs and dtype is None else CastCodec(dtype or torch.bfloat16)
 
 
@@ -165,7 +165,7 @@ def padded_entries(entries: int, dtype: torch.dtype) -> int:
 
 def negatives(signs: Tensor) -> Tensor:
     """Return the plane of entries that are negative or NaN: uint8 (ceil(n / 8),), for signs of any shape."""
-    return _pack(signs, lambda chunk: chunk.clamp(max=0))  # NaN stays NaN, which is marked
+    return _pack(signs, lambda chunk: chunk.clamp(max=0))  # NaN stays NaN, which sets the bit
 
 
 def zero_or_nan(signs: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The isotropic curvature model: how much a spectrum should be evened out if curvature grows like a power of the step.
+"""The isotropic curvature model: the best spectrum of a step if curvature grows like a power of its length.
 
 The model asks for the step Q that minimises -tr(Q G') + E H(||Q zeta||), zeta uniform on the unit sphere. Q keeps the
 singular vectors of G; for H(r) = r^p its singular values s solve, up to one factor for all,
@@ -32,7 +32,7 @@ def homogenize(matrices: Tensor, power: float = 4.0, iterations: int = 0, eps: f
             products alone: `_descend`.
         eps: floor of the Frobenius norm that each matrix is divided by.
 
-    Raises ValueError for a power or a number of iterations that cannot be done.
+    Raises ValueError for a power or a number of iterations out of range.
     """
     check(power, iterations)
     rank = min(matrices.shape[-2:])
@@ -48,7 +48,7 @@ def homogenize(matrices: Tensor, power: float = 4.0, iterations: int = 0, eps: f
 
 
 def check(power: float, iterations: int) -> None:
-    """Raise ValueError for what `homogenize` cannot do."""
+    """Raise ValueError for arguments that `homogenize` does not support."""
     if not isinstance(power, int | float) or not 2 <= power <= 4:
         raise ValueError(f"power must be a number from 2 (the gradient) to 4; got {power!r}")
     if not isinstance(iterations, int) or not 0 <= iterations <= 100:

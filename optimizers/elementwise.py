@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What a foreach kernel takes in one launch (multi_tensor_apply: 320 blocks of 65,536 entries); it cuts larger tensors
+# The limit of one launch of a foreach kernel (multi_tensor_apply: 320 blocks of 65,536 entries); it cuts larger tensors
 # into several launches, where a kernel of one tensor takes any size.
 _LAUNCH_ENTRIES = 320 * 65536
 
 
 def each(operation: str, tensors: list[Tensor], *arguments: Any, **options: Any) -> list[Tensor]:
-    """Apply a method of Tensor to each of `tensors`; a list among the arguments has one for each.
+    """Apply a method of Tensor to each of `tensors`; a list among the arguments has one entry for each.
 
     Example:
         >>> each("lerp_", averages, gradients, 0.1)

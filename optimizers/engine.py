@@ -36,7 +36,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             `rule`; it then takes that rule's defaults, but the optimizer's lr and weight_decay.
         rule: the name of a registered rule, for the groups that name none.
         process_group: the ranks that hold the same plain tensors and gradients (DDP), and share the work. Without it
-            each process works by itself. DTensors say themselves where they are.
+            each process works alone. DTensors carry their layout.
         options: the rule's options, by name.
 
     Building under a process group or with DTensors is a collective: all of their ranks must do it.
@@ -117,18 +117,18 @@ class RuleOptimizer(torch.optim.Optimizer):
         if not hasattr(self, "_plan"):
             self._begin(None, ask=False)
 
-    # --- following the parameters
+    # --- changed parameters
 
     @property
     def plan(self) -> Plan:
-        """What `step` will do: routes, owners, bytes; print it."""
+        """The plan of `step`, which can be printed: routes, owners, bytes."""
         self._follow()
         return self._plan
 
     def _follow(self) -> None:
-        """Refit state and plan to parameters that were moved, converted or swapped since they were made.
+        """Refit state and plan to parameters that were moved, converted or replaced since.
 
-        `model.to(...)` changes a parameter in place; Accelerate puts others, of FSDP2, into the groups.
+        `model.to(...)` changes a parameter in place; Accelerate replaces those in the groups by FSDP2's.
         """
         seen = self._fingerprints()
         if [[mark for _, mark in group] for group in seen] == [[mark for _, mark in group] for group in self._seen]:
@@ -166,7 +166,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
-        """Update every parameter that has a gradient; returns the closure's loss, if there is a closure.
+        """Update every parameter that has a gradient; return the closure's loss, if there is a closure.
 
         A param group with a line search evaluates the closure again, as torch's LBFGS does.
         """
@@ -180,7 +180,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._follow()
-        if not self._agreed:  # what is sent has changed: all ranks must have changed alike
+        if not self._agreed:  # messages have changed: all ranks must agree
             self._plan, self._agreed = make_plan(self.param_groups, self._process_group), True
         if self.searches and closure and loss is not None:
             trials, layouts = self._run(Trial)
@@ -208,7 +208,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         return updates, layouts
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load a state dict of the same rules over the same tensors; ValueError, changing nothing, for another one.
+        """Load a state dict of the same rules and tensors; raise ValueError for another one, changing nothing.
 
         Parameters are matched by name where both sides have names, else by position. State keeps the dtype, device
         and memory of this optimizer's. Hooks are called as torch calls them.
@@ -275,7 +275,7 @@ def _check(group: dict, rule: UpdateRule) -> None:
 
 
 def refuse_unknown(options, known, rule: str) -> None:
-    """Raise ValueError for an option that is not known, naming the nearest."""
+    """Raise ValueError for an unknown option, naming the nearest one."""
     for option in options:
         if option not in known:
             raise ValueError(_unknown(option, known, rule))

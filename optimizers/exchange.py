@@ -4,16 +4,16 @@ The ranks form a grid of R replicas by W shards (layout.py). For each bucket, ma
 
     1. each rank prepares its shards and sends them to the owners in its own row of the grid (all-to-all)
     2. owners stack their whole matrices and compute the directions
-    3. owners send the ranks of their row their shards of the directions (all-to-all), as the codec writes them
-    4. each rank sends what it received to the ranks of its column, as it came (all-to-all)
+    3. owners send the ranks of their row their shards of the directions (all-to-all), in the codec's format
+    4. each rank forwards the rows that it received to the ranks of its column (all-to-all)
     5. each rank reads the shards of the directions and updates its shards of the weights
 
-Where W is 1 (DDP), 1 and 3 fall away, where R is 1 (FSDP2) 4 does. While a bucket is computed, the shards of the next
+If W is 1 (DDP), 1 and 3 are skipped; if R is 1 (FSDP2), 4 is. While a bucket is computed, the shards of the next
 and the directions of the two before are on their way. Every rank posts the same collectives in the same order, whatever
 it owns. Messages are rows of equal length, one per matrix, of multiples of 16 bytes: NCCL copies others byte by byte.
 
-Packed signs stay packed until all have come: then one look at their flags tells whether a matrix has more zeros than
-its row has room for, and their planes follow. Shards are padded to the longest; where torch.chunk cuts evenly there is
+Packed signs stay packed until all have arrived: then one read of their flags shows whether a matrix has more zeros than
+its row has room for, and their planes follow. Shards are padded to the longest; if torch.chunk cuts evenly there is
 no padding.
 """
 
@@ -61,7 +61,7 @@ class Bucket:
 
     @property
     def rows(self) -> list[int]:
-        """How many matrices the ranks of each row of the grid own."""
+        """The number of matrices that the ranks of each row of the grid own."""
         return [sum(row) for row in self.counts]
 
     @property
@@ -90,9 +90,9 @@ def fill_buckets(entries: list[Entry], layout: Layout) -> list[Bucket]:
 
 @dataclass
 class PendingDirections:
-    """Directions of a bucket that have come, unread.
+    """Received directions of a bucket, not yet decoded.
 
-    rows: (n, bytes), one per member. zeros: (W, k, bytes), the planes of this rank's own directions, in case that they
+    rows: (n, bytes), one per member. zeros: (W, k, bytes), the planes of this rank's own directions, in case they
     must follow. dtype: of the directions once they are read.
     """
 
@@ -120,7 +120,7 @@ class OwnerExchange(Route):
         _overlap(self._carry(bucket, update, pending) for bucket in self.buckets)
         if not pending:
             return
-        # Every rank sees the same flags: the owners sent the same ones to all.
+        # Every rank reads the same flags, as the owners sent the same to all.
         flags = torch.stack([self.codec.overflow(each.rows) for each in pending]).tolist()  # the one sync
         _overlap(self._send_zeros(each, update) for each, flag in zip(pending, flags, strict=True) if flag)
         for each, flag in zip(pending, flags, strict=True):
@@ -164,7 +164,7 @@ class OwnerExchange(Route):
         received = PendingDirections(bucket, rows, zeros, dtype)
         if zeros is None:
             self._finish(received, update)
-        else:  # small, so that all of a step may wait for one another
+        else:  # small, so that a whole step's may stay in memory
             pending.append(received)
 
     def _prepare(self, bucket: Bucket, update: Update) -> tuple[Tensor, torch.dtype]:
@@ -186,7 +186,7 @@ class OwnerExchange(Route):
         return rows, dtype
 
     def _unpadded(self, bucket: Bucket, shards: Tensor) -> Tensor:
-        """Return my part of padded shards (..., *piece)."""
+        """Return this rank's part of padded shards (..., *piece)."""
         dim = self.layout.dim - len(bucket.piece)
         return shards.narrow(dim, 0, self.layout.shard_range(bucket.shape, self._shard)[1])
 
@@ -202,7 +202,7 @@ class OwnerExchange(Route):
         return whole, bucket.blocks.join(directions).reshape(whole.shape)
 
     def _floats(self, bucket: Bucket, whole: Tensor, directed: Tensor) -> Tensor:
-        """Return the numbers that travel with directions (k, *shape): norms or products, (k, floats)."""
+        """Return the numbers sent with directions (k, *shape): norms or products, (k, floats)."""
         if not bucket.floats:
             return directed.new_empty(len(directed), 0, dtype=torch.float64)
         if self.rule.sized:
@@ -218,7 +218,7 @@ class OwnerExchange(Route):
         return pieces.reshape(parts, len(directed), prod(bucket.piece))
 
     def _send_to_all(self, bucket: Bucket, messages: Tensor, kind: str) -> Generator[None, None, Tensor]:
-        """Send messages (W, k, bytes), one per shard, to all who hold that shard; return those of all owners."""
+        """Send messages (W, k, bytes), one per shard, to all ranks that hold that shard; return those of all owners."""
         row, rows = bucket.counts[self._replica], bucket.rows
         received = wire.all_to_all(messages.flatten(0, 1), [row[self._shard]] * len(row), row, self._shard_group, kind)
         yield
@@ -268,7 +268,7 @@ class OwnerExchange(Route):
         return self.layout.dim >= bucket.row_dims
 
     def _sum_rows(self, bucket: Bucket, sums: Tensors) -> Tensors:
-        """Add what the shards of each row hold."""
+        """Sum over the shards of each row."""
         if not self._cuts_rows(bucket):
             return sums
         return list(wire.all_reduce(torch.stack(sums), self.layout.shard_groups, "rows"))

@@ -1,4 +1,4 @@
-"""Output layers, told from hidden Linear layers by their place in a model."""
+"""Output layers, distinguished from hidden Linear layers by their position in a model."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -13,7 +13,7 @@ _WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.
 
 
 def find(model: nn.Module, tables: set) -> dict[nn.Module, str]:
-    """Return "head" for every output layer, and the reason of a doubt for a Linear that may be one.
+    """Return "head" for every output layer, and the reason for doubt about a Linear that may be one.
 
     tables: the weights of the model's embeddings; a Linear tied to one of them is left out.
     """
@@ -38,7 +38,7 @@ def find(model: nn.Module, tables: set) -> dict[nn.Module, str]:
 
 
 def is_transposed_linear(module: nn.Module) -> bool:
-    """Whether a module is Hugging Face's Conv1D, a Linear whose weight is stored (in, out)."""
+    """Return whether a module is Hugging Face's Conv1D, a Linear whose weight is stored (in, out)."""
     return any(c.__module__ == "transformers.pytorch_utils" and c.__name__ == "Conv1D" for c in type(module).__mro__)
 
 
@@ -50,7 +50,7 @@ def _verdict(
     everywhere: set[int],
     last: bool,
 ) -> str:
-    """Return "head", "matrix" or the reason of a doubt, for a Linear outside the repeated layers."""
+    """Return "head", "matrix" or the reason for doubt, for a Linear outside the repeated layers."""
     outputs, square = linear.out_features, linear.out_features == linear.in_features
     read = outputs in later or any(size > 1 and outputs % size == 0 and outputs // size <= _FUSED for size in later)
     sizes = [rows for rows, width in vocabularies if width == linear.in_features and _about(rows, outputs)]
@@ -70,7 +70,7 @@ def _verdict(
 
 
 def _about(rows: int, outputs: int) -> bool:
-    """Whether two sizes are of one vocabulary, either of them padded."""
+    """Return whether two sizes are of one vocabulary, either of them padded."""
     low, high = sorted((rows, outputs))
     return high == low or (high % _MULTIPLE == 0 and high <= -(-low // _PADDING) * _PADDING)
 
@@ -83,7 +83,7 @@ def _declared(model: nn.Module) -> Iterator[nn.Linear]:
             answer = ask() if callable(ask) else None
         except (AttributeError, NotImplementedError):  # a model without a head
             continue
-        several = answer if isinstance(answer, nn.ModuleList) else [answer]  # Musicgen has one for each codebook
+        several = answer if isinstance(answer, nn.ModuleList) else [answer]  # Musicgen has one per codebook
         yield from (each for each in several if isinstance(each, nn.Linear))
 
 
@@ -103,7 +103,7 @@ def _vocabularies(model: nn.Module) -> list[nn.Parameter]:
 def _hidden(model: nn.Module) -> set[nn.Module]:
     """Return the modules that hold no output layer.
 
-    Those below repeated layers, those of the body that a Hugging Face model puts a head on, and those in a Sequential
+    Those below repeated layers, those of the body under a Hugging Face model's head, and those in a Sequential
     whose outputs the next one reads.
     """
     below: set[nn.Module] = set()

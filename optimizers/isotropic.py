@@ -1,4 +1,4 @@
-"""Curvature: the averaged gradient with a spectrum that is evened out, not flattened.
+"""Curvature: the averaged gradient with a more even, but not flat, spectrum.
 
 Su, "Isotropic curvature model for understanding deep learning optimization", arXiv 2511.00674; the spectrum is
 computed in `curvature.py`.
@@ -34,7 +34,7 @@ class Curvature(RuleOptimizer):
         momentum: decay of M.
         nesterov: whether to look one step ahead.
         power: p, from 2 to 4; 2.05 to 2.5 were measured of GPT-2's layers.
-        iterations: steps of the solver by matrix products, each as dear as one of Newton-Schulz; 0 takes an SVD.
+        iterations: steps of the solver by matrix products, each as expensive as one of Newton-Schulz; 0 takes an SVD.
         eps: floor of the Frobenius norm that each matrix is divided by.
         scale: RMS of D.
         signed: whether D is the sign of U diag(s) V', of RMS `scale`.
@@ -71,7 +71,7 @@ class Curvature(RuleOptimizer):
 
 
 def direct(stack: Tensor, group: dict) -> Tensor:
-    """Even the spectra of (batch, m, n) out."""
+    """Return matrices (batch, m, n) with more even spectra."""
     return curvature.homogenize(stack, group["power"], group["iterations"], group["eps"])
 
 

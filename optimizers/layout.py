@@ -1,4 +1,4 @@
-"""Where a parameter's shards live, read from the tensor and validated.
+"""The layout of a parameter's shards over ranks, read from the tensor and validated.
 
 A layout is a grid of ranks (R, W): R replicas, each cut into W shards along one dimension of the tensor.
 
@@ -22,12 +22,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks that hold one parameter, and how it is cut among them.
+    """The ranks that hold one parameter, and its division among them.
 
     Attributes:
         ranks: global ranks that hold the parameter, in the order of the group or mesh.
         grid: (R, W) global ranks, one row per replica, one column per shard. Empty for gathered.
-        dim: tensor dimension that is cut into W shards; 0 where W is 1.
+        dim: tensor dimension that is cut into W shards; 0 if W is 1.
         placements: of the DTensor, for gathered.
         shard_groups: groups along which the tensor is cut; in a grid at most one, whose rank s holds shard s.
         replica_groups: groups whose ranks hold the same shard; in a grid at most one, whose rank r holds replica r.
@@ -73,7 +73,7 @@ class Layout:
 
 
 def layout_of(param: Tensor, plain: Layout | None, as_matrices: str | None) -> Layout | None:
-    """Return the layout of a matrix parameter; None where this process needs no other rank for it.
+    """Return the layout of a matrix parameter; None if this process needs no other rank for it.
 
     plain: the layout of plain tensors. Raises ValueError for a layout that is not supported.
     """

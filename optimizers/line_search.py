@@ -24,14 +24,14 @@ _MOST = 30  # backtracks; at a shrink of 1/2 the last step is 1e-9 of the first
 
 @dataclass
 class Search:
-    """What came of a search. step: a; 0 where none was good enough. slope: <G, D>. passes: losses evaluated again."""
+    """The result of a search. step: a, or 0 if none was good enough. slope: <G, D>. passes: extra losses."""
 
     step: float
     slope: float
     passes: int
 
     def metrics(self) -> dict[str, float]:
-        """Return it under the names of a log, with a / <G, D>, which theory keeps in a range."""
+        """Return the metrics to log, with a / <G, D>, which theory keeps in a range."""
         found = {"step": self.step, "slope": self.slope, "passes": float(self.passes)}
         found |= {"step_over_slope": self.step / self.slope} if self.slope else {}
         return {f"line_search/{name}": value for name, value in found.items()}
@@ -60,7 +60,7 @@ class Trial(Update):
         return total.item()
 
     def move(self, share: float, decay: bool = False) -> None:
-        """Write the weights of a step of this share of the learning rate."""
+        """Set the weights to a step of this fraction of the learning rate."""
         lr = share * float(self.group["lr"])
         for weight, before, direction in self.kept:
             weight.copy_(before * (1 - lr * self.group["weight_decay"]) if decay else before)
@@ -69,7 +69,7 @@ class Trial(Update):
 
 @contextmanager
 def gradients_aside(params: list[Tensor]) -> Iterator[None]:
-    """Take gradients off their parameters, and put them back: what a closure does to others is dropped."""
+    """Detach gradients from their parameters and restore them: gradients that a closure makes are dropped."""
     grads = [param.grad for param in params]
     for param in params:
         param.grad = None
@@ -81,7 +81,7 @@ def gradients_aside(params: list[Tensor]) -> Iterator[None]:
 
 
 def backtrack(trials: list[Trial], layouts: list[Layout | None], loss: float, closure: Callable) -> Search:
-    """Step along the directions of the trials, and return how far; a collective of the layouts' ranks.
+    """Step along the directions of the trials, and return the search; a collective of the layouts' ranks.
 
     closure: evaluates the loss again, for the same batch.
     """
@@ -107,7 +107,7 @@ def backtrack(trials: list[Trial], layouts: list[Layout | None], loss: float, cl
 
 
 def _mean(loss: float, layout: Layout | None, device: torch.device) -> float:
-    """Return the mean over the ranks of a layout, so that all of them decide alike."""
+    """Return the mean over the ranks of a layout, so that all of them decide equally."""
     if layout is None:
         return loss
     total = torch.tensor(loss, dtype=torch.float64, device=device)

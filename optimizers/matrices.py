@@ -1,4 +1,4 @@
-"""The matrices of a tensor: which they are, and each scaled to a root mean square entry."""
+"""The matrices of a tensor: its division into matrices, and their scaling to a root mean square entry."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Blocks:
 
     @property
     def shape_counts(self) -> dict[MatrixShape, int]:
-        """{(m, n): number of matrices}, in order of first appearance; one entry where all blocks are equal."""
+        """{(m, n): number of matrices}, in order of first appearance; one entry if all blocks are equal."""
         return {shape: self.batch * self.shapes.count(shape) for shape in self.shapes}
 
     @property
@@ -49,7 +49,7 @@ class Blocks:
 
     @property
     def _stacked(self) -> bool:
-        """Whether the matrices lie one after the other, so that a reshape stacks them."""
+        """Whether the matrices are adjacent in memory, so that a reshape stacks them."""
         return len(set(self.sizes)) == 1 and (len(self.sizes) == 1 or self.dim == 0)
 
     def split(self, tensors: Tensor) -> tuple[Tensor, ...]:
@@ -184,13 +184,13 @@ def _divided(length: int, split: Split, said: str) -> tuple[int, ...]:
 
 
 def blocks_in(group: dict, param: Tensor) -> Blocks:
-    """Return the matrices that a param group treats one of its parameters as."""
+    """Return the matrices of a parameter of a param group."""
     options = {name: group[name] for name in ("qkv_split", "qkv_dim", "as_matrices") if name in group}
     return blocks_of(param.shape, **options)
 
 
 def row_dims(shape: tuple[int, ...], group: dict) -> int:
-    """Return how many leading dimensions of a tensor count the rows of its matrices; the others are columns."""
+    """Return the number of leading dimensions that count the rows of matrices; the others are columns."""
     return 1 if group.get("as_matrices") == "flatten" else len(shape) - 1
 
 
@@ -205,7 +205,7 @@ def scaled(stack: Tensor, norms: Tensor, wanted: float, dtype: torch.dtype) -> T
 
 
 def factors_of(norms: Tensor, wanted: float, dtype: torch.dtype) -> Tensor:
-    """Return what brings norms to the wanted one, in float32, or `dtype` if that is wider, on every layout."""
+    """Return the factors that scale norms to the wanted one, in float32 or a wider `dtype`, on every layout."""
     return wanted / norms.to(torch.promote_types(dtype, torch.float32)).clamp(min=_ZERO)
 
 

@@ -1,9 +1,9 @@
-"""What can be said of a matrix: norms, spectrum, isotropy, closeness to a Hadamard matrix. Pure functions.
+"""Measures of matrices, as pure functions: norms, spectrum, isotropy, closeness to a Hadamard matrix.
 
 Each takes finite matrices (b, m, n) and returns {quantity: (b,)}, or (b, POINTS) for a distribution. Singular values
 are exact (LAPACK's or cuSOLVER's SVD, in float32, or float64 for float64) up to EXACT_LIMIT rows or columns. Beyond it
 spectral norms come from LANCZOS_STEPS Golub-Kahan-Lanczos steps, a lower bound (1e-5 below at 2048 x 2048 Gaussian
-entries), the polar factor from QDWH, and what needs all singular values or vectors is NaN.
+entries), the polar factor from QDWH, and measures that need all singular values or vectors are NaN.
 
 Isotropy: Wang, Shen and Zhang, arXiv 2602.01105. With Z = U Sigma V' of rank r, S = sign(U V') and m_k = u_k' S v_k:
 eps = sqrt(r) ||m - mean(m)|| / ||U V'||_1. The other measures are named after their formulas below.
@@ -47,13 +47,13 @@ def spectrum(weight: Tensor, momentum: Tensor) -> Measures:
 
 
 def direction(mixed: Tensor, update: Tensor) -> Measures:
-    """Measures of what is orthogonalized, Z (b, m, n), and of what came of it, D of the same shape.
+    """Measures of Z (b, m, n), the input of the orthogonalization, and of its direction D, of the same shape.
 
     isotropy, isotropy_haar: eps, and the level sqrt((pi/2 - 1) r / (m n)) of a random orthogonal matrix of rank r.
     flatness: ||Q||_1 / sqrt(r m n) of Z's polar factor Q; 1 for a Hadamard matrix, sqrt(2 / pi) for a random one.
     sign_spectral: sigma_max(sign(D)) / sqrt(max(m, n)); 1 for a Hadamard matrix.
     flipped_signs: share of entries whose sign in D is not that in Q, the exact orthogonalization.
-    alignment: <Z, sign(D)> / ||Z||_nuclear over ||Q||_1 / r, which it equals where Z is isotropic.
+    alignment: <Z, sign(D)> / ||Z||_nuclear over ||Q||_1 / r; 1 if Z is isotropic.
     """
     m, n = mixed.shape[1:]
     left, sigma, right = _factors(mixed)
@@ -91,7 +91,7 @@ def spectral_norm(stack: Tensor) -> Tensor:
     tall = _tall(stack)
     if tall.shape[2] > EXACT_LIMIT:
         return torch.stack([_lanczos(matrix, LANCZOS_STEPS) for matrix in tall])
-    return torch.linalg.eigvalsh(tall.mT @ tall)[:, -1].clamp(min=0).sqrt()  # only small ones suffer by squaring
+    return torch.linalg.eigvalsh(tall.mT @ tall)[:, -1].clamp(min=0).sqrt()  # squaring harms only small ones
 
 
 def singular_values(stack: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def _tall(stack: Tensor) -> Tensor:
 
 
 def _reduced(tall: Tensor) -> Tensor:
-    """A square matrix with the same singular values: cheaper where the matrix is much taller than wide."""
+    """Return a square matrix with the same singular values: cheaper if the matrix is much taller than wide."""
     return torch.linalg.qr(tall, mode="r").R if tall.shape[1] > 2 * tall.shape[2] else tall
 
 
@@ -150,7 +150,7 @@ def _lanczos(matrix: Tensor, steps: int) -> Tensor:
 
 
 def _next(vector: Tensor, basis: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Orthogonalize against a basis; return the unit vector, zero where nothing is left, and its former norm."""
+    """Orthogonalize against a basis; return the unit vector, zero if nothing is left, and its former norm."""
     if basis:
         stacked = torch.stack(basis)
         vector = vector - stacked.mT @ (stacked @ vector)

@@ -1,7 +1,7 @@
 """Muon: Nesterov momentum, orthogonalized.
 
 Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the scale by Liu et al., "Muon is
-scalable for LLM training", arXiv 2502.16982. Options mean what they mean in torch.optim.Muon.
+scalable for LLM training", arXiv 2502.16982. Options are torch.optim.Muon's.
 """
 
 from collections.abc import Sequence

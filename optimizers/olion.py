@@ -18,7 +18,7 @@ from .rule import Tensors, UpdateRule, mix, register, sign_of, update_ema
 
 
 class OLion(RuleOptimizer):
-    """OLion, for matrices: hidden weights of two dimensions (`build_optimizer` picks them out of a model).
+    """OLion, for matrices: hidden weights of two dimensions (`build_optimizer` selects them in a model).
 
         M <- b2 M + (1 - b2) g          X <- (1 - lr weight_decay) X - lr D
         G~ = (1 - b1) g + b1 M          with the new M
@@ -41,8 +41,8 @@ class OLion(RuleOptimizer):
         qkv_split: row blocks of each weight that are orthogonalized apart: a number of equal ones (3 for a fused QKV),
             or their sizes in proportion, as numbers of heads ((32, 8, 8) for grouped queries).
         qkv_dim: 1 to split columns instead, of weights that are stored (in, out).
-        as_matrices: how to see tensors of more than two dimensions: "batch", "flatten", or None to refuse them.
-        wire_dtype: dtype in which directions travel between ranks; None is one bit per entry for signs, exact with
+        as_matrices: tensors of more than two dimensions as a "batch" of matrices or "flatten"ed; None refuses them.
+        wire_dtype: dtype of directions in messages between ranks; None is one bit per entry for signs, exact with
             their zeros, and bfloat16 for others.
         process_group: the ranks that hold the same plain tensors and gradients (DDP) and share the work; DTensors
             say themselves how they lie.

@@ -8,7 +8,7 @@
         '''
         def __init__(self, params: ParamsT, lr: NonNegative = 1e-3, momentum: Fraction = 0.9, ...): ...
 
-An annotation says which values an option takes: NonNegative, Fraction, Literal[...], bool, int, torch.dtype, unions and
+An annotation declares the values of an option: NonNegative, Fraction, Literal[...], bool, int, torch.dtype, unions and
 tuples of these. Any other annotation is left to the rule's own `check`.
 """
 
@@ -59,12 +59,12 @@ def declared_by(constructor: type) -> dict[str, Any]:
 
 
 def given(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return what a constructor passes on, given its `locals()`."""
+    """Return the arguments of a constructor, given its `locals()`."""
     return {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
 
 
 def checked(name: str, value: Any, kind: Any) -> Any:
-    """Return an option's value, lists as tuples and names of dtypes as dtypes; ValueError unless it is of its kind."""
+    """Return an option's value, lists as tuples, names of dtypes as dtypes; raise ValueError for other kinds."""
     try:
         return _converted(value, kind)
     except TypeError:
@@ -115,7 +115,7 @@ def _number(value: Any, allowed: Range) -> Any:
 def _dtype(value: Any) -> torch.dtype:
     value = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
     real = isinstance(value, torch.dtype) and value.is_floating_point
-    return _require(value, real and value.itemsize > 1)  # none computes in 8 bits
+    return _require(value, real and value.itemsize > 1)  # no rule computes in 8 bits
 
 
 def _require(value: Any, holds: bool) -> Any:
@@ -125,7 +125,7 @@ def _require(value: Any, holds: bool) -> Any:
 
 
 def describe(kind: Any) -> str:
-    """Return in words which values an option of a kind takes."""
+    """Return a description of the values of a kind."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return str(kind.__metadata__[0])

@@ -35,13 +35,13 @@ def assign_owners(entries: list[Entry]) -> None:
 def refuse_disagreement(entries: list[Entry], plain: Layout | None, device: torch.device) -> None:
     """Raise ValueError, on every rank, unless all ranks of each layout have the same matrices in it.
 
-    plain: the layout of plain tensors, whose ranks are asked even where this one has no matrix: others may.
+    plain: the layout of plain tensors, whose ranks are asked even if this one has no matrix: others may have some.
     """
     outlines: dict[tuple[int, ...], tuple[Groups, list[str]]] = {plain.ranks: (plain.groups, [])} if plain else {}
     for entry in entries:
         if entry.layout:
             outlines.setdefault(entry.layout.ranks, (entry.layout.groups, []))[1].append(entry.outline)
-    for groups, outline in outlines.values() if device.type != "meta" else ():  # on paper there is no rank to ask
+    for groups, outline in outlines.values() if device.type != "meta" else ():  # a plan without ranks
         _compare(groups, outline, device)
 
 
@@ -56,7 +56,7 @@ def _compare(groups: Groups, outline: list[str], device: torch.device) -> None:
             outlines: list[Any] = [None] * len(everyone)
             dist.all_gather_object(outlines, outline, group=group)
             complaint = complaint or _first_difference(outlines, dist.get_process_group_ranks(group))
-            mine = torch.zeros_like(mine)  # along the next axis the others learn of it
+            mine = torch.zeros_like(mine)  # the next axis passes it on to the others
     if complaint:
         raise ValueError(
             f"all ranks must hand the optimizer the same parameters in the same order; {complaint}; "

@@ -3,14 +3,14 @@
 One Newton-Schulz step maps every singular value s to a s + b s³ + c s⁵ and leaves the singular vectors alone.
 With X (m, n), m <= n (a tall matrix is transposed), G = X Xᵀ and p(G) = a I + b G + c G², two forms do the same:
 
-    plain   X <- p(G) X                                  two products with X a step
+    plain   X <- p(G) X                                  two products with X per step
     gram    G <- p(G) G p(G),  Q <- Q p(G);  X <- Q X    m x m products only, X touched once at the end
 
 Every m x m product here is of commuting symmetric matrices, so it is symmetric too and only its upper blocks are
 computed (`symmetric.py`). The cheaper form is chosen by counting multiplications (`flops`).
 
 Sources: Jordan et al., "Muon" (2024), for the iteration and its coefficients; Amsel et al., "The Polar Express",
-arXiv 2505.16932, for one triple a step; Zhang, Amsel, Chen and Dao, "Gram Newton-Schulz" (2026), for the Gram form
+arXiv 2505.16932, for one triple per step; Zhang, Amsel, Chen and Dao, "Gram Newton-Schulz" (2026), for the Gram form
 and its restart. Blocked symmetric products and the restart lengths below are ours, measured.
 """
 
@@ -54,7 +54,7 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
 
 Form = Literal["auto", "plain", "gram", "qdwh", "svd"]
 FORMS = get_args(Form)
-_EXACT_FORMS = ("qdwh", "svd")  # computed in float32 or float64 from what they are given
+_EXACT_FORMS = ("qdwh", "svd")  # computed in float32 or float64
 
 # The Gram form restarts (forms G anew from X) before G's rounding error, the precision's eps grown by up to a² a
 # step, reaches a limit; the first run bears more, as the spectrum of G is still small. Over nine spectra (Gaussian,
@@ -77,7 +77,7 @@ def orthogonalize(
     Args:
         matrices: (..., m, n), not written to.
         ns_steps: Newton-Schulz steps.
-        ns_coefficients: a name in `COEFFICIENTS`, one triple (a, b, c), or one triple a step.
+        ns_coefficients: a name in `COEFFICIENTS`, one triple (a, b, c), or one triple per step.
         eps: floor of the Frobenius norm that each matrix is divided by, as in torch.optim.Muon (the paper adds it
             instead; the two differ by 1e-7 of the norm). A zero matrix stays zero.
         dtype: precision of the iteration and of the result; None is `default_dtype`.
@@ -134,7 +134,7 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 def steps_of(ns_coefficients: str | Sequence, ns_steps: int) -> list[Triple]:
-    """Return the triple (a, b, c) of each of `ns_steps` steps; ValueError where the two do not fit."""
+    """Return the triple (a, b, c) of each of `ns_steps` steps; raise ValueError if the two do not fit."""
     if not isinstance(ns_steps, int) or not 0 < ns_steps < 100:
         raise ValueError(f"ns_steps must be a whole number from 1 to 99, got {ns_steps!r}; 5 is usual")
     if isinstance(ns_coefficients, str):
@@ -167,7 +167,7 @@ def flops(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> float:
-    """Return the floating-point operations of orthogonalizing one (m, n) matrix: two a multiplication."""
+    """Return the floating-point operations of orthogonalizing one (m, n) matrix: two per multiplication."""
     triples = steps_of(ns_coefficients, ns_steps)
     if form not in ("auto", "plain", "gram"):
         raise ValueError(f"operations are counted for the forms auto, plain and gram; got {form!r}")
@@ -246,7 +246,7 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def orthogonalize_group(stack: Tensor, group: dict) -> Tensor:
-    """Orthogonalize (batch, m, n) as a param group's options say."""
+    """Orthogonalize (batch, m, n) by a param group's options."""
     return orthogonalize(
         stack, group["ns_steps"], group["ns_coefficients"], group["eps"], group["ns_dtype"], group["ns_form"]
     )

@@ -28,14 +28,14 @@ class PolarGrad(RuleOptimizer):
         momentum_first      M <- momentum M + (1 - momentum) g      D = <M, U> U,   U = polar(M)
         polar_first         M <- momentum M + (1 - momentum) U      D = <g, U> M,   U = polar(g)
 
-    <M, U> is the nuclear norm of M, the sum of its singular values: one number, which travels with U between ranks.
+    <M, U> is the nuclear norm of M, the sum of its singular values: one number, sent with U between ranks.
 
     Args:
         params: tensors of shape (m, n), named tensors or param groups.
         lr: step size, before the nuclear norm.
         momentum: decay of M; may be 0.
         order: whether gradients or their polar factors are averaged.
-        inner_steps: steps of QDWH, of `ns_form` "qdwh" alone; 0 for as many as full precision takes.
+        inner_steps: steps of QDWH, of `ns_form` "qdwh" alone; 0 for the number of full precision.
         signed: whether D is the sign of U, or of M where polar_first, of RMS `scale`, in place of the nuclear norm.
         scale: RMS of D with `signed`.
         Others: as in `OLion`.

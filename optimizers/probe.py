@@ -8,7 +8,7 @@
         ...
         log(watch(step))                # {} but for the first step and every hundredth
 
-Nothing is changed: directions are computed on copies of the momentum, by a throw-away optimizer.
+A probe changes nothing: directions are computed on copies of the momentum, by a temporary optimizer.
 """
 
 import time
@@ -29,7 +29,7 @@ from .rule import UpdateRule
 from .watched import Matrix, choose
 
 NORMS = ("spectral", "max_abs", "frobenius", "stable_rank", "kurtosis")
-QUANTITIES: dict[str, dict[str, int]] = {  # by the name asked for: what is returned, and how many numbers each is
+QUANTITIES: dict[str, dict[str, int]] = {  # by name: the returned quantities, and the numbers of each
     "norms": {f"weight_{norm}": 1 for norm in NORMS},
     "isotropy": {"isotropy": 1, "isotropy_haar": 1},
     "hadamard": {"flatness": 1, "sign_spectral": 1},
@@ -64,14 +64,14 @@ class Probe:
             self._quantities = _possible(quantities, [matrix.rule for matrix in choose(optimizer, **chosen)])
 
     def __call__(self, step: int) -> dict[str, float | list[float]]:
-        """Measure if it is due before the step of this number, counted from 1; a collective of the matrices' ranks."""
+        """Measure if due before this step, counted from 1; a collective of the matrices' ranks."""
         due = self.every is not None and (step == 1 or step % self.every == 0)
         return self.measure() if due else {}
 
     @torch.no_grad()
     def measure(self) -> dict[str, float | list[float]]:
-        """Measure now, between backward and step; also {"probe/ms": time taken}. What is not finite is left out."""
-        matrices = choose(self._optimizer, **self._chosen)  # anew: parameters may have been moved or swapped
+        """Measure now, between backward and step; also {"probe/ms": duration}. NaN and infinities are left out."""
+        matrices = choose(self._optimizer, **self._chosen)  # parameters may have been moved or replaced
         if set(self._quantities) & set(OF_GRADIENTS) and all(each.param.grad is None for each in matrices):
             raise ValueError(
                 "a probe of directions needs gradients, got none on any of its matrices; call it after backward() and "
@@ -96,24 +96,24 @@ def probe(optimizer: torch.optim.Optimizer, **chosen: Any) -> dict[str, float | 
 
     Args:
         optimizer: of this package; of any other torch.optim, with `model`, weights and momentum are measured.
-        model: needed where no rule here trains matrices (lion, adamw), to tell them from embeddings.
-        roles: the model's `roles`, if it was built with some.
+        model: needed if no rule here trains matrices (lion, adamw), to distinguish them from embeddings.
+        roles: the `roles` that the optimizer was built with, if any.
         matrices: name patterns, of all matrices by default.
         per_shape: at most so many of each shape, evenly spaced over the depth (2); 0 for all.
-        quantities: some of `QUANTITIES`; by default all that the optimizer's rule has but the spectrum.
+        quantities: some of `QUANTITIES`; by default all of the optimizer's rule, except the spectrum.
         mean: means over the matrices of one shape, "probe/512x128/..."; else by name.
 
-    On any layout: every rank of a matrix must call it; the ranks share the matrices among them, and all get the result.
+    On any layout: every rank of a matrix must call it; the ranks share the matrices, and all get the result.
     Raises ValueError for a pattern that fits nothing, a quantity that the rule does not have, and missing gradients.
     """
     return Probe(optimizer, every=1, **chosen).measure()
 
 
-# --- what is measured
+# --- quantities
 
 
 def _possible(quantities: Sequence[str] | None, rules: Sequence[UpdateRule | None]) -> tuple[str, ...]:
-    """Return the quantities to measure; ValueError for one asked for that a rule does not have."""
+    """Return the quantities to measure; raise ValueError for one that a rule does not have."""
     for each in quantities or ():
         if each not in QUANTITIES:
             raise ValueError(f"a probe measures {', '.join(QUANTITIES)}; got {each!r}{closest(each, QUANTITIES)}")
@@ -131,17 +131,17 @@ def _possible(quantities: Sequence[str] | None, rules: Sequence[UpdateRule | Non
 
 
 def _sizes(quantities: Sequence[str]) -> dict[str, int]:
-    """What is returned, and how many numbers each is."""
+    """Return the names of the results, and the numbers of each."""
     return {name: size for each in quantities for name, size in QUANTITIES[each].items()}
 
 
-# --- how it is measured
+# --- measurements
 
 
 def _measured(matrix: Matrix, buffers: Mapping[str, Any], turn: int, quantities: Sequence[str]) -> Tensor:
     """Return all numbers of one matrix, on all of its ranks; one of these computes, chosen in turn.
 
-    NaN stands for what cannot be had: of a matrix that is not finite, or has no gradient.
+    NaN for quantities that have no value: of a matrix that is not finite, or without a gradient.
     """
     param, sizes = matrix.param, _sizes(quantities)
     precision = torch.promote_types(param.dtype, torch.float32)
@@ -187,7 +187,7 @@ def _compute(
 
 
 def _update(matrix: Matrix, grad: Tensor, state: dict[str, Tensor]) -> Tensor:
-    """Return D, by which the optimizer would move this matrix at a rate of 1 without decay: a zero one moves to -D."""
+    """Return D, the update of this matrix at a rate of 1 without decay: a zero one moves to -D."""
     assert matrix.rule is not None
     options: dict[str, Any] = {name: matrix.group[name] for name in matrix.rule.defaults}
     options |= {"lr": 1.0, "weight_decay": 0.0}
@@ -203,7 +203,7 @@ def _update(matrix: Matrix, grad: Tensor, state: dict[str, Tensor]) -> Tensor:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor, gathered from its ranks where it is in shards."""
+    """Return the whole tensor, gathered from its ranks if it is sharded."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 

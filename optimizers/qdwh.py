@@ -20,8 +20,8 @@ _CHOLESKY_BELOW = 100.0  # Nakatsukasa and Higham 2013: below this c, I + c X'X 
 def qdwh(matrices: Tensor, eps: float = 1e-7, steps: int | None = None) -> Tensor:
     """Return the polar factor of each (m, n) of a stack (batch, m, n), in float32 or, for float64, float64.
 
-    Singular values above the dtype's eps times the Frobenius norm become 1; below it they are rounding, and what they
-    become is arbitrary between 0 and 1. A zero matrix stays zero. eps: floor of that norm. Nothing is read back to the
+    Singular values above the dtype's eps times the Frobenius norm become 1; smaller ones are rounding, and their images
+    are arbitrary between 0 and 1. A zero matrix stays zero. eps: floor of that norm. Nothing is read back to the
     host: the number of steps follows from the dtype alone, or is given: after 2 in float32, singular values of more
     than eps lie in [0.3, 1], most of them near 1.
     """

@@ -6,8 +6,8 @@
     head        output layers: to the vocabulary, classes, a value    AdamW        yes
     vector      gains, biases, everything of one dimension            AdamW        no
 
-A role follows from a tensor's module and the module's place in the model, never from a name. A tensor whose role cannot
-be seen is refused.
+A role follows from a tensor's module and the module's position in the model, never from a name. A tensor without a
+clear role is refused.
 """
 
 import re
@@ -36,7 +36,7 @@ class Use:
     """The use of a tensor in its model.
 
     Attributes:
-        role: one of `ROLES`; None where the role cannot be seen.
+        role: one of `ROLES`; None if the role is not clear.
         blocks: of a matrix, the number of fused blocks, each orthogonalized by itself.
         transposed: whether fused blocks are columns, of a weight that is stored (in, out).
         as_matrices: of a matrix, the optimizers' option of that name; None for a plain 2-D weight.
@@ -59,8 +59,7 @@ def roles_of(model: nn.Module, roles: Mapping[str, str] | None = None) -> dict[s
             number, or to a size that no later module reads.
         roles: {name pattern: role}, as "*.gate": "matrix"; overrules the model.
 
-    Raises ValueError for a pattern or role that fits nothing, and for tensors whose role cannot be seen, all in one
-    message.
+    Raises ValueError for a pattern or role that fits nothing, and one for all tensors without a clear role.
 
     Example:
         >>> roles_of(model, {"pos_embed": "embedding"})
@@ -128,7 +127,7 @@ def _use(leaf: str, param: nn.Parameter, owner: nn.Module, tables: set, verdicts
 
 
 def _is_experts(param: nn.Parameter, owner: nn.Module) -> bool:
-    """Whether a tensor is of a mixture's stacked experts, whose modules Hugging Face marks by these attributes."""
+    """Return whether a tensor holds stacked experts, whose modules Hugging Face marks by these attributes."""
     marked = hasattr(owner, "num_experts") and hasattr(owner, "is_transposed")
     return marked and param.shape[0] == owner.num_experts
 

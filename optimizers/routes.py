@@ -1,10 +1,10 @@
-"""Routes: how a rule's direction, which needs whole matrices, is computed from the shards that this process holds.
+"""Routes: computation of a rule's direction, which needs whole matrices, from the shards of this process.
 
 A route serves parameters of one param group with one layout, bucket by bucket, so that the temporaries of a step are
 those of a few buckets. It knows layouts, never rules.
 
     Local            whole matrices in this process, or a rule without a direction: nothing is sent
-    Gathered         every rank gathers every matrix: right for any DTensor, and the oracle of the others
+    Gathered         every rank gathers every matrix: for any DTensor, and the reference of the other routes
     OwnerExchange    each matrix has an owner among the ranks, which computes it for all (exchange.py)
 """
 
@@ -27,8 +27,8 @@ from .matrices import Blocks, multiplied, norms_of, products_of, scaled, to_rms
 from .rule import Tensors, UpdateRule
 from .update import Update
 
-# Entries of a stack: more gain nothing in speed, and its temporaries are about six times as large. A model of many
-# more has larger stacks, so that it has at most about 40.
+# Entries of a stack: larger ones are no faster, and temporaries are about six times as large. A model of many more
+# entries has larger stacks, at most about 40.
 _STACK_ENTRIES, _STACKS, _TOGETHER = 2**25, 20, 2
 
 
@@ -36,9 +36,9 @@ _STACK_ENTRIES, _STACKS, _TOGETHER = 2**25, 20, 2
 class Entry:
     """One parameter of the plan; the fields after `rule` are of matrices, None for elementwise rules.
 
-    blocks: the matrices that it is treated as. layout: None where this process needs no other. owner: a
-    global rank. flops: of its direction. to_owner_dtype, codec: in which it travels to its owner, and its direction
-    back. floats: the numbers that travel with the direction, one per matrix, if they are wanted. row_dims: the leading
+    blocks: the matrices that it is treated as. layout: None if this process needs no other. owner: a global rank.
+    flops: of its direction. to_owner_dtype: of its shards sent to the owner. codec: of the direction sent back.
+    floats: the numbers sent with the direction, one per matrix, if the rule needs them. row_dims: the leading
     dimensions that count rows of matrices.
     """
 
@@ -62,18 +62,18 @@ class Entry:
 
     @property
     def outline(self) -> str:
-        """All that decides the messages of ranks to one another about it."""
+        """The properties that determine the messages between ranks about it."""
         sent = f"{self.to_owner_dtype} to owners, directions in {self.codec}"
         return f"{self.name} {self.shape} as {self.blocks}, {self.rule}, {self.route}, {sent}"
 
     @property
     def direction_bytes(self) -> int:
-        """Bytes of the whole direction on the wire, when it has no zero; 0 where nothing is sent."""
+        """Bytes of the whole direction in messages, if it has no zero; 0 if nothing is sent."""
         return 0 if self.owner is None else self.codec.nbytes(prod(self.shape), self.floats)
 
 
 class Route:
-    """Steps parameters of one param group that travel alike: of one layout, in the same dtypes and codec.
+    """Steps the parameters of one param group with equal layout, dtypes of messages and codec.
 
     Args:
         rule: of the group.
@@ -90,7 +90,7 @@ class Route:
         raise NotImplementedError
 
     def add_traffic(self, traffic: wire.Traffic, rank: int) -> None:
-        """Count the bytes that a global rank sends and receives per step while zeros fit into their messages."""
+        """Count the bytes that a global rank sends and receives per step if zeros fit into their messages."""
 
 
 class Local(Route):
@@ -149,9 +149,9 @@ class Local(Route):
 
 
 class Gathered(Route):
-    """Every rank gathers every matrix and computes it: right for any DTensor, at the price of all ranks' time.
+    """Every rank gathers and computes every matrix: for any DTensor, at the cost of every rank's time.
 
-    The transport is DTensor's own, so its bytes are worked out from the shapes. Matrices travel in their entry's
+    DTensor moves the data, so the bytes are computed from the shapes. Matrices are sent in their entry's
     `to_owner_dtype`.
     """
 
@@ -188,7 +188,7 @@ class Gathered(Route):
             )
 
     def add_traffic(self, traffic: wire.Traffic, rank: int) -> None:
-        """Count what this rank, taken for any, gathers per step."""
+        """Count the bytes that this rank, as an example of all, gathers per step."""
         if rank not in self.layout.ranks:
             return
         for members in self._stacks:
@@ -207,7 +207,7 @@ class Gathered(Route):
         return sums
 
     def _hides_rows(self, members: list[int]) -> bool:
-        """Whether a tensor has several matrices: DTensor does not expose which of their rows a rank has."""
+        """Return whether a tensor has several matrices: DTensor does not expose which of their rows a rank has."""
         return any(self.blocks[i].count > 1 for i in members)
 
     def _rescale(self, params: list[DTensor], members: list[int], directions: Tensors, rms: float) -> Tensors:
@@ -229,7 +229,7 @@ class Gathered(Route):
 
 
 def _cut_beyond(dims: int, param: DTensor) -> tuple[dist.ProcessGroup, ...]:
-    """Return the groups along which a parameter is cut in another than its first `dims` dimensions."""
+    """Return the groups along which a parameter is cut in dimensions after the first `dims`."""
     axes = [axis for axis, each in enumerate(param.placements) if getattr(each, "dim", -1) >= dims]  # -1: a replica
     return tuple(param.device_mesh.get_group(axis) for axis in axes)
 
@@ -250,7 +250,7 @@ def _dtensor(local: Tensor, param: DTensor, placements) -> DTensor:
 
 
 def _cut(params: list[DTensor], blocks: list[Blocks], stacks: Tensors) -> Tensors:
-    """Return this rank's shards of the tensors in stacks (b, m, n) that all ranks have: a cut, which sends nothing."""
+    """Return this rank's shards of the tensors in stacks (b, m, n) that all ranks have; nothing is sent."""
     wholes = zip(split(stacks, blocks, [param.shape for param in params]), params, strict=True)
     return [
         _dtensor(whole, param, [Replicate()] * param.device_mesh.ndim)
@@ -267,7 +267,7 @@ def join(tensors: Tensors, blocks: list[Blocks]) -> Tensors:
 
 
 def split(stacks: Tensors, blocks: list[Blocks], shapes: list) -> Tensors:
-    """Return the tensors that contiguous stacks (b, m, n) were joined from: views of them where blocks are equal."""
+    """Return the tensors that contiguous stacks (b, m, n) were joined from: views of them if blocks are equal."""
     counts = zip(*(each.shape_counts.values() for each in blocks), strict=True)
     parts = zip(*(stack.split(count) for stack, count in zip(stacks, counts, strict=True)), strict=True)
     return [each.join(mine).view(shape) for mine, each, shape in zip(parts, blocks, shapes, strict=True)]

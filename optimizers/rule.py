@@ -1,8 +1,8 @@
-"""What an optimizer is here: a value that says how a gradient becomes an update. The engine runs it on any layout.
+"""Update rules: the functions that turn a gradient into an update, as a value that the engine runs on any layout.
 
     p <- (1 - lr weight_decay) p - lr size(refine(direct(prepare(g))))
 
-Adding one is a value of `UpdateRule` and a call of `register`:
+A new rule is a value of `UpdateRule` and a call of `register`:
 
     register(UpdateRule(
         name="my_signum",                                  # Bernstein et al. 2018: the sign of an averaged gradient
@@ -32,33 +32,33 @@ class UpdateRule:
     """One optimizer, as pure functions over the tensors of one param group.
 
     Attributes:
-        name: what `group["rule"]` says.
+        name: the value of `group["rule"]`.
         defaults: every option of the rule and its default; `lr` and `weight_decay` must be among them.
         kinds: {option: annotation}; an option without one takes values of its default's type. Both come from a
             constructor by `**declared_by(OLion)`; see `options.py`.
         state: names of the buffers, each of its parameter's shape, layout and (unless `state_dtype`) dtype.
         scalars: names of 0-dimensional float32 buffers.
-        rows: names of buffers of one number per row of each matrix; where there are some, `refine` also finds
+        rows: names of buffers of one number per row of each matrix; with some, `refine` also gets
             state["row_squares"], the mean square entry of each row of the directions.
-        prepare: (grads, state, group) -> directions. Elementwise, on my shard; state[name] is a list beside grads and
-            may be written to, grads may not, and what is returned must be new tensors. Gradients come in the wider
-            of their own dtype and the state's.
+        prepare: (grads, state, group) -> directions. Elementwise, on this rank's shards; state[name] is a list beside
+            grads and may be written to, grads may not, and the results must be new tensors. Gradients are in the
+            wider of their own dtype and the state's.
         direct: (stack (batch, m, n), group) -> (batch, m, n), on whole matrices, stateless. None: elementwise rule.
         sized: whether each matrix of refined directions is multiplied by the product <stack, direct(stack)>, which
-            travels beside the direction.
-        signs: whether `direct` returns nothing but -1, 0, 1 and NaN; these then travel at one bit an entry.
-        refine: (directions, state, group) -> directions. Elementwise, on my shard; may write to directions.
+            is sent with the direction.
+        signs: whether `direct` returns only -1, 0, 1 and NaN, which are then sent at one bit per entry.
+        refine: (directions, state, group) -> directions. Elementwise, on this rank's shards; may write to directions.
         rms: the size of an update: the root mean square entry to which each whole matrix of refined directions is
             scaled, or the name of the option that holds it.
         factor: or as a number, (group, m, n) -> factor of the direction of an (m, n) matrix, before `refine`; m and n
-            are 0 where there is no `direct`. With neither the size is that of the directions.
+            are 0 without a `direct`. With neither, directions are not scaled.
         flops: (m, n, group, param) -> floating-point operations of the direction of one matrix, which balance owners.
-        rounds_to: (group, param) -> the dtype to which `direct` rounds its stack anyway, in which shards therefore
-            travel to their owners; None is the gradient's.
+        rounds_to: (group, param) -> the dtype to which `direct` rounds its stack, and in which shards are therefore
+            sent to their owners; None is the gradient's.
         whole_step: (params, grads, state, group) -> None. Instead of the three, for an elementwise rule with a kernel
             that does the whole update at once, decay included.
         check: (group) -> None; raises ValueError for option values that the rule cannot take.
-        variant: (group) -> the rule that these options ask for, with the same name, options and state.
+        variant: (group) -> the rule for these options, with the same name, options and state.
         period: name of the option that holds P: `direct` is taken at the first step and every P-th after it.
         between: the elementwise rule of the other steps, over the same state; nothing is sent then.
     """
@@ -91,7 +91,7 @@ class UpdateRule:
 
     @property
     def sends_floats(self) -> bool:
-        """Whether a number of each matrix travels with its direction: the norm of that, or its product with it."""
+        """Whether a number per matrix is sent with its direction: the direction's norm, or the product of the two."""
         return self.scales_directions or self.sized
 
     @property
@@ -100,7 +100,7 @@ class UpdateRule:
         return self.rms is not None and self.refine is not None
 
     def kind(self, option: str) -> Any:
-        """Return the annotation that says which values an option takes."""
+        """Return the annotation of an option's values."""
         usual = {"lr": NonNegative, "weight_decay": NonNegative}
         return self.kinds.get(option) or usual.get(option) or kind_of_default(self.defaults[option])
 
@@ -109,7 +109,7 @@ RULES: dict[str, UpdateRule] = {}
 
 
 def register(rule: UpdateRule) -> UpdateRule:
-    """Make a rule known by its name; ValueError if another rule has it."""
+    """Register a rule under its name; raise ValueError if another rule has it."""
     if RULES.get(rule.name, rule) is not rule:
         raise ValueError(f"a rule named {rule.name!r} exists already; give yours another name")
     if missing := {"lr", "weight_decay"} - rule.defaults.keys():
@@ -129,14 +129,14 @@ def register(rule: UpdateRule) -> UpdateRule:
 
 
 def rule_named(name: str) -> UpdateRule:
-    """Return the registered rule; ValueError naming the nearest where there is none."""
+    """Return the registered rule; raise ValueError, naming the nearest, if there is none."""
     if name not in RULES:
         raise ValueError(f"the optimizer must be one of {', '.join(sorted(RULES))}; got {name!r}{closest(name, RULES)}")
     return RULES[name]
 
 
 def rule_of(group: dict) -> UpdateRule:
-    """Return the rule of a param group, in the variant that its options ask for."""
+    """Return the rule of a param group, in the variant for its options."""
     rule = rule_named(group["rule"])
     return rule.variant(group) if rule.variant else rule
 
@@ -162,7 +162,7 @@ def ema(averages: Tensors, values: Tensors, decay: float) -> Tensors:
 
 
 def update_ema(averages: Tensors, values: Tensors, decay: float) -> Tensors:
-    """Like `ema`, but return the averages themselves where dtypes agree: not to be written to, nor handed on."""
+    """Like `ema`, but return the averages themselves if dtypes agree: they must not be written to or returned."""
     if any(average.dtype != value.dtype for average, value in zip(averages, values, strict=True)):
         return ema(averages, values, decay)
     return each("lerp_", averages, values, 1 - decay)
@@ -174,7 +174,7 @@ def mix(values: Tensors, averages: Tensors, weight: float) -> Tensors:
 
 
 def sign(tensors: Tensors) -> Tensors:
-    """Return the entrywise sign; sign(0) = 0, and what is not finite becomes NaN.
+    """Return the entrywise sign; sign(0) = 0, and entries that are not finite become NaN.
 
     torch.sign makes NaN 0, which would hide a divergence.
     """

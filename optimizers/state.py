@@ -1,4 +1,4 @@
-"""The state of parameters: made in their layout, refitted where they were moved since, checked when loaded."""
+"""The state of parameters: made in their layout, refitted after they were moved, checked when loaded."""
 
 from typing import Any
 
@@ -39,9 +39,9 @@ def _new_rows(param: Tensor, group: dict) -> Tensor:
 
 
 def refitted(buffers: Buffers, param: Tensor, group: dict, rule: UpdateRule) -> Buffers:
-    """Return the buffers in the layout, dtype, device and strides of their parameter now.
+    """Return the buffers in the present layout, dtype, device and strides of their parameter.
 
-    From one DTensor layout to another it is a collective of the old one.
+    From one DTensor layout to another this is a collective of the old one's ranks.
     """
     fresh = new_state(param, group, rule)
     for name, buffer in fresh.items():
@@ -68,12 +68,12 @@ def _layout(tensor: Tensor) -> tuple:
 
 
 def fingerprint(param: Tensor) -> tuple:
-    """Return all of a parameter that its state and its route depend on, to be compared with ==."""
+    """Return the properties of a parameter that determine its state and route; they compare with ==."""
     return id(param), param.dtype, param.device, param.shape, param.stride(), _layout(param)
 
 
 def refuse_resized(group: dict, position: int, buffers: Buffers, rule: UpdateRule) -> None:
-    """Raise ValueError for a parameter whose shape is not that of its state or of its gradient.
+    """Raise ValueError for a parameter whose state or gradient has another shape.
 
     A fused kernel would read and write beyond the shorter one.
     """
@@ -95,7 +95,7 @@ def refuse_resized(group: dict, position: int, buffers: Buffers, rule: UpdateRul
 def saved_buffers(groups: Groups, state_dict: dict) -> dict[Tensor, Buffers]:
     """Return the saved buffers of each parameter of `groups`: by name where both sides have names, else by position.
 
-    Raises ValueError where the param groups differ in rules, numbers or names.
+    Raises ValueError if the param groups differ in rules, numbers or names.
     """
     saved_groups = state_dict["param_groups"]
     required, got = _outline(groups), _outline(saved_groups)
@@ -128,13 +128,13 @@ def _keys_in_order(group: dict, saved: dict) -> list:
 
 
 def refuse_unfit(groups: Groups, state: dict[Tensor, Buffers], saved: dict[Tensor, Buffers]) -> None:
-    """Raise ValueError for saved buffers that the parameters' own cannot be filled with, or that are not finite."""
+    """Raise ValueError for saved buffers that do not fit the parameters' own, or are not finite."""
     named = [(name_of(group, i), param) for group in groups for i, param in enumerate(group["params"])]
     differences = [
         f"{name} needs {required}, got {got}"
         for name, param in named
         if (required := _shapes(state[param])) != (got := _shapes(saved[param]))
-        and (got or param.requires_grad)  # torch saves the state of frozen parameters, and does not hand it back
+        and (got or param.requires_grad)  # torch saves the state of frozen parameters, and does not return it
     ]
     if differences:
         raise ValueError(
@@ -158,7 +158,7 @@ def _outline(groups: Groups) -> list[tuple[str | None, int]]:
 
 
 def _shapes(buffers: Buffers) -> dict[str, tuple]:
-    """Describe what can be copied into what: shapes and, of DTensors, placements."""
+    """Return the properties that must agree for a copy: shapes and, of DTensors, placements."""
     return {
         name: (*getattr(buffer, "shape", [type(buffer).__name__]), *getattr(buffer, "placements", ()))
         for name, buffer in buffers.items()

@@ -1,8 +1,8 @@
-"""beta C + alpha A B where the result is known to be symmetric: about half of it is computed, the rest mirrored.
+"""beta C + alpha A B with a symmetric result: about half of it is computed, the rest mirrored.
 
 Newton-Schulz forms X X' and products of commuting symmetric matrices only, so every m x m product is of this kind. On
 a CPU block rows right of the diagonal are computed; on a GPU with Triton one kernel computes the tiles on and below
-the diagonal and writes each twice. Elsewhere the whole product is.
+the diagonal and writes each twice. Other devices compute the whole product.
 """
 
 from functools import cache
@@ -12,7 +12,7 @@ from torch import Tensor
 
 _BLOCK = 128  # rows of a block on a CPU; on two CPUs 64 and 256 were slower, in bf16 by a tenth
 # Rows from which the kernel is used. Not measured here: flash-muon reports 0.184 ms against 0.296 at 4096 on an H800,
-# and little below 2048; scripts/gpu_check.sh measures it on yours.
+# and little below 2048; scripts/gpu_check.sh measures it on your GPU.
 KERNEL_FROM = 2048
 
 
@@ -55,7 +55,7 @@ def _blocks(m: int, device: torch.device) -> int:
 
 
 def _kernel_for(m: int, dtype: torch.dtype, device: torch.device):
-    """Return the Triton kernel's launcher where it is there and is used for such a product; else None."""
+    """Return the Triton kernel's launcher if it is available and used for such a product, else None."""
     if device.type != "cuda" or m < KERNEL_FROM or dtype not in (torch.bfloat16, torch.float16):
         return None
     return _launcher(device)

@@ -1,6 +1,6 @@
 """The Triton kernel of `symmetric_product`: tiles on and below the diagonal, each also written mirrored.
 
-Imported only where Triton is. One program per tile and matrix; products are accumulated in float32.
+Imported only if Triton is installed. One program per tile and matrix; products are accumulated in float32.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false

@@ -1,4 +1,4 @@
-"""The update of some parameters of one param group by its rule, piece by piece, as a route asks for it."""
+"""The update of a route's parameters by their rule, in parts that the route calls."""
 
 from collections.abc import Callable
 from itertools import compress
@@ -42,7 +42,7 @@ class Update:
         self.direct_rms = self.rms if self.rule.scales_directions else None
 
     def prepare(self, members: list[int]) -> Tensors:
-        """Read gradients and state, move the state; returns new tensors, this process's shards."""
+        """Read gradients and state, update the state; return new tensors, this process's shards."""
         assert self.rule.prepare
         grads = [gradient_of(self.params[i], self.group) for i in members]
         return self.rule.prepare(grads, self._buffers(members), self.group)
@@ -118,7 +118,7 @@ class Update:
         each("add_", weights, directions, alpha=-lr)
 
     def whole_step(self) -> None:
-        """Run a rule that does everything in a kernel of its own."""
+        """Run a rule that does the whole update in one kernel."""
         members = [i for i, has_grad in enumerate(self.has_grad) if has_grad]
         if members and self.rule.whole_step:
             weights, grads = (
@@ -128,7 +128,7 @@ class Update:
             self.rule.whole_step(weights, grads, self._buffers(members), self.group)
 
     def _buffers(self, members: list[int]) -> dict[str, Tensors]:
-        """Return this process's shards of the state, by name; zeros to throw away for parameters without gradient."""
+        """Return this process's shards of the state, by name; temporary zeros for parameters without gradient."""
         names = self.rule.state + self.rule.scalars + self.rule.rows
         return {name: [self._shard(i, name) for i in members] for name in names}
 
@@ -138,7 +138,7 @@ class Update:
 
 
 def _refuse_other_than_signs(directions: Tensor, rule: str) -> None:
-    """Raise ValueError for an entry that one bit cannot carry, also where nothing is sent."""
+    """Raise ValueError for an entry other than -1, 0, 1 and NaN, even if nothing is sent."""
     other = (directions != 0) & (directions.abs() != 1) & ~directions.isnan()
     if other.any():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The matrices that a probe measures: those that a rule takes directions of, or of a model's roles, or some of them."""
+"""The matrices that a probe measures: those with directions, or of a model's role "matrix", or some of these."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -65,7 +65,7 @@ def choose(
 def _candidates(
     optimizer: torch.optim.Optimizer, model: nn.Module | None, roles: Mapping[str, str] | None
 ) -> list[Matrix]:
-    """All matrices: those that a rule takes directions of, or else those of the model's roles."""
+    """Return all matrices: those of a rule with directions, or else those of the model's roles."""
     params = [(group, param) for group in optimizer.param_groups for param in group["params"]]
     if isinstance(optimizer, RuleOptimizer):
         planned = zip(params, optimizer.plan.entries, strict=True)
@@ -91,12 +91,12 @@ def _candidates(
 
 
 def _as_matrix(param: Tensor) -> Blocks:
-    """A weight as one matrix; of more dimensions, the trailing ones flattened."""
+    """Return a weight as one matrix, with trailing dimensions flattened."""
     return blocks_of(param.shape, as_matrices="flatten")
 
 
 def _spread(members: list[Matrix], most: int) -> list[Matrix]:
-    """At most so many, evenly spaced, the first and the last among them."""
+    """Return at most `most` of them, evenly spaced, with the first and the last."""
     if not most or len(members) <= most:
         return members
     return [members[round(i * (len(members) - 1) / max(1, most - 1))] for i in range(most)]

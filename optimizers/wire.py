@@ -2,10 +2,10 @@
 
     with count_bytes() as traffic:
         optimizer.step()
-    print(traffic.received)      # {"to owners": ..., "directions": ...}, bytes that came to this rank
+    print(traffic.received)      # {"to owners": ..., "directions": ...}, bytes that this rank received
 
 Nothing is counted outside such a block. Bytes that a rank sends to itself are not counted; an all-reduce of b bytes
-over W ranks counts 2 (W - 1) / W b each way, which is what a ring moves.
+over W ranks counts 2 (W - 1) / W b each way, the bytes of a ring.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ _counting: list[Traffic] = []  # the open blocks of count_bytes, of the whole pr
 
 @contextlib.contextmanager
 def count_bytes() -> Iterator[Traffic]:
-    """Count what the optimizers of this process send and receive inside the block."""
+    """Count the bytes that the optimizers of this process send and receive inside the block."""
     traffic = Traffic()
     _counting.append(traffic)
     try:
@@ -75,7 +75,7 @@ def count(kind: str, sent: int, received: int) -> None:
 
 
 class Pending:
-    """Rows on their way: `wait` returns them once they have come."""
+    """Rows in transit: `wait` returns them once received."""
 
     def __init__(self, received: Tensor, work: dist.Work | None = None, source: Tensor | None = None):
         self._received, self._work = received, work

@@ -1,4 +1,4 @@
-"""What a new user has cloned, for the tests of the run scripts."""
+"""A copy of the checkout, as a new user has it, for the tests of the run scripts."""
 
 import shutil
 from pathlib import Path

@@ -20,13 +20,13 @@ def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
     for item in items:
-        if item.get_closest_marker("gpu"):  # not item.keywords, where the names of folders are too
+        if item.get_closest_marker("gpu"):  # not item.keywords, which also hold the names of folders
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(autouse=True)
 def seeds():
-    """Start every test from the same random state, whichever tests ran before it."""
+    """Start every test from the same random state, whatever ran before it."""
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)

@@ -1,9 +1,9 @@
-"""Gloo ranks for tests: started once per test module, they then run one function after another.
+"""Gloo ranks for tests, started once per test module; each call runs one function on all of them.
 
 Example, with `total` at module level, since it reaches the ranks by its name:
 
     with Ranks(4) as ranks:  # in a fixture of scope "module"
-        assert ranks(total, 1) == [10] * 4  # one result a rank
+        assert ranks(total, 1) == [10] * 4  # one result per rank
 """
 
 import faulthandler
@@ -27,11 +27,11 @@ import torch.distributed as dist
 
 from common.launch import leave
 
-TIMEOUT_S = 150  # of one call, imports on a loaded machine included; a collective gives up earlier, and so is named
+TIMEOUT_S = 150  # of one call, with imports; longer than a collective's timeout, whose error names the collective
 COLLECTIVE_TIMEOUT_S = 120
 GRACE_S = 3  # for the other ranks to answer once one has failed: they may be waiting for it forever
 
-# One clean process that has imported torch, of which every rank is a fork: torch is imported once, not once a rank.
+# Every rank is a fork of one clean process that has imported torch, so that torch is imported once.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch._dynamo", "Llama.train"]
@@ -41,14 +41,14 @@ _WAITED = "did not answer; it was at"
 
 
 class RankError(AssertionError):
-    """What went wrong, rank by rank."""
+    """The failure of each rank."""
 
 
 class Ranks:
     """`size` processes in one gloo group; a call runs a function on each and returns the list of its results.
 
-    Where a rank raises, dies or does not answer in time, RankError says what each rank did, and the next call finds
-    fresh ranks. Arguments and results travel by pickle: plain tensors may be among them, DTensors may not.
+    If a rank raises, dies or does not answer in time, RankError names the failure of each, and the next call starts
+    fresh ranks. Arguments and results are pickled: plain tensors are allowed, DTensors are not.
     """
 
     def __init__(self, size: int):
@@ -135,7 +135,7 @@ def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
             try:
                 function, arguments = pickle.loads(request)
                 answer = pickle.dumps((True, function(*arguments)))
-            except BaseException:  # pytest.fail, too, which is no Exception
+            except BaseException:  # also pytest.fail, which is no Exception
                 answer = pickle.dumps((False, f"raised\n{traceback.format_exc()}"))
             connection.send_bytes(answer)
     leave()

@@ -2,7 +2,7 @@
 
 Written from the formulas of the OLion paper (arXiv 2602.01105) and independent of the package: no batching,
 no foreach, no in-place work, no choice of form. Each function takes a parameter, its gradient and its state,
-and returns the new parameter and the new state, in float64 whatever came in. `state` starts as {}.
+and returns the new parameter and the new state, in float64 whatever the dtype of the arguments. `state` starts as {}.
 
 Two departures from the paper: eps is the floor of the Frobenius norm, as in torch.optim.Muon, and not added
 to it; and a matrix that is all zero has a direction of zero instead of 0 / 0.

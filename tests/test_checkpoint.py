@@ -1,4 +1,4 @@
-"""Checkpoints: what is restored, what is refused, and what survives a failure."""
+"""Checkpoints: restored bit for bit, refused if damaged or foreign, and kept when a save fails."""
 
 import json
 import pickle
@@ -45,14 +45,14 @@ def train(model, optimizer, steps):
 
 
 def everything(model, optimizer):
-    """All that a refused load must leave alone, as values that compare with ==."""
+    """The values that a refused load must not change; they compare with ==."""
     tensors = [*model.state_dict().values(), *(t for s in optimizer.state.values() for t in s.values())]
     groups = [{**group, "params": len(group["params"])} for group in optimizer.param_groups]
     return [tensor.tolist() for tensor in tensors], groups, torch.get_rng_state().tolist(), random.getstate()
 
 
 def damage(path):
-    """Overwrite a checkpoint's tensors in place, so that its sizes still look right."""
+    """Overwrite a checkpoint's tensors in place: its sizes stay."""
     file = path / "__0_0.distcp"
     file.write_bytes(b"\x00" * file.stat().st_size)
 
@@ -195,7 +195,7 @@ def flip(path, bit):
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "manifest.json"])
 def test_load_after_any_flipped_bit_names_the_file_and_matches_the_checkpoint_before(tmp_path, capsys, name):
-    """Of a manifest, bits of white space and of a key's case may stay unseen: they change nothing that is read."""
+    """In a manifest, a bit of white space or of a key's case may go unnoticed: it changes nothing that is read."""
     newest, _, expected = two_checkpoints(tmp_path)
     whole, bits = (newest / name).read_bytes(), random.Random(5)
     seen = 0
@@ -318,7 +318,7 @@ def poison_planner_data(path, mark):
 
 
 def poison_entries(path, mark):
-    """Every entry, weights and random states alike, becomes an object that torch would unpickle."""
+    """Replace every entry, weights and random states alike, by an object that torch would unpickle."""
     keys = checkpoint.dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -471,7 +471,7 @@ def test_save_keeps_the_last_k_and_removes_those_of_later_steps(tmp_path):
         save(tmp_path, 4, model, optimizer, {}, keep=0)
 
 
-def test_what_a_killed_save_left_is_not_loaded_and_is_swept_away(tmp_path):
+def test_remains_of_a_killed_save_are_not_loaded_and_are_removed(tmp_path):
     model, optimizer = build()
     path = save(tmp_path, 1, model, optimizer, {})
     shutil.copytree(path, tmp_path / ".partial-step-00000002")
@@ -533,7 +533,7 @@ def run_on_two_ranks(rank, folder):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """What two gloo ranks wrote, in one run, since starting processes is most of the time."""
+    """The checkpoints of two gloo ranks, written in one run: starting processes takes most of the time."""
     folder = tmp_path_factory.mktemp("two_ranks")
     spawn(run_on_two_ranks, (folder,), 2)
     return folder

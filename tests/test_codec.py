@@ -50,7 +50,7 @@ def test_sign_rows_match_the_signs(shape, nan, zeros):
     torch.testing.assert_close(through_rows(SignCodec(), signs), signs, rtol=0, atol=0, equal_nan=True)
 
 
-def test_few_zeros_match_those_in_the_rows_and_many_are_told_by_every_shard():
+def test_few_zeros_match_those_in_the_rows_and_many_are_flagged_by_every_shard():
     codec, norms = SignCodec(), torch.ones(2, 1, dtype=torch.float64)
     for zeros, follow in ((0, False), (8, False), (1000, True)):
         signs = torch.ones(3, 2, 2**18)

@@ -1,4 +1,4 @@
-"""Configuration: what files and flags build, and the one line that each mistake gets."""
+"""Configuration: the config that files and flags build, and a one-line message for each mistake."""
 
 import json
 import subprocess

@@ -25,7 +25,7 @@ def test_directions_keep_the_length_of_every_vector(shape):
     torch.testing.assert_close(direction.mT @ direction, torch.eye(shape[1], dtype=torch.float64))
 
 
-def test_wide_directions_keep_the_mean_square_of_lengths_with_the_spread_that_is_said():
+def test_wide_directions_keep_the_mean_square_of_lengths_with_the_documented_spread():
     m, n = 8, 24
     direction = draw_direction((m, n), torch.Generator().manual_seed(1))
     torch.testing.assert_close(direction @ direction.mT, torch.eye(m, dtype=torch.float64) * n / m)
@@ -83,7 +83,7 @@ def test_an_odd_part_is_cancelled_and_saturation_is_left_out():
     assert fitted["leaves"] == pytest.approx(10**-0.5)  # 6 r^2 > 0.1 first at 0.316
 
 
-def test_what_is_below_the_rounding_or_negative_is_not_fitted():
+def test_values_below_the_rounding_or_negative_are_not_fitted():
     below, negative = [[1e-15 * r for r in RADII]] * 2, [[-(r**2) for r in RADII]] * 2
     for found in (below, negative):
         assert set(fit(RADII, found, 1e-15).values()) == {None}

@@ -1,4 +1,4 @@
-"""nanoGPT.data: what is written is read back, batches depend on (seed, step) alone, damage is refused."""
+"""nanoGPT.data: corpora are read back as written, batches depend on (seed, step) alone, damage is refused."""
 
 import json
 from types import SimpleNamespace
@@ -167,7 +167,7 @@ def test_windows_on_a_gpu_match_those_on_the_cpu():
     assert on_gpu[0].is_cuda and torch.equal(on_gpu[0].cpu(), on_cpu[0]) and torch.equal(on_gpu[1].cpu(), on_cpu[1])
 
 
-def test_short_files_are_refused_with_what_a_window_needs():
+def test_short_files_are_refused_with_the_size_of_a_window():
     for draw in (
         lambda: data.batch(counting(16), seed=0, step=0, sequences=slice(0, 1), global_batch=1, context=16),
         lambda: data.validation_windows(counting(16), count=1, context=16),

@@ -1,4 +1,4 @@
-"""scripts.drill, quickly: a few faults of each kind, each told or withstood."""
+"""scripts.drill with a few faults of each kind: each is reported or survived."""
 
 import json
 import subprocess

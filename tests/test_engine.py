@@ -1,4 +1,4 @@
-"""The laws of the one optimizer class that runs every rule: state, groups, options, and torch's own tools."""
+"""The optimizer class that runs every rule: state, groups, options, and torch's own tools."""
 
 import copy
 import itertools
@@ -227,7 +227,7 @@ def test_state_wider_than_the_parameter_averages_in_its_own_precision(name):
 def test_state_size_matches_the_bytes_of_the_buffers(name):
     optimizer = RULES[name](matrices((6, 4), (4, 6)))
     matrices_kept = {"adamuon": 2, "adamw": 2}.get(name, 1)
-    steps_kept = 2 * 4 if name == "adamw" else 0  # one float32 count a parameter
+    steps_kept = 2 * 4 if name == "adamw" else 0  # one float32 count per parameter
     assert optimizer.state_size() == matrices_kept * 2 * 24 * 4 + steps_kept
 
 
@@ -470,7 +470,7 @@ def test_a_group_added_later_is_refused_like_one_at_build():
     assert len(optimizer.param_groups) == 1
 
 
-# --- Rules of one's own
+# --- Registered rules
 
 
 @pytest.fixture
@@ -727,7 +727,7 @@ def test_steps_on_cuda_match_the_cpu(name):
     train(on_cpu, parameters, 3)
     train(on_cuda, twins, 3)
     for parameter, twin in zip(parameters, twins, strict=True):
-        # A sign that turns moves an entry by 2e-4 or more: float32's rounding may turn hardly any.
+        # A flipped sign moves an entry by 2e-4 or more: float32's rounding may flip hardly any.
         near = (parameter - twin.cpu()).abs() < 1e-5
         assert near.double().mean() > 0.99
 

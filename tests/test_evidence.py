@@ -1,4 +1,4 @@
-"""common/evidence.py: intervals and the rule of significance are those of a t distribution, worked out elsewhere."""
+"""common/evidence.py: intervals and the rule of significance against scipy's t distribution."""
 
 import math
 

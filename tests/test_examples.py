@@ -1,4 +1,4 @@
-"""Each example trains: its loss falls. They are run as a user would run them, in this process where they need one."""
+"""Each example trains: its loss falls. Examples of one process run in this one, the others under torchrun."""
 
 import importlib.util
 import math
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def launched(module, *arguments, ranks=2):
-    """What a module prints under torchrun."""
+    """The output of a module under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*command, module, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -137,7 +137,7 @@ def test_lora_example_learns_by_each_optimizer():
     assert all(loss < losses["none"] - 0.1 for name, loss in losses.items() if name != "none")  # nats per byte
 
 
-def test_every_example_has_a_test_and_says_how_to_run_it():
+def test_every_example_has_a_test_and_a_command():
     tests = Path(__file__).read_text()
     for path in (ROOT / "examples").glob("[!_]*.py"):
         assert f"examples import {path.stem}" in tests or f"examples.{path.stem}" in tests, path.name

@@ -1,4 +1,4 @@
-"""scripts/figures.py: what is drawn, recorded and tabulated is what the runs' metrics say."""
+"""scripts/figures.py: figures, records and tables match the metrics of the runs."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ def make_run(root, optimizer="olion", lr=1e-3, seed=1, values=(3.0, 2.0, 1.0), m
 
 
 def fine_tuned(root, optimizer="olion", share=(0.0, 0.5, 1.0), forgotten=(1.5, 1.75, 2.0), **rest):
-    """A run that fine-tuned: a share of responses that rises, a loss on the pretraining text that rises too."""
+    """A fine-tuning run: the accuracy on responses rises, and so does the loss on the pretraining text."""
     more = {"val/exact_match": share, "val/pretrain_loss": forgotten}
     return make_run(root, optimizer, more={key: of for key, of in more.items() if of}, bits=False, **rest)
 
@@ -145,7 +145,7 @@ def test_limits_match_the_end_of_a_falling_loss_and_the_whole_of_other_curves(tm
     run = fine_tuned(tmp_path, values=steep, share=share, forgotten=rising)
     metrics = ("val/loss", "val/exact_match", "val/pretrain_loss")
     figure_ = drawn(monkeypatch, run, "--out", tmp_path / "a.png", "--metric", *metrics)
-    # By hand: what is shown and a tenth of it on both sides; of 40 steps, the last three fifths begin at 16.
+    # By hand: the range shown and a tenth of it on both sides; the last three fifths of 40 steps begin at 16.
     expected = [(0.9, 2.1), (-0.1, 1.1), (0.9, 2.1)]
     np.testing.assert_allclose([panel.get_ylim() for panel in figure_.axes], expected, rtol=1e-12)
     lone = drawn(monkeypatch, run, "--out", tmp_path / "a.png", "--ylim", "1", "2")
@@ -182,7 +182,7 @@ def test_seeds_of_one_method_make_one_line_over_their_shared_steps(tmp_path):
     np.testing.assert_array_equal(values, [[3.0, 2.0], [5.0, 3.0]])
 
 
-def test_lines_of_one_optimizer_are_told_apart_by_what_differs(tmp_path):
+def test_lines_of_one_optimizer_are_labelled_with_their_differences(tmp_path):
     folders = [make_run(tmp_path, lr=lr, clip=1.0) for lr in (1e-3, 1.6e-2)] + [make_run(tmp_path, "muon", clip=2.0)]
     lines = lines_of(*folders)
     assert [line.label for line in lines] == ["Muon", "OLion lr 1e-3", "OLion lr 1.6e-2"]
@@ -208,7 +208,7 @@ def test_table_matches_last_values_and_medians(tmp_path):
     assert rows[3] == ["OLion", "1e-3", "1.20 ± 0.14 (2 seeds)", "2.40 ± 0.28 (2 seeds)", "11.0", "2.00", "1.50"]
 
 
-def test_table_columns_match_what_some_run_recorded(tmp_path):
+def test_table_columns_match_the_metrics_that_some_run_recorded(tmp_path):
     times = ["ms per step", "ms in the optimizer", "optimizer state MB"]
     plain = make_run(tmp_path, "muon")
     tuned = [fine_tuned(tmp_path, seed=seed, share=(0.0, 0.5, 0.5 + seed / 10)) for seed in (1, 3)]
@@ -252,7 +252,7 @@ def test_looks_are_one_a_rule_and_stay_for_unknown_rules():
 @pytest.mark.parametrize(
     "lr, text", [(6e-4, "6e-4"), (1.6e-2, "1.6e-2"), (1.0, "1e0"), (0.0, "0"), (None, "–"), (0.008, "8e-3")]
 )
-def test_rate_matches_how_people_write_it(lr, text):
+def test_rate_matches_its_usual_notation(lr, text):
     assert figure.rate(lr) == text
 
 
@@ -265,7 +265,7 @@ def test_labels_are_spread_to_the_gap_in_their_order():
     assert abs(placed[[0, 2, 3, 4]].mean() - 1.005) < 1e-9
 
 
-def test_folder_without_runs_refuses_and_lists_what_is_there(tmp_path, monkeypatch, capsys):
+def test_folder_without_runs_refuses_and_lists_its_contents(tmp_path, monkeypatch, capsys):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(SystemExit) as exit_:
         run_main(monkeypatch, tmp_path)
@@ -283,7 +283,7 @@ def test_path_that_does_not_exist_refuses_beside_good_ones(tmp_path):
         recorded.find_runs((str(kept), str(tmp_path / "absent")))
 
 
-def test_metric_that_no_run_has_refuses_and_names_what_was_recorded(tmp_path, monkeypatch, capsys):
+def test_metric_that_no_run_has_refuses_and_names_the_recorded_ones(tmp_path, monkeypatch, capsys):
     make_run(tmp_path)
     with pytest.raises(SystemExit):
         run_main(monkeypatch, tmp_path, "--metric", "accuracy")
@@ -401,7 +401,7 @@ def test_steps_to_match_the_first_validation_below_the_target_by_more_than_noise
     assert rows["Lion"][-2:] == ["–", "–"]
 
 
-def test_steps_to_a_loss_of_ones_own_match_the_first_validation_at_it(tmp_path, monkeypatch, capsys):
+def test_steps_to_a_given_loss_match_the_first_validation_at_it(tmp_path, monkeypatch, capsys):
     make_run(tmp_path, values=(3.0, 2.0, 1.0))
     run_main(monkeypatch, tmp_path, "--out", tmp_path / "a.png", "--steps-to", "2.5", "--x", "tokens")
     rows = cells_of(capsys.readouterr().out.split("\n\n")[0])

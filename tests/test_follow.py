@@ -76,7 +76,7 @@ def test_channels_last_after_building_matches_before(name):
 
 
 @every_rule
-def test_parameters_swapped_in_the_groups_keep_the_state_of_their_place(name):
+def test_parameters_swapped_in_the_groups_keep_the_state_of_their_position(name):
     parameters = matrices((6, 4), (4, 6))
     twins = clones(parameters)
     optimizer, other = RULES[name](parameters), RULES[name](twins)
@@ -243,7 +243,7 @@ def test_changes_on_two_ranks_match_one_process(ranks, name, change):
             torch.testing.assert_close(param, expected.detach(), rtol=0, atol=1e-4)
 
 
-def test_an_optimizer_that_no_one_changed_plans_once(monkeypatch):
+def test_an_unchanged_optimizer_plans_once(monkeypatch):
     import optimizers.engine as engine
 
     parameters = matrices((6, 4))

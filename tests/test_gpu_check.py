@@ -1,4 +1,4 @@
-"""The GPU check runs at toy size without a GPU, records what it measured, and tells a failed section."""
+"""The GPU check runs at toy size without a GPU, records its measurements, and reports a failed section."""
 
 import json
 
@@ -26,7 +26,7 @@ def test_record_matches_the_table(monkeypatch, tmp_path, capsys):
     assert took["unit"] == "s"
 
 
-def test_a_failed_section_is_told_and_the_others_still_run(monkeypatch, tmp_path, capsys):
+def test_a_failed_section_is_reported_and_the_others_still_run(monkeypatch, tmp_path, capsys):
     def broken(device):
         """Breaks."""
         raise RuntimeError("weights differ")

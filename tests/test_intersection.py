@@ -1,4 +1,4 @@
-"""scripts/intersection.py against fixed points and inequalities that the methods are known to obey."""
+"""scripts/intersection.py against known fixed points and inequalities of the methods."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Our own JSON files: an object of the expected shape, or one line that names file, key and remedy."""
+"""JSON files of this repository: an object of the expected shape, or one line that names file, key and remedy."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_a_missing_file_is_refused_in_one_line(tmp_path):
         read_object(tmp_path / "x.json", SHAPE, "make it again")
 
 
-def test_metrics_match_what_was_written_without_a_half_written_last_line(tmp_path):
+def test_metrics_match_the_written_lines_without_a_half_written_last_one(tmp_path):
     (tmp_path / METRICS_FILE).write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": NaN}\n{"step": 3, "lo')
     first, second = read_metrics(tmp_path)
     assert first == {"step": 1, "loss": 2.5} and second["step"] == 2 and second["loss"] != second["loss"]

@@ -1,4 +1,4 @@
-"""Processes, seeds, signals, and what a user sees of an error, a warning and the progress."""
+"""Processes, seeds, signals, and the lines that a user sees: errors, warnings and progress."""
 
 import importlib
 import json
@@ -80,7 +80,7 @@ def test_single_process_sum_is_the_identity():
 
 
 def test_peak_memory_of_a_cpu_process_matches_what_it_has_allocated_without_pages_of_files(tmp_path):
-    """In a process of its own, since the peak of this one may lie behind it."""
+    """In a new process: this one may be past its peak."""
     path = tmp_path / "tokens.bin"
     path.write_bytes(bytes(2**27))
     code = f"""

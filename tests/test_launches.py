@@ -1,4 +1,4 @@
-"""Kernels of a step, counted without a GPU; a compiled step and a learning rate in a tensor match plain ones."""
+"""Kernel launches per step, counted without a GPU; compiled steps and learning rates in tensors match plain ones."""
 
 from math import ceil
 
@@ -12,7 +12,7 @@ from optimizers import RuleOptimizer, symmetric
 RULES = ("olion", "muon", "adamuon", "lion", "adamw")
 LLAMA2_7B = 32 * [*4 * [(4096, 4096)], *2 * [(11008, 4096)], (4096, 11008)]
 GPT2_SMALL = 12 * [(2304, 768), (768, 768), (3072, 768), (768, 3072)]
-# What multi_tensor_apply takes in one launch: so many tensors, by the number of lists, and blocks of 65,536 entries.
+# The limits of one launch of multi_tensor_apply: tensors, by the number of lists, and blocks of 65,536 entries.
 TENSORS, BLOCKS, BLOCK = {1: 110, 2: 64, 3: 48, 4: 36}, 320, 65536
 NO_KERNEL = set(
     """view _unsafe_view reshape t transpose detach slice select unsqueeze squeeze expand permute split
@@ -67,7 +67,7 @@ def test_launches_match_at_most(shapes, rule, most, monkeypatch):
 
 
 def steps(rule: str, lr: float | Tensor, compiled: bool = False) -> list[Tensor]:
-    """Take two steps of matrices of several shapes; returns them."""
+    """Take two steps of matrices of several shapes; return them."""
     torch._dynamo.reset()
     generator = torch.Generator().manual_seed(0)
     shapes = [(16, 16), (16, 16), (8, 20), (30, 8)]

@@ -1,4 +1,4 @@
-"""Llama's config: both files parse, every [optimizer] key is read, and what cannot work is one line, at once."""
+"""Llama's config: both files parse, every [optimizer] key is read, and impossible settings are one line at start."""
 
 import re
 from pathlib import Path
@@ -216,12 +216,12 @@ def test_ranks_that_cannot_share_the_lanes_refuse(monkeypatch):
 
 
 @pytest.mark.parametrize(("ranks", "local"), [(1, 4), (2, 4), (4, 2), (8, 1)])
-def test_micro_batches_match_what_a_rank_has_of_the_global_batch(ranks, local, monkeypatch):
+def test_micro_batches_match_a_ranks_share_of_the_global_batch(ranks, local, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     assert parse_config([STDLIB]).training.local_batch_size == local
 
 
-def test_every_optimizer_key_matches_what_the_rule_is_built_with():
+def test_every_optimizer_key_matches_an_option_of_the_built_rule():
     model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 8, bias=False))
     asked = {"betas": (0.8, 0.9), "ns_steps": 3, "ns_coefficients": "convergent", "scale": 0.1, "ns_form": "gram"}
     names = {"ns_dtype": "bfloat16", "state_dtype": "bfloat16", "wire_dtype": "float32"}

@@ -1,4 +1,4 @@
-"""Llama's batches against a slow reading of the same documents, on any number of ranks, and across a resume."""
+"""Llama's batches against a slow reference reader, on any number of ranks, and across a resume."""
 
 import gzip
 import itertools
@@ -21,7 +21,7 @@ TEXTS = [chr(97 + i % 26) * (i % 11 + 1) for i in range(40)]
 
 
 class Bytes:
-    """A tokenizer whose tokens can be read: a byte each, 256 to begin and 257 to end."""
+    """A tokenizer of bytes, with 256 to begin and 257 to end."""
 
     def encode_batch(self, texts: list[str], add_bos: bool, add_eos: bool) -> list[list[int]]:
         return [[256] * add_bos + list(text.encode()) + [257] * add_eos for text in texts]
@@ -46,7 +46,7 @@ def loader(source, rank: int, ranks: int, together: int = 1) -> Loader:
 
 
 def windows(loaders: list[Loader], count: int) -> list[list[int]]:
-    """What ranks in lockstep take, in the order of the run's windows: inputs and the last label."""
+    """The windows that ranks in lockstep take, in the run's order: inputs and the last label."""
     iterators = list(map(iter, loaders))
     batches = [next(iterator) for _ in range(count // len(loaders)) for iterator in iterators]
     return [[*inputs["input"][0].tolist(), labels[0, -1].item()] for inputs, labels in batches]
@@ -114,7 +114,7 @@ def test_each_epoch_reads_every_document_once(kind):
     lanes = [kind(source, lane, LANES, *extra) for lane in range(LANES)]
     first, second = ([next(lane) for lane in lanes for _ in range(10)] for _ in range(2))
     assert sorted(first) == sorted(second) == sorted(TEXTS)
-    assert (first != second) == (kind is LocalDocuments)  # drawn anew; a stream has its own order
+    assert (first != second) == (kind is LocalDocuments)  # shuffled again; a stream has its own order
 
 
 def test_validation_windows_match_the_same_set_for_every_run_and_count_its_bytes(tmp_path):

@@ -1,4 +1,4 @@
-"""Llama/eval.sh: lm-eval's scores against transformers' own answers, and its prompts against what is trained on."""
+"""Llama/eval.sh: lm-eval's scores against transformers' own answers, and its prompts against those of training."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def tuned(base, tmp_path) -> Path:
 
 @pytest.fixture
 def only_ours(monkeypatch):
-    """Without lm-eval's own tasks, whose 10,000 files take seconds to read."""
+    """Leave out lm-eval's own tasks, whose 10,000 files take seconds to read."""
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
 
 
@@ -102,7 +102,7 @@ def scores_of(monkeypatch, capsys, models: list[Path], tasks: list[str], *more: 
 
 
 def prompt_tokens(assets: Path, *messages: dict[str, str]) -> list[int]:
-    """What Llama.instructions trains a model to continue: the tokens before the last response."""
+    """The tokens before the last response, which Llama.instructions trains a model to continue."""
     conversation = [*messages, {"role": "assistant", "content": "x"}]
     (example,) = encode([conversation], Tokenizer(assets), QUESTION)
     end = (~example.trained).nonzero()[0][-1] + 1
@@ -263,7 +263,7 @@ def test_each_task_of_the_paper_matches_half_of_the_answers_being_right(tuned, t
         ("19", "7 + 12 = 19", False),
     ],
 )
-def test_is_answer_matches_what_a_reader_says(response, answer, right):
+def test_is_answer_matches_a_readers_judgement(response, answer, right):
     assert problems.is_answer(response, answer) is right
 
 
@@ -357,7 +357,7 @@ def checkout(tmp_path) -> Path:
 
 
 def fake_python(path: Path, asked: Path) -> Path:
-    """An interpreter that writes down what it is asked, and has lm-eval if LM_EVAL is set, or after a pip install."""
+    """An interpreter that records its arguments, and has lm-eval if LM_EVAL is set, or after a pip install."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         f'#!/bin/sh\necho "$*" >> {asked}\n'

@@ -1,4 +1,4 @@
-"""Fine-tuning data: what is trained on, token by token, against the responses; rows and batches against each other."""
+"""Fine-tuning data: trained tokens against the responses, packed rows against padded ones, batches of ranks."""
 
 import json
 import re
@@ -37,7 +37,7 @@ CHAT = [
     {"role": "user", "content": "left out"},
 ]
 ASKED = [{"role": "user", "content": "one and two?"}, {"role": "assistant", "content": "three"}]
-EXPECTED = {  # what each response is trained on, end token included
+EXPECTED = {  # the trained tokens of each response, with its end token
     "question": [" three</s>", " six é</s>"],
     "alpaca": [" three</s>", " six é</s>"],
     "llama3": ["three<|eot_id|>", "six é<|eot_id|>"],
@@ -67,7 +67,7 @@ def tokenizer(folder) -> Tokenizer:
 
 
 def trained_texts(example: Example, tokenizer: Tokenizer) -> list[str]:
-    """Decode what a batch's labels keep, each stretch of them for itself."""
+    """Decode each run of labels of a batch that is trained on."""
     _, labels = to_batch([[example]], packing=False, room=512)
     stretches, previous = [], IGNORE_INDEX
     for label in labels[0].tolist():
@@ -102,7 +102,7 @@ def test_tokens_match_transformers_chat_template(name, messages, folder, tokeniz
     first = int(example.trained.argmax())
     until = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
     asked = theirs.apply_chat_template(messages[:until], add_generation_prompt=True, return_dict=False)
-    assert asked == example.tokens[:first].tolist()  # what is decoded from is what was trained after
+    assert asked == example.tokens[:first].tolist()  # decoding continues the prompt that training had
 
 
 def test_cut_examples_match_their_beginnings_and_are_counted(tokenizer):
@@ -116,7 +116,7 @@ def test_cut_examples_match_their_beginnings_and_are_counted(tokenizer):
 
 
 def examples_of(lengths) -> list[Example]:
-    """Examples of n inputs, whose second half is trained on; tokens tell which example it is."""
+    """Examples of n inputs, whose second half is trained on; the tokens identify the example."""
     return [Example(np.full(n + 1, 3 + i, np.int32), np.arange(n + 1) > n // 2) for i, n in enumerate(lengths)]
 
 
@@ -187,7 +187,7 @@ def test_batches_of_several_ranks_match_those_of_one_across_epochs_and_a_resume(
     resumed = [Loader(examples, settings_for(packing, 2), rank, 2) for rank in range(2)]
     for loader in resumed:
         loader.load_state_dict(ranks[0].state_dict())
-    continued = take(resumed, 6)  # two rows a rank: (0, 2), (1, 3)
+    continued = take(resumed, 6)  # two rows per rank: (0, 2), (1, 3)
     assert sorted(continued) == sorted(alone[24:48])
     assert len(set(alone)) > 12 and alone[:21] != alone[21:42]
 

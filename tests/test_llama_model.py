@@ -55,7 +55,7 @@ def test_rotary_frequencies_match_the_formula_without_llama3s_stretching():
     torch.testing.assert_close(model.freqs_cis[:100], torch.polar(torch.ones_like(angles), angles))
 
 
-def test_roles_match_what_each_weight_does():
+def test_roles_match_the_use_of_each_weight():
     roles = roles_of(Llama(FLAVORS["llama2"]["debug"]))
     assert roles["tok_embeddings.weight"] == "embedding" and roles["output.weight"] == "head"
     assert sum(role == "matrix" for role in roles.values()) == 4 * 7  # q, k, v, o and three of the feed-forward

@@ -1,4 +1,4 @@
-"""Llama.prepare against the files it was given, and its tokenizer against the bytes of text."""
+"""Llama.prepare against its source files, and its tokenizer against the bytes of text."""
 
 import json
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_prepare_again_leaves_a_matching_folder_alone_and_refuses_another(source
     assert any("changed" in texts(folder / f"{split}.jsonl") for split in ("train", "val"))
 
 
-def test_prepare_refuses_what_it_cannot_use_in_one_line(source, tmp_path):
+def test_prepare_refuses_unusable_input_in_one_line(source, tmp_path):
     for options, message in [
         ({"val_fraction": 1.0}, "between 0 and 1"),
         ({"vocab_size": 100}, "--vocab-size must be 258 "),

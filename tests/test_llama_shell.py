@@ -1,4 +1,4 @@
-"""Llama/run.sh as a new user runs it: in a checkout of its own, without anything prepared."""
+"""Llama/run.sh as a new user runs it: in a fresh checkout, without prepared data."""
 
 import json
 import os
@@ -46,8 +46,8 @@ def test_run_script_prepares_trains_on_two_ranks_and_draws_from_any_folder(check
     assert not (checkout / "images").exists()  # git tracks it
 
 
-def test_script_of_the_7b_run_starts_its_config_on_all_gpus_and_stops_where_that_is_refused(checkout):
-    """With an interpreter that only writes down what it is asked, and refuses what it is told to."""
+def test_script_of_the_7b_run_starts_its_config_on_all_gpus_and_stops_if_that_is_refused(checkout):
+    """With an interpreter that only records its arguments, and fails where the test asks for it."""
     python = checkout / "python"
     python.write_text(
         f'#!/bin/sh\necho "$WORLD_SIZE $*" >> {checkout}/asked\ncase "$*" in *"$REFUSED"*) exit 1 ;; esac\n'
@@ -76,8 +76,8 @@ def test_script_of_the_7b_run_starts_its_config_on_all_gpus_and_stops_where_that
     assert "-m Llama.prepare" in (checkout / "asked").read_text().splitlines()[-1]
 
 
-def test_script_of_fine_tuning_pretrains_once_and_starts_from_what_it_finds(checkout):
-    """With an interpreter that writes down what it is asked, and leaves a finished run where one is trained."""
+def test_script_of_fine_tuning_pretrains_once_and_starts_from_that_run(checkout):
+    """With an interpreter that records its arguments, and leaves a finished run in place of training."""
     python = checkout / "python"
     base = checkout / "runs/llama/sft_base/adamw-lr1e-3-s1"
     python.write_text(
@@ -107,7 +107,7 @@ def test_script_of_fine_tuning_pretrains_once_and_starts_from_what_it_finds(chec
 def test_torchrun_matches_the_exit_status_of_the_rank_that_failed(checkout):
     torchrun = [sys.executable, "-m", "common.torchrun", "--standalone", "--nproc-per-node", "2", "--no-python"]
     done = subprocess.run([*torchrun, "sh", "-c", "exit 3"], cwd=checkout, capture_output=True, text=True)
-    assert done.returncode == 3  # run.sh's sign of a diverged run
+    assert done.returncode == 3  # run.sh takes it for a diverged run
     assert "Traceback" not in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""Llama's tokens against transformers', for tokenizers of several kinds, and against the text that they stand for."""
+"""Llama's tokens against transformers', for tokenizers of several kinds, and against the encoded text."""
 
 import json
 from pathlib import Path
@@ -22,8 +22,8 @@ CHAT = [
     {"role": "user", "content": " and 漢?"},
     {"role": "assistant", "content": "six"},
 ]
-# What may be between text and tokens: GPT-2's and Llama-3's bytes, Llama-2's tokenizer.json, and what transformers has
-# converted SentencePiece's to since.
+# Pre-tokenizers and decoders: GPT-2's and Llama-3's bytes, Llama-2's tokenizer.json, and the form into which
+# transformers converts SentencePiece's now.
 KINDS = {
     "bytes": (None, pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()),
     "llama2": (normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None, None),

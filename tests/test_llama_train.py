@@ -35,7 +35,7 @@ STDLIB, PAPER, QWEN = (
     str(ROOT / f"Llama/train_configs/{name}.toml") for name in ("stdlib", "llama2_7b", "qwen_stdlib")
 )
 STEPS = 2
-# AdamW's step is elementwise: what is left is the order of sums in the model. OLion takes signs of a quintic in it,
+# AdamW's step is elementwise: only the order of sums in the model differs. OLion takes signs of a quintic in it,
 # of which a few of 10,000 flip with the rounding, each by the whole step. torch's norm of one large float32 tensor is
 # off by 2e-4 on CPUs, which shards of it are not.
 OPTIMIZERS = {"adamw": 1e-4, "olion": 5e-3, "muon": 1e-3, "adamuon": 5e-3, "lion": 5e-3}
@@ -130,7 +130,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def _train(settings: JobConfig) -> None:
-    """What Llama.train's main does, on a rank of tests/ranks.py, with half the layers."""
+    """Run Llama.train's main on a rank of tests/ranks.py, with half the layers."""
     rank = str(torch.distributed.get_rank())
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(torch.distributed.get_world_size())}
     titan.time.sleep = lambda seconds: None  # torchtitan's rank 0 waits at the end of each run
@@ -143,7 +143,7 @@ def _train(settings: JobConfig) -> None:
 
 @pytest.fixture(scope="module")
 def tuned(folder) -> Path:
-    """Fine-tuning runs, of one rank and of two, from what the AdamW run of one rank has learnt."""
+    """Fine-tuning runs, of one rank and of two, from the weights of the AdamW run of one rank."""
     arithmetic.make(arithmetic.Options(folder / "problems", train=40, val=8))
     base = run_of(folder, "alone", "adamw")
     with Ranks(1) as rank:
@@ -189,7 +189,7 @@ def test_loss_of_the_curvature_script_matches_that_of_validation(folder):
     run = run_of(folder, "alone", "olion")
     subject = open_run(run, rows=8)
     assert subject.steps == [0, *range(1, STEPS + 1)] and "layers.1.attention.wq.weight" in subject.matrices
-    for step in (0, STEPS):  # the start is drawn anew, as it was on one rank
+    for step in (0, STEPS):  # the initial weights are drawn again, as on one rank
         subject.load(step)
         assert subject.loss().dtype == torch.float64
         assert float(subject.loss()) == pytest.approx(losses(run)["val/loss", step], abs=1e-5)
@@ -215,13 +215,13 @@ def test_losses_of_two_micro_batches_per_rank_match_those_of_one_rank(folder, la
     assert losses(run_of(folder, group, "adamw")) == pytest.approx(losses(run_of(folder, "alone", "adamw")), abs=5e-4)
 
 
-def test_gradients_meet_at_the_last_micro_batch_alone():
+def test_gradients_are_reduced_at_the_last_micro_batch_alone():
     with Ranks(2) as ranks:
         assert ranks(_meetings) == [[True, True], [True, True]]
 
 
 def _meetings() -> list[bool]:
-    """Whether nothing was there after the first of two backward passes, and their sum after the second; HSDP, DDP."""
+    """Return, for HSDP and DDP, whether gradients are reduced after the second of two backward passes alone."""
     mesh, found = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard")), []
     rank = torch.distributed.get_rank()
     for layout in ("hsdp", "ddp"):
@@ -233,7 +233,7 @@ def _meetings() -> list[bool]:
             model(torch.full((1, 3), 1.0 + rank + 10 * micro_batch)).sum().backward()
             grad = model.weight.grad
             grads.append(getattr(grad, "full_tensor", lambda grad=grad: grad)() if grad is not None else None)
-        # Of one rank 1 + 11, of the other 2 + 12: the mean is 13. Before they meet, each has its own, or none.
+        # Of one rank 1 + 11, of the other 2 + 12: the mean is 13. Before the reduction each has its own, or none.
         met = grads[0] is not None and torch.allclose(grads[0], torch.full((1, 3), 1.5))
         found.append(not met and torch.allclose(grads[1], torch.full((1, 3), 13.0)))
     return found
@@ -264,7 +264,7 @@ def test_checkpoint_that_cannot_be_written_is_one_line_with_the_cause():
 
 
 def test_qwen_losses_of_shards_and_replicas_match_those_of_one_rank_and_resume(folder):
-    """One table is embedding and head: both uses' gradients meet in it."""
+    """One table is embedding and head: its gradient is the sum of both uses."""
     shared = {"config": QWEN, "optimizer__name": "muon", "optimizer__lr": 2e-3}
     with Ranks(1) as rank:
         rank(_train, quick(folder, job__group="qwen alone", **shared))
@@ -304,7 +304,7 @@ def test_sigterm_saves_and_the_resumed_run_matches_an_uninterrupted_one(folder):
 
 
 def _stopped(settings: JobConfig) -> None:
-    """Train, with a signal in the first step to rank 1 alone, as when torchrun passes it on late."""
+    """Train, with a signal in the first step to rank 1 alone, as if torchrun passed it on late."""
     step = titan.Trainer.train_step
 
     def stopped(*arguments) -> None:
@@ -399,7 +399,7 @@ def test_damaged_newest_checkpoint_is_passed_over_and_named(folder, tmp_path, ca
         find_step(newest.parent)
 
 
-def test_newest_checkpoint_to_export_is_one_whose_sizes_match(folder, tmp_path):
+def test_export_takes_the_newest_checkpoint_whose_sizes_match(folder, tmp_path):
     shutil.copytree(run_of(folder, "alone", "adamw") / "checkpoint", tmp_path / "checkpoint")
     assert newest_checkpoint(tmp_path).name == "step-2"
     DAMAGES["cut"](tmp_path / "checkpoint/step-2")
@@ -480,7 +480,7 @@ def test_diverged_run_and_missing_tokenizer_refuse_on_all_ranks_and_leave_the_ru
             for said in ranks(_refused, quick(folder, ranks=2, **{"job__group": "alone"} | settings)):
                 assert error in said
     assert (run / "metrics.jsonl").read_text() == before
-    assert Diverged.exit_status == 3  # which run.sh knows
+    assert Diverged.exit_status == 3  # run.sh takes it for a diverged run
 
 
 def _refused(settings: JobConfig) -> str:

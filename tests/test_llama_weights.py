@@ -1,4 +1,4 @@
-"""Weights against transformers' Llama and Qwen2, there and back, and checkpoints against their model."""
+"""Weights exported to transformers' Llama and Qwen2 and imported back, and checkpoints against their model."""
 
 import json
 import pickle
@@ -127,7 +127,7 @@ def test_damaged_record_of_a_run_refuses_with_its_path(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
-def test_weights_of_another_model_are_refused_with_what_differs(assets, tmp_path):
+def test_weights_of_another_model_are_refused_with_the_difference(assets, tmp_path):
     shape = SHAPES["llama2"]
     run_with(tmp_path / "run", shape, assets)
     checkpoint, is_hf = weights.find_weights(tmp_path / "run")
@@ -196,7 +196,7 @@ def test_damaged_config_refuses_with_its_path(foreign, text):
     assert str(foreign / "config.json") in refusal(foreign)
 
 
-# config.json of meta-llama/Llama-2-7b-hf and of meta-llama/Llama-3.1-8B, what tells them apart from a default.
+# config.json of meta-llama/Llama-2-7b-hf and of meta-llama/Llama-3.1-8B, without entries that are defaults.
 @pytest.mark.parametrize(
     ("name", "flavor", "published"),
     [
@@ -271,7 +271,7 @@ def save(folder: Path, **files: dict[str, torch.Tensor]) -> None:
 
 
 def test_tensors_that_the_model_lacks_or_cannot_read_refuse_in_one_line(foreign):
-    (foreign / "config.json").unlink()  # what its entries would say first
+    (foreign / "config.json").unlink()  # refused before its entries are read
     good = load_file(foreign / "model.safetensors")
     norm, query = "model.norm.weight", "model.layers.0.self_attn.q_proj"
     scale = {f"{query}.weight_scale": torch.ones(1)}
@@ -281,7 +281,7 @@ def test_tensors_that_the_model_lacks_or_cannot_read_refuse_in_one_line(foreign)
     weights.check_weights(foreign, True, SHAPES["llama2"], "llama2 tiny")  # a table of old exports
     for tensors, message in [
         (good | scale, f"also has {query}.weight_scale and 0 more"),
-        (good | {f"{query}.bias": torch.ones(64)}, f"has {query}.bias, too"),
+        (good | {f"{query}.bias": torch.ones(64)}, f"also has {query}.bias"),
         (good | eight_bits | scale, f"{query}.weight in .*model.safetensors is F8_E4M3: .* not quantized"),
         (good | whole_numbers, "is I8: download weights that are not quantized"),
         (
@@ -363,9 +363,9 @@ def test_checkpoint_with_other_tensors_or_none_of_floats_refuses(tmp_path):
     bias, norm = {"layers.0.attention.wq.bias": torch.ones(64)}, {"norm.weight": torch.ones(64, dtype=torch.int8)}
     for number, (more, message) in enumerate(
         [
-            (bias, "has layers.0.attention.wq.bias, too"),
-            (norm, "norm.weight in .* is none"),
-            ({"norm.weight": "x"}, "none"),
+            (bias, "also has layers.0.attention.wq.bias"),
+            (norm, "norm.weight in .* is not"),
+            ({"norm.weight": "x"}, "norm.weight in .* is not"),
         ]
     ):
         folder = tmp_path / f"step-{number}"

@@ -1,4 +1,4 @@
-"""Options are declared once, in a constructor, and from there checked, listed, and set from code and configs."""
+"""Options, declared once in a constructor: checked, listed, and set from code and configs."""
 
 import copy
 import inspect
@@ -47,7 +47,7 @@ def test_every_option_of_every_rule_has_a_line_of_documentation_and_a_kind():
 
 
 @every_rule
-def test_a_constructors_signature_matches_what_its_groups_hold(name):
+def test_a_constructors_signature_matches_its_groups_options(name):
     optimizer = RULES[name](matrices((6, 4)))
     parameters = inspect.signature(RULES[name]).parameters
     declared = {each: parameter.default for each, parameter in parameters.items()}
@@ -106,7 +106,7 @@ def test_print_of_an_optimizer_is_one_line_per_group():
         ("qkv_split", 1.5),
     ],
 )
-def test_build_refuses_what_is_not_finite_or_of_another_type(name, option, value):
+def test_build_refuses_values_not_finite_or_of_another_type(name, option, value):
     if option not in REGISTERED[name].defaults:
         return
     for build in (lambda: RULES[name](matrices((6, 4)), **{option: value}), lambda: of_group(name, option, value)):
@@ -169,7 +169,7 @@ def test_help_lists_every_option_of_every_rule():
     assert listed in GPTOptimizerConfig.__doc__ and listed in OptimizerConfig.__doc__
 
 
-# --- Rules of one's own
+# --- Registered rules
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_parameters_of_eight_bits_twice_or_instead_of_a_model_refuse(name):
         assert "\n" not in str(caught.value)
 
 
-def test_groups_without_params_and_what_is_no_tensor_or_optimizer_are_refused_in_one_line():
+def test_groups_without_params_non_tensors_and_other_optimizers_are_refused_in_one_line():
     for call, said in [
         (lambda: OLion([{"lr": 1e-3}]), "must be a dict with params"),
         (lambda: roles_of(None), r"torch\.nn\.Module"),

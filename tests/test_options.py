@@ -1,4 +1,4 @@
-"""Command lines without a TOML file: what is read, one line for a mistake, and help and Ctrl-C before heavy imports."""
+"""Command lines without a TOML file: values, one line for a mistake, and help and Ctrl-C before heavy imports."""
 
 import os
 import re
@@ -77,7 +77,7 @@ assert not heavy, heavy
 """
     ran = subprocess.run([sys.executable, "-c", code, *PROGRAMS], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    for program in PROGRAMS:  # a config's program is named after __main__, which runs no module here
+    for program in PROGRAMS:  # a config's help is named after __main__, here the code above
         assert re.search(rf"^usage: (python -m )?{re.escape(program)} ", ran.stdout, re.MULTILINE), program
 
 

@@ -38,7 +38,7 @@ def installed(tmp_path_factory):
     source = folder / "source"
     source.mkdir()
     shutil.copytree(ROOT / "optimizers", source / "optimizers", ignore=shutil.ignore_patterns("__pycache__"))
-    for other in ("common", "nanoGPT", "scripts"):  # what must not be installed
+    for other in ("common", "nanoGPT", "scripts"):  # must not be installed
         (source / other).mkdir()
         (source / other / "__init__.py").touch()
     for name in ("pyproject.toml", "README.md", "LICENSE"):

@@ -1,4 +1,4 @@
-"""nanoGPT on one process, under DDP, FSDP and HSDP: the same losses, checkpoints for one another, a lost rank."""
+"""nanoGPT on one process, under DDP, FSDP and HSDP: equal losses, interchangeable checkpoints, a lost rank."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ from nanoGPT.train import Config
 from tests.ranks import Ranks, spawn
 from tests.tiny_sit_run import random_model
 
-# Nothing divides: of 5 sequences in micro-batches of 1, on 2 ranks and on 4 some must take part without any, as in
+# Nothing divides: of 5 sequences in micro-batches of 1, some of 2 or 4 ranks have none in the last round, as in
 # the last round of the 10 validation windows.
 UNEVEN = """
 steps = 9
@@ -48,11 +48,11 @@ LAYOUTS = {
     "2x2 hsdp": (4, ("--parallel.mode", "hsdp", "--parallel.shard", "2")),
 }
 OPTIMIZERS = ("adamw", "olion")
-# Layouts sum in different orders. In float32 that turns signs of OLion's entries next to zero, more of them on one CPU
+# Layouts sum in different orders. In float32 that flips signs of OLion's entries next to zero, more of them on one CPU
 # than on another; in float64 nothing is that close to zero, so one tolerance serves every optimizer and machine.
 EXACT = ("--dtype", "float64")
 TOLERANCE = 1e-9
-RESUMED = "olion"  # its embeddings, head and norms are AdamW's, so that both are in its checkpoints
+RESUMED = "olion"  # its embeddings, head and norms are AdamW's, so its checkpoints hold the state of both
 RESUMABLE = [layout for layout in LAYOUTS if layout != "2 fsdp"]  # to 2 shards and back is in hsdp, at half the time
 # Each layout goes on from itself and from the next one: of all pairs the state's own tests (test_reshard.py) have more.
 PAIRS = [(layout, other) for i, layout in enumerate(RESUMABLE) for other in (layout, RESUMABLE[i - 1])]
@@ -67,7 +67,7 @@ def tiny(tmp_path_factory) -> Path:
 
 
 def train(rank: int, config: Path, layout: str, out: Path, *arguments: str) -> None:
-    """Train on this layout in a group of its size, of the processes there are: starting some takes seconds."""
+    """Train on this layout, in a group of its size of the processes that run already: starting some takes seconds."""
     size, flags = LAYOUTS[layout]
     if rank >= size:
         return
@@ -108,7 +108,7 @@ def run_folder(out: Path) -> Path:
 
 
 def losses(out: Path, after: int = -1) -> dict[str, float]:
-    """All that a layout must not change, by name and step."""
+    """The metrics that a layout must not change, by name and step."""
     lines = [line for line in read_metrics(run_folder(out)) if line["step"] > after]
     names = ("train/loss", "val/loss", "grad_norm", "lr")
     return {f"{name} {line['step']}": line[name] for line in lines for name in names if name in line}
@@ -194,7 +194,7 @@ def test_manifest_of_every_layout_matches_that_of_one_process(runs):
     assert all(manifest == manifests["one process"] for manifest in manifests.values())
 
 
-def test_optimizer_state_and_traffic_of_a_layout_match_what_a_rank_holds(runs):
+def test_optimizer_state_and_traffic_of_a_layout_match_a_ranks_shard(runs):
     first = {layout: read_metrics(run_folder(runs / RESUMED / layout))[:2] for layout in LAYOUTS}
     state = {layout: lines[0]["optimizer_state_mb"] for layout, lines in first.items()}
     assert state["2 ddp"] == state["one process"]
@@ -244,7 +244,7 @@ def test_killed_rank_ends_the_job_and_resume_goes_on_with_fewer(tiny):
         ({"mode": "hsdp", "shard": -1}, "shard must be 0 or more; got -1"),
     ],
 )
-def test_layout_that_cannot_be_refuses_in_one_line(arguments, said):
+def test_impossible_layout_refuses_in_one_line(arguments, said):
     process = Process(0, 0, 4, torch.device("cpu"), local_world_size=4)
     with pytest.raises(UserError) as refusal:
         distribute(GPT(GPTConfig(1, 1, 8, 8, 64)), ParallelConfig(**arguments), process, torch.float32)

@@ -1,4 +1,4 @@
-"""scripts.plan: its bytes are those that gloo ranks count, its memory and work those of the formulas."""
+"""scripts.plan: bytes as counted on gloo ranks, memory and work as by the formulas."""
 
 import json
 import re
@@ -31,14 +31,14 @@ def ranks4():
 def laid_out(text: str, rule: str, device: str) -> tuple[nn.Module, RuleOptimizer]:
     with torch.device(device):
         model = GPT(SMALL)
-    # On GPUs and on meta, matrices are orthogonalized in bfloat16; on CPUs only when told.
+    # Matrices are orthogonalized in bfloat16 on GPUs and on meta, on CPUs only if asked.
     options = {} if rule == "adamw" else {"ns_dtype": torch.bfloat16}
     process_group = distribute(model, parse_mesh(text))
     return model, build_optimizer(model, rule, lr=1e-3, process_group=process_group, **options)
 
 
 def counted(text: str) -> dict[str, tuple[dict, dict]]:
-    """Step each rule once on random gradients; returns what this rank (sent, received), by kind."""
+    """Step each rule once on random gradients; return the bytes that this rank (sent, received), by kind."""
     found = {}
     for rule in RULES:
         torch.manual_seed(0)
@@ -56,7 +56,7 @@ def counted(text: str) -> dict[str, tuple[dict, dict]]:
 @pytest.mark.parametrize("text", MESHES)
 def test_planned_bytes_match_those_counted_on_gloo_ranks(ranks4, text):
     found = ranks4(counted, text)
-    # What is gathered is planned for one's own shards only; what goes to owners and back, for all ranks.
+    # Gathers are planned for this rank's shards only; messages to owners and back, for all ranks.
     ranks = [0] if text.startswith("fsdp_tp") else range(4)
     with fake_group(4, 0):
         for rule in RULES:
@@ -97,7 +97,7 @@ def test_memory_matches_the_formulas():
     for column in columns.values():
         assert column["weights"] == 4 * (matrices + rest) // 8
         assert column["gradients"] == 2 * (matrices + rest) // 8
-    counters = 4 * 27  # AdamW's step, of each tensor that is no matrix
+    counters = 4 * 27  # AdamW's step count of each tensor that is no matrix
     assert columns["adamw"]["state"] == 8 * (matrices + rest) // 8 + counters + 4 * 48
     assert columns["muon"]["state"] == columns["olion"]["state"] == (2 * matrices + 8 * rest) // 8 + counters
 
@@ -106,7 +106,7 @@ def test_memory_of_the_last_rank_matches_its_shorter_shards():
     last = planned_for("gpt2_small", "fsdp=7", rank=6, optimizers=("adamw",))["columns"]["adamw"]
     block = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]
     shapes = 12 * block + 25 * [(768, 1)] + [(50304, 768), (1024, 768)]
-    # torch.chunk gives the first six ranks a seventh, rounded up, and the last what is left.
+    # torch.chunk gives the first six ranks a seventh, rounded up, and the last the rest.
     assert last["weights"] == 4 * sum((rows - 6 * -(-rows // 7)) * width for rows, width in shapes)
 
 
@@ -116,11 +116,11 @@ def test_work_of_gpt2_xl_on_8_replicas_matches_an_even_share():
     share = 48 * sum(flops(m, n, dtype=torch.bfloat16, device="meta") for m, n in shapes) / 8
     assert column["busiest_flops"] == pytest.approx(share * column["balance"])
     assert 1 <= column["balance"] < 1.01  # 192 matrices on 8 ranks, 24 each
-    # Bits, and 144 bytes per matrix: 8 places for zeros, its norm, and whether they are enough.
+    # Bits, and 144 bytes per matrix: 8 positions of zeros, its norm, and the flag of more.
     assert column["received"]["directions"]["mean"] == 7 / 8 * (48 * 12 * 1600**2 / 8 + 192 * 144)
 
 
-def test_work_where_everyone_gathers_matches_the_whole():
+def test_work_where_all_ranks_gather_matches_the_whole():
     whole, gathered = (planned_for("gpt2_small", mesh)["columns"]["muon"] for mesh in ("ddp=1", "fsdp_tp=2x4"))
     assert whole["busiest_flops"] == gathered["busiest_flops"] > 0
     assert whole["balance"] is None and whole["received"]["all"]["busiest"] == 0 < gathered["received"]["all"]["mean"]
@@ -181,7 +181,7 @@ def test_record_matches_the_table(monkeypatch, capsys, tmp_path):
         ({"mesh": "ddp=4", "efficiency": 2.0}, "--efficiency must be above 0 and at most 1; got 2.0"),
     ],
 )
-def test_options_that_cannot_be_planned_are_refused_in_one_line(options, words):
+def test_impossible_options_are_refused_in_one_line(options, words):
     with pytest.raises(UserError, match=re.escape(words)) as error:
         planned_for("gpt2_small", **options)
     assert "\n" not in str(error.value)

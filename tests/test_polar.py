@@ -1,4 +1,4 @@
-"""Newton-Schulz in its forms and precisions agrees with a float64 reference and with the SVD."""
+"""Newton-Schulz, in each form and precision, against a float64 reference and the SVD."""
 
 import math
 
@@ -25,7 +25,7 @@ def with_spectrum(rows: int, columns: int, sigma: Tensor) -> Tensor:
 
 
 def ill_conditioned(kind: str) -> Tensor:
-    """Spectra on which a careless half-precision Gram iteration diverges; condition 1e6 or worse."""
+    """Spectra on which a naive half-precision Gram iteration diverges; condition 1e6 or worse."""
     if kind == "exponential decay":
         return with_spectrum(96, 192, torch.logspace(0, -6, 96, dtype=torch.float64))
     if kind == "rank one plus noise":
@@ -189,7 +189,7 @@ def test_bfloat16_matches_reference_on_random_matrices(form):
     matrices = torch.randn(3, 64, 96)
     expected = reference_stack(matrices)
     result = orthogonalize(matrices, form=form, dtype=torch.bfloat16)
-    # 2^-9 an operation, over 15 products of which each may double a small singular value's error.
+    # 2^-9 per operation, over 15 products, each of which may double a small singular value's error.
     assert (result.double() - expected).norm() < 0.05 * expected.norm()
 
 
@@ -217,7 +217,7 @@ def test_signs_in_bfloat16_match_float64_but_for_a_small_share(form, record_prop
     share = (signs != reference_stack(matrices).sign()).double().mean().item()
     record_property("share of OLion signs that differ", share)
     print(f"\n{form}: {share:.3%} of OLion's signs in bf16 differ from float64's (random 96 x 192)")
-    # An error of 5 % of the entries' RMS (the bound above) turns 0.05 / pi = 1.6 % of Gaussian signs.
+    # An error of 5 % of the entries' RMS (the bound above) flips 0.05 / pi = 1.6 % of Gaussian signs.
     assert share < 0.016
 
 
@@ -235,7 +235,7 @@ def test_polar_express_is_nearer_the_polar_factor_than_jordan_after_five_steps()
     assert polar_express < 0.5 * (orthogonalize(matrix, ns_coefficients="jordan") - exact).norm()
 
 
-def test_one_triple_a_step_matches_the_steps_taken_one_by_one():
+def test_one_triple_per_step_matches_the_steps_taken_one_by_one():
     matrix = torch.randn(8, 12, dtype=torch.float64)
     triples = [(2.0, -1.5, 0.5), (3.0, -4.0, 2.0), reference.JORDAN]
     expected = matrix / matrix.norm()
@@ -297,5 +297,5 @@ def test_flops_of_the_gram_form_are_fewer_on_long_matrices_and_more_on_square_on
 
 
 def test_flops_of_the_plain_form_match_a_count_by_hand():
-    m, n, steps = 16, 40, 5  # too small for blocks: G = XX', G G, and u X a step
+    m, n, steps = 16, 40, 5  # too small for blocks: G = XX', G G, and u X per step
     assert flops(m, n, steps, "plain") == steps * (2 * m * m * n + 2 * m**3 + 2 * m * m * n)

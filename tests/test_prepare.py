@@ -1,4 +1,4 @@
-"""nanoGPT.prepare against the text it was given: every document once, in one split, byte for byte."""
+"""nanoGPT.prepare against its source text: every document once, in one split, byte for byte."""
 
 import hashlib
 import json
@@ -55,7 +55,7 @@ def many(count):
 
 @pytest.fixture
 def library(tmp_path, monkeypatch):
-    """A small standard library in place of this Python's."""
+    """A small library in place of Python's standard library."""
     hidden = ["test/a.py", "sqlite3/tests/b.py", "idlelib/idle_test/c.py", "site-packages/d.py", "pydoc_data/e.py"]
     files = {f"{name}.py": f"import {name}\n" for name in ("alpha", "beta", "pkg/gamma")}
     folder = write(tmp_path / "library", files | dict.fromkeys([*hidden, "notes.txt"], "hidden"))
@@ -89,7 +89,7 @@ def test_prepare_again_leaves_a_matching_corpus_alone(library, tmp_path, capsys,
     run("stdlib", tmp_path / "c")
     assert (folder / "train.bin").stat().st_mtime_ns == before
     printed = capsys.readouterr()
-    assert "up to date" in printed.out and printed.err.count("train.bin: 0") == 1  # a bar, in a log too
+    assert "up to date" in printed.out and printed.err.count("train.bin: 0") == 1  # a progress bar, also in a log
 
 
 def test_prepare_again_follows_a_changed_file_and_mends_a_truncated_one(library, tmp_path):
@@ -126,7 +126,7 @@ def test_folder_matches_its_files_split_by_the_hash_of_their_path(tmp_path):
     assert read(folder, "val") == expected and expected
 
 
-def test_split_files_leaves_the_others_where_they_were_when_some_are_added(tmp_path):
+def test_split_files_keeps_the_split_of_files_when_others_are_added(tmp_path):
     root = write(tmp_path / "texts", many(60))
     files = sorted(path for path in root.rglob("*") if path.is_file())
     some, every = (prepare.split_files(root, chosen, 0.25) for chosen in (files[::2], files))
@@ -275,7 +275,7 @@ def test_config_names_the_corpus_that_is_prepared_once(tmp_path):
     assert (folder / "meta.json").stat().st_mtime_ns == before
 
 
-def test_config_of_an_own_corpus_that_is_missing_refuses_and_says_how_to_make_it(tmp_path):
+def test_config_of_a_custom_corpus_that_is_missing_refuses_and_says_how_to_make_it(tmp_path):
     config = parse_config(Config, ["--data.folder", str(tmp_path / "mine")])
     with pytest.raises(FileNotFoundError, match=r"nanoGPT\.prepare"):
         prepare.prepare_for(config)

@@ -29,7 +29,7 @@ def hadamard(n: int) -> Tensor:
 
 
 def structured() -> dict[str, Tensor]:
-    """Matrices that measures might get wrong, in float64."""
+    """Matrices that are hard to measure, in float64."""
     generator = torch.Generator().manual_seed(0)
 
     def gaussian(m: int, n: int) -> Tensor:
@@ -189,7 +189,7 @@ def backward(model: nn.Module, seed: int) -> None:
 
 
 def train(rule: str, steps: int = 3) -> tuple[Net, torch.optim.Optimizer]:
-    """A model after some steps, with the gradient of the next."""
+    """Return a model after some steps, with the gradient of the next."""
     model, optimizer = build(rule)
     for seed in range(steps):
         backward(model, seed)
@@ -199,7 +199,7 @@ def train(rule: str, steps: int = 3) -> tuple[Net, torch.optim.Optimizer]:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_update_that_is_measured_is_the_one_that_is_made(rule):
+def test_the_measured_update_is_the_one_applied(rule):
     model, optimizer = train(rule)
     watch = Probe(optimizer, every=1, model=model, per_shape=0)
     matrices = choose(optimizer, model=model, per_shape=0)
@@ -297,7 +297,7 @@ def test_patterns_and_numbers_choose_matrices():
     assert names == {"layers.0.weight", "layers.1.weight"}
 
 
-def test_what_is_not_finite_is_left_out():
+def test_values_that_are_not_finite_are_left_out():
     model, optimizer = train("olion")
     with torch.no_grad():
         model.back.weight[0, 0] = torch.nan
@@ -334,7 +334,7 @@ def test_other_optimizers_have_weights_and_momentum_measured(kind):
         ("adamw", {"quantities": ("hadamard",)}, "adamw orthogonalizes nothing"),
     ],
 )
-def test_a_probe_refuses_what_it_cannot_do_in_one_line(rule, chosen, message):
+def test_a_probe_refuses_impossible_arguments_in_one_line(rule, chosen, message):
     model, optimizer = build(rule)
     with pytest.raises(ValueError, match=message) as error:
         Probe(optimizer, **{"every": 1, "model": model, **chosen})
@@ -391,7 +391,7 @@ def probe_on_ranks(rule: str, layout: str) -> dict[str, float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp", "replicated"])
 @pytest.mark.parametrize("rule", ["olion", "adamw"])
-def test_ranks_measure_what_one_process_does(ranks2, rule, layout):
+def test_measures_of_ranks_match_those_of_one_process(ranks2, rule, layout):
     model, optimizer = train(rule)
     expected = probe(optimizer, model=model, quantities=("norms", "cosine", "spectrum"), mean=False)
     if rule == "olion":

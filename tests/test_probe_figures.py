@@ -1,4 +1,4 @@
-"""scripts/probe_figures.py, geometry.py and spectra.py: what is drawn is what was recorded, or what an SVD says."""
+"""scripts/probe_figures.py, geometry.py and spectra.py: figures match the records, or an SVD."""
 
 import json
 import math
@@ -61,7 +61,7 @@ def test_isotropy_matches_its_haar_level_and_leaves_rules_without_out(monkeypatc
         assert curves == [[1.5, 2.5, 3.5]]
 
 
-def test_hadamard_gaps_are_drawn_with_what_they_are_compared_with(monkeypatch, runs):
+def test_hadamard_gaps_are_drawn_with_their_references(monkeypatch, runs):
     panels = drawn(monkeypatch, "--what", "hadamard", runs).axes
     assert [1.0, 1.0] in curves_of(panels[0]) and [math.sqrt(2 / math.pi)] * 2 in curves_of(panels[0])
     assert [1.0, 1.0] in curves_of(panels[3])
@@ -73,7 +73,7 @@ def test_spectra_match_the_last_recorded_quantiles(monkeypatch, runs):
     assert list(panels[0].lines[0].get_xdata()) == [0.0, 0.5, 1.0]
 
 
-def test_a_picture_of_probes_repeats_from_its_record(monkeypatch, runs, tmp_path):
+def test_a_figure_of_probes_repeats_from_its_record(monkeypatch, runs, tmp_path):
     run_main(monkeypatch, "--what", "spectrum", runs, "--out", tmp_path / "first.png")
     panels = drawn(monkeypatch, tmp_path / "first.json", "--out", tmp_path / "second.png").axes
     assert curves_of(panels[0])[0] == [-3.0, 0.0, 6.0]
@@ -88,7 +88,7 @@ def test_runs_without_probes_are_refused_in_one_line(monkeypatch, tmp_path, caps
     assert "--what isotropy needs runs that recorded isotropy" in line and "--probe.every 100" in line
 
 
-def test_metrics_of_a_picture_are_of_shapes_alone():
+def test_metrics_of_a_figure_are_of_shapes_alone():
     recorded = ["probe/ms", "probe/blocks.0.attn.weight/isotropy", "probe/8x4/isotropy", "val/loss"]
     assert probe_figures.metrics_of("isotropy", recorded) == ("probe/8x4/isotropy",)
 
@@ -112,7 +112,7 @@ def test_edges_of_the_balls_have_norm_one_by_an_svd(name):
         np.testing.assert_allclose(matrix.mT @ matrix, len(first) * np.eye(len(first)), atol=1e-7)
 
 
-def test_planes_hold_the_hadamard_matrices_that_they_are_known_to_hold():
+def test_planes_hold_their_known_hadamard_matrices():
     counts = [
         len({(round(x, 6), round(y, 6)) for x, y in geometry.edges(*plane)["hadamard"]})
         for plane in geometry.planes().values()

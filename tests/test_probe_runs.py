@@ -1,4 +1,4 @@
-"""[probe] in the experiments: recorded at its steps, changing no curve, refused in one line."""
+"""[probe] in the experiments: recorded at its steps, without an effect on training, refused in one line."""
 
 import json
 import math
@@ -63,7 +63,7 @@ def make(folder):
 
 
 @pytest.mark.slow
-def test_two_fsdp_ranks_record_what_one_process_does(tmp_path, corpus):
+def test_probes_of_two_fsdp_ranks_match_those_of_one_process(tmp_path, corpus):
     names = map(make(tmp_path), ("alone", "several"))
     alone, several = (write_config(tmp_path / name, corpus, EVEN) for name in names)
     exact = ("--dtype", "float64", "--probe.every", "4")
@@ -99,7 +99,7 @@ def test_an_interval_of_no_steps_is_refused_in_one_line(config_class):
     assert "\n" not in str(error.value)
 
 
-def test_a_pattern_that_fits_nothing_is_refused_before_the_first_step(tmp_path, corpus):
+def test_a_pattern_without_a_match_is_refused_before_the_first_step(tmp_path, corpus):
     config = write_config(tmp_path, corpus, EVEN)
     with pytest.raises(ValueError, match=r"'\*.c_fcc.weight' fits none of .*; did you mean"):
         train(config, "--probe.every", "4", "--probe.matrices", "*.c_fcc.weight")
@@ -108,7 +108,7 @@ def test_a_pattern_that_fits_nothing_is_refused_before_the_first_step(tmp_path, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_metrics_with_distributions_stay_one_json_object_a_line(tmp_path, corpus):
+def test_metrics_with_distributions_stay_one_json_object_per_line(tmp_path, corpus):
     config = write_config(tmp_path, corpus, EVEN)
     train(config, *WATCHED, "--steps", "1")
     for line in (run_folder(config) / "metrics.jsonl").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""common/read_ahead.py: results in order, read ahead as deep as asked, by one thread that ends."""
+"""common/read_ahead.py: results in order, read ahead to the given depth, by one thread that ends."""
 
 import threading
 import time
@@ -31,7 +31,7 @@ def test_a_failure_passes_on():
         next(results)
 
 
-def test_closing_ends_the_thread_and_what_it_has_not_begun():
+def test_closing_ends_the_thread_and_drops_calls_not_begun():
     begun = []
 
     def slow(number):
@@ -45,7 +45,7 @@ def test_closing_ends_the_thread_and_what_it_has_not_begun():
 
 
 @pytest.mark.gpu
-def test_what_a_gpu_is_given_is_pinned_on_the_rank_s_own_gpu():
+def test_batches_for_a_gpu_are_pinned_by_the_ranks_own_gpu():
     def fetch(_):
         return {"x": torch.ones(3), "device": torch.tensor(torch.cuda.current_device())}
 

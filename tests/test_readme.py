@@ -1,4 +1,4 @@
-"""The documents: their Python runs as it stands; commands, options, links and files that they name are there."""
+"""The documents: their Python runs; the commands, options, links and files that they name exist."""
 
 import dataclasses
 import importlib
@@ -99,7 +99,7 @@ def names_of(config, prefix=""):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_command_names_programs_options_and_files_that_are_there(document):
+def test_every_command_names_existing_programs_options_and_files(document):
     for words in commands(DOCUMENTS[document]):
         line = " ".join(words)
         if words[0] == "bash":
@@ -122,7 +122,7 @@ def anchor(heading):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_link_and_path_leads_somewhere(document):
+def test_every_link_and_path_exists(document):
     text, folder = DOCUMENTS[document], (ROOT / document).parent
     for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
         path, _, part = target.partition("#")
@@ -136,12 +136,12 @@ def test_every_link_and_path_leads_somewhere(document):
             assert (ROOT / path).exists(), path
 
 
-def test_front_door_is_short_and_stands_alone():
+def test_front_page_is_short_and_stands_alone():
     assert len(DOCUMENTS["README.md"].splitlines()) <= 200
     for document, text in DOCUMENTS.items():
         assert "../shared" not in text and "/work/" not in text, document
 
 
-def test_every_public_name_is_there_and_documented():
+def test_every_public_name_exists_and_is_documented():
     for name in optimizers.__all__:
         assert getattr(optimizers, name).__doc__, name

@@ -1,4 +1,4 @@
-"""What ranks need before they meet: the launcher's variables, and a port that no other program has."""
+"""The rendezvous of ranks: the launcher's variables, and a port that no other program has."""
 
 import os
 import socket
@@ -31,7 +31,7 @@ def variables(monkeypatch):
 
 @pytest.fixture
 def taken_port():
-    """A port on which a program listens that is no store: it takes connections and never answers."""
+    """A port of a program other than a store: it accepts connections and never answers."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
@@ -70,7 +70,7 @@ def test_environment_matches_the_launchers_variables(variables, values, found):
         ),
     ],
 )
-def test_environment_refuses_variables_that_name_no_rank(variables, values, said):
+def test_environment_refuses_incomplete_or_impossible_variables(variables, values, said):
     variables(**values)
     with pytest.raises(UserError, match=said):
         launch.start("cpu")

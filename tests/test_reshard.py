@@ -1,7 +1,7 @@
-"""One small model under DDP, FSDP2, HSDP and FSDP x TP: it trains as in one process, and its checkpoints fit them all.
+"""One small model under DDP, FSDP2, HSDP and FSDP x TP: trained as in one process; checkpoints load across layouts.
 
-Everything is in float64, so that what differs is an error and not rounding: a sum in another order is 1e-16 off, and
-hardly turns a sign.
+Everything is in float64, so that a difference is an error and not rounding: a sum in another order is 1e-16 off, and
+hardly flips a sign.
 """
 
 import copy
@@ -50,13 +50,13 @@ PAIRS = [
     *itertools.permutations(("4 fsdp", "2x2 fsdp x tp"), 2),
 ]
 FORMS = {"plain": StateDictOptions(), "flattened": StateDictOptions(flatten_optimizer_state_dict=True)}
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # "1 process" means it
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # "1 process" has no group
 TOLERANCE = 1e-10  # of losses near 2.6, after ten steps of rounding at 1e-16
 
 
 @pytest.fixture(scope="module")
 def run():
-    """Run a function of (layout, ...) on as many ranks as the layout has; returns one result a rank."""
+    """Run a function of (layout, ...) on as many ranks as the layout has; returns one result per rank."""
     with Ranks(2) as ranks2, Ranks(4) as ranks4:
         pools = {2: ranks2, 4: ranks4}
 
@@ -68,7 +68,7 @@ def run():
 
 
 class Tiny(nn.Module):
-    """Embedding, three hidden matrices, a norm and a head: the roles that a real model has."""
+    """Embedding, three hidden matrices, a norm and a head: the roles of a real model."""
 
     def __init__(self, width: int = WIDTH):
         super().__init__()
@@ -128,7 +128,7 @@ def train(layout: str, model: nn.Module, optimizer: RuleOptimizer, steps: range)
 
 
 class Run(NamedTuple):
-    """What a rank says of a run: losses, whole parameters, and the routes of its matrices."""
+    """The results of a rank: losses, whole parameters, and the routes of its matrices."""
 
     losses: list[float]
     params: dict[str, Tensor]
@@ -230,7 +230,7 @@ def copied(optimizer: RuleOptimizer) -> tuple[dict, list]:
 
 
 def refusals(layout: str) -> list[tuple[str, bool]]:
-    """Load what does not fit in every way there is; return the errors, and whether all stayed as it was."""
+    """Load states that do not fit, in every way of loading; return the errors, and whether nothing changed."""
     model, optimizer = build(layout)
     wider = build(layout, lr=1.0, width=12)
     train(layout, model, optimizer, range(1))

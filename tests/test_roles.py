@@ -1,4 +1,4 @@
-"""Which tensors are matrices and which are decayed is decided once, by role, for all optimizers alike."""
+"""Roles decide which tensors are matrices and which are decayed, alike for all optimizers."""
 
 from fnmatch import fnmatchcase
 
@@ -176,7 +176,7 @@ def test_a_raw_vector_needs_no_declared_role():
 
 
 @pytest.mark.parametrize("name", MATRIX_RULES)
-def test_a_convolution_is_a_matrix_and_refused_until_told_how_to_see_it(name):
+def test_a_convolution_is_a_matrix_and_refused_without_as_matrices(name):
     model = nn.Sequential(nn.Conv2d(3, 8, 2))
     assert roles_of(model) == {"0.weight": "matrix", "0.bias": "vector"}
     with pytest.raises(ValueError, match=r"0\.weight.*as_matrices"):
@@ -199,7 +199,7 @@ def names_of(model: nn.Module, role: str, **options) -> set[str]:
 
 
 class WithValue(nn.Module):
-    """A language model with a value head after it, as reinforcement learning adds one."""
+    """A language model with a value head, as in reinforcement learning."""
 
     def __init__(self, language_model: nn.Module, width: int):
         super().__init__()
@@ -216,7 +216,7 @@ def test_heads_of_bert_match_its_outputs(tied, labels):
     assert "cls.predictions.transform.dense.weight" in names_of(model, "matrix")
     classifier = transformers.BertForSequenceClassification(config)
     assert names_of(classifier, "head") == {"classifier.weight"}
-    assert len(names_of(classifier, "matrix")) == 2 * 6 + 1  # six a layer, and the pooler
+    assert len(names_of(classifier, "matrix")) == 2 * 6 + 1  # six per layer, and the pooler
 
 
 def test_heads_of_musicgen_match_its_codebooks():
@@ -299,7 +299,7 @@ def test_heads_match_the_vocabulary_wherever_they_are(model):
 
 
 def test_a_last_layer_of_a_size_that_earlier_layers_read_is_refused():
-    """A decoder back to the input or the end of a residual branch: head or hidden cannot be seen."""
+    """A decoder back to the input or the end of a residual branch: it may be a head or a hidden layer."""
     with pytest.raises(ValueError, match=r"4.weight \(20, 6\) may be a head"):
         roles_of(nn.Sequential(nn.Linear(20, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 20)))
 
@@ -367,7 +367,7 @@ def test_as_matrices_of_a_pattern_matches_its_tensors_and_elementwise_rules_igno
         assert 'as_matrices={"0.weight": "flatten", "2.weight": "flatten"}' in str(caught.value)
 
 
-def test_the_rates_of_matrices_and_rest_match_what_was_asked():
+def test_the_rates_of_matrices_and_rest_match_the_arguments():
     optimizer = build_optimizer(TinyGPT(), "olion", lr=1e-3, adamw_lr=5e-3)
     assert {group["rule"]: group["lr"] for group in optimizer.param_groups} == {"olion": 1e-3, "adamw": 5e-3}
     optimizer = build_optimizer(TinyGPT(), "olion", lr=1e-3)

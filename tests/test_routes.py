@@ -1,4 +1,4 @@
-"""Every rule on every layout of its parameters, over real gloo ranks, against Local: one process that has it all."""
+"""Every rule on every layout of its parameters, over gloo ranks, against one process that holds all of it."""
 
 import re
 import zlib
@@ -25,7 +25,7 @@ MATRIX_RULES = ("olion", "muon", "adamuon", "normuon", "lionmuon", "curvature", 
 RULES = (*MATRIX_RULES, "lion", "signum", "adamw")
 BUFFERS = {"adamuon": 2, "adamw": 2}  # of a parameter's size; 1 in the other rules
 
-# Shapes that hurt, by how their param group sees them: on 4 ranks most cut unevenly, and "few" and "row" leave empty
+# Hard shapes, by options of their param group: on 4 ranks most cut unevenly, and "few" and "row" leave empty
 # shards. The four of (7, 5) travel together. The large one is there for the number of its signs.
 GROUPS = [
     (
@@ -56,7 +56,7 @@ SHAPES = {name: shape for _, shapes in GROUPS for name, shape in shapes.items()}
 
 
 class Layout(NamedTuple):
-    """The route that is expected, global ranks as a mesh, and the placements that the parameters take in turn.
+    """The expected route, global ranks as a mesh, and the placements that the parameters take in turn.
 
     Without placements they are plain tensors, the same on every rank.
     """
@@ -93,7 +93,7 @@ def ranks4():
         yield ranks
 
 
-# --- What runs on the ranks, and in one process for the oracle
+# --- Jobs of the ranks, and of one process as the reference
 
 
 def options_of(rule: str):
@@ -113,7 +113,7 @@ def draw(name: str, step: int) -> Tensor:
 
 
 def gradient(name: str, step: int) -> Tensor | None:
-    """The whole gradient at a step: noise, with what tends to break in some of them."""
+    """The whole gradient at a step: noise, with rows, columns or whole steps of zeros in some."""
     if name in ("frozen", "idle") or (name == "sometimes" and step % 2):
         return None
     grad = draw(name, step)
@@ -139,7 +139,7 @@ def mesh_of(layout: str) -> DeviceMesh:
 
 
 def placed(layout: str | None) -> Callable[[str, Tensor], Tensor]:
-    """Return what puts a whole tensor, the same on all ranks, where the layout says."""
+    """Return the function that puts a whole tensor, equal on all ranks, into the layout."""
     if layout is None or LAYOUTS[layout].placements is None:
         return lambda name, whole: whole
     mesh, turns = mesh_of(layout), LAYOUTS[layout].placements
@@ -184,7 +184,7 @@ class Job:
         self.optimizer.step()
 
     def tensors(self) -> dict[str, Tensor]:
-        """What this rank holds: the parameters by name, their states by "name.buffer"."""
+        """The tensors of this rank: parameters by name, their states by "name.buffer"."""
         held = dict(self.params)
         for name, param in self.params.items():
             held |= {f"{name}.{key}": buffer for key, buffer in self.optimizer.state[param].items()}
@@ -195,7 +195,7 @@ class Job:
         return {key: local_of(tensor) for key, tensor in held.items()} | wholes
 
     def cut(self, wholes: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return what this rank should hold, given all of it."""
+        """Return this rank's share of a whole tensor."""
         return {
             key: local_of(self.place(key.split(".")[0], whole)) if whole.ndim and ".row_" not in key else whole
             for key, whole in wholes.items()
@@ -203,7 +203,7 @@ class Job:
 
 
 def is_member(layout: str) -> bool:
-    """Whether this rank is in the layout; all ranks must ask, as making its group or mesh is a collective."""
+    """Return whether this rank is in the layout; a collective of all ranks, which make its group or mesh."""
     group_of(layout) if LAYOUTS[layout].placements is None else mesh_of(layout)
     return dist.get_rank() in torch.tensor(LAYOUTS[layout].mesh)
 
@@ -224,7 +224,7 @@ Held = dict[str, Tensor]
 
 
 def compared(rule: str, layout: str, options: dict, wholes: Held) -> tuple[Held, Held] | None:
-    """On a rank: what it holds after all steps, and what it should; None outside the layout."""
+    """Return this rank's tensors after all steps, and the expected ones; None outside the layout."""
     if not is_member(layout):
         return None
     job = train(rule, layout, options)
@@ -239,7 +239,7 @@ def members(results: list, layout: str) -> list:
 
 
 def differing(results: list[tuple[Held, Held]], tolerance: float) -> int:
-    """Count entries, over all ranks, that lie further than the tolerance from what they should be."""
+    """Count entries, over all ranks, that differ from the expected ones by more than the tolerance."""
     count = 0
     for got, want in results:
         assert got.keys() == want.keys()
@@ -254,7 +254,7 @@ def entries(results: list[tuple[Held, Held]]) -> int:
 
 
 def assert_replicas_equal(results: list[tuple[Held, Held]]) -> None:
-    """What two ranks should hold alike, they do, bit for bit."""
+    """Replicas on two ranks are equal bit for bit."""
     for i, (first, wanted) in enumerate(results):
         for second, wanted_there in results[:i]:
             for key in first:
@@ -281,17 +281,17 @@ def test_ten_steps_match_one_process(ranks4, rule, layout):
         assert differing(params, 0.0) == 0
     elif rule == "adamw":
         # torch's fused kernel rounds once where it is vectorized, and twice in the last entries of a tensor, which
-        # are others in a shard: an ulp a step, of numbers below 8.
+        # are others in a shard: an ulp per step, of numbers below 8.
         assert differing(results, STEPS * 5e-7) == 0
     elif rule == "olion":
-        # A step moves every entry by LR x 0.2 or more, so 1e-3 apart is a sign that was different at some step.
-        # Products batched or cut otherwise round otherwise, and may turn the sign of an entry next to 0.
+        # A step moves every entry by LR x 0.2 or more, so a difference of 1e-3 is a sign that differed at some step.
+        # Products batched or cut otherwise round otherwise, and may flip the sign of an entry next to 0.
         turned = differing(params, 1e-3)
         assert turned <= (0 if "replicated" in layout else 1e-5 * STEPS * entries(params))
         if not turned:
             assert differing(params, 0.0) == 0
     else:
-        # Newton-Schulz grows float32's rounding, 6e-8, by up to 3.4445 a step on the smallest singular values, to 3e-5
+        # Newton-Schulz grows float32's rounding, 6e-8, up to 3.4445 times per step on small singular values, to 3e-5
         # of an entry's size, and an update is LR times that. AdaMuon divides by the entry's own size, so that of an
         # entry next to 0 it takes the sign.
         tolerance = STEPS * LR * 3e-5
@@ -310,7 +310,7 @@ def test_directions_in_bfloat16_match_one_process_to_their_rounding(ranks4, rule
     # bfloat16 rounds by at most 2^-9 of an entry; entries of D are below 1.3 sqrt(m / n) in Muon, and below
     # 0.2 / sqrt(1 - 0.95) times a few in AdaMuon, whose second moment is of rounded directions, too.
     assert differing(params, STEPS * LR * 2**-9 * 3) == 0
-    assert differing(params, STEPS * LR * 3e-5) > entries(params) / 10  # or it was not bfloat16 that travelled
+    assert differing(params, STEPS * LR * 3e-5) > entries(params) / 10  # or the message was not in bfloat16
 
 
 def compared_signed(layout: str) -> tuple[Held, Held] | None:
@@ -344,7 +344,7 @@ def test_lionmuon_receives_nothing_at_every_second_step(ranks4, layout):
 
 
 def stepped_in_half_precision(layout: str) -> list[Tensor]:
-    """One step of more signs than float16 can count; what this rank then holds, and should hold."""
+    """Take one step of more signs than float16 can count; return this rank's tensors, and the expected ones."""
     whole = torch.randn(300, 1001, generator=torch.Generator().manual_seed(1)).half()
     mesh, placements = mesh_of(layout), LAYOUTS[layout].placements[0]
     cut, alone = nn.Parameter(distribute_tensor(whole, mesh, placements)), nn.Parameter(whole)
@@ -361,7 +361,7 @@ def test_a_step_in_half_precision_matches_one_process(ranks4, layout):
 
 
 def stepped_with_a_narrow_state(process_group: bool) -> list[Tensor]:
-    """Two equal matrices, the first without a gradient, under a state narrower than they are."""
+    """Two equal matrices, the first without a gradient, with a state of fewer bits than theirs."""
     params = [nn.Parameter(draw("square", number)) for number in (0, 1)]
     group = dist.group.WORLD if process_group else None
     optimizer = OLion(params, lr=1.0, state_dtype=torch.bfloat16, process_group=group)
@@ -376,7 +376,7 @@ def test_a_missing_gradient_leaves_the_precision_of_other_matrices(ranks4):
             assert torch.equal(got, want)
 
 
-# --- What travels
+# --- Messages
 
 
 def packed_and_unpacked(layout: str) -> tuple[Held, Held, int]:
@@ -424,7 +424,7 @@ DENSE += ("grouped", "fused columns", "grouped columns")
 
 
 def measured(layout: str) -> dict[str, tuple] | None:
-    """Return, for every rule, what was counted in a step, what the plan says, and what was counted after the block."""
+    """Return, for every rule, the bytes counted in a step, those of the plan, and those counted after the block."""
     if not is_member(layout):
         return None
     found = {}
@@ -465,7 +465,7 @@ def eight_matrices(rule: str, layout: str) -> tuple[dict, dict]:
     return dict(traffic.sent), dict(traffic.received)
 
 
-def test_bytes_under_ddp_match_one_bit_an_entry_a_sixteenth_of_muon(ranks4):
+def test_bytes_under_ddp_match_one_bit_per_entry_a_sixteenth_of_muon(ranks4):
     others = 6 * 256 * 256  # entries of the matrices that the three other ranks own
     for (_, olion), (_, muon), (_, adamw) in zip(
         *(ranks4(eight_matrices, rule, "replicated on 4") for rule in ("olion", "muon", "adamw")), strict=True
@@ -480,7 +480,7 @@ SHARD = 2**14
 BYTES = {
     # Two of the 8 are mine: to and from three ranks.
     "rows": {"to owners": (6 * 4 * SHARD, 2 * 3 * 4 * SHARD), "bits": (2 * 3 * SHARD, 6 * SHARD)},
-    # My row of two ranks owns 4 of the 8, 2 of them me; then what my row sent me goes on to the rank below.
+    # My row of two ranks owns 4 of the 8, 2 of them mine; then its messages to me go on to the rank below.
     "hsdp": {
         "to owners": (2 * 4 * 2 * SHARD, 2 * 4 * 2 * SHARD),
         "bits": (2 * 2 * SHARD + 4 * 2 * SHARD, 2 * 2 * SHARD + 4 * 2 * SHARD),
@@ -504,7 +504,7 @@ def test_bytes_of_shards_match_arithmetic(ranks4, layout):
 
 
 def facts(layout: str) -> dict[str, tuple] | None:
-    """Take two steps of every rule; return what the laws of state and gradients speak about."""
+    """Take two steps of every rule; return the properties of state and gradients."""
     if not is_member(layout):
         return None
     found = {}
@@ -535,7 +535,7 @@ def facts(layout: str) -> dict[str, tuple] | None:
 
 
 @every_layout
-def test_state_lies_as_the_parameters_and_takes_the_bytes_of_what_is_held(ranks4, layout):
+def test_state_has_the_parameters_layout_and_the_bytes_of_their_shards(ranks4, layout):
     for found in members(ranks4(facts, layout), layout):
         for rule, (kept, alike, held, states, reported) in found.items():
             buffers = BUFFERS.get(rule, 1)
@@ -617,7 +617,7 @@ def test_plan_names_every_parameter_and_its_route(ranks4, layout):
 
 
 def owners(shapes: dict[str, tuple]) -> tuple[dict[str, int], float, str]:
-    """Plan matrices on paper: owner by name, the plan's own balance, and its print."""
+    """Plan matrices without tensors: owner by name, the plan's own balance, and its print."""
     params = [(name, nn.Parameter(torch.empty(shape, device="meta"))) for name, shape in shapes.items()]
     plan = RuleOptimizer(params, "olion", process_group=dist.group.WORLD).plan
     return {entry.name: entry.owner for entry in plan.entries}, plan.balance(), str(plan)
@@ -665,7 +665,7 @@ def on(rank: int, special, usual):
 
 EVERYONE, OUTSIDE = (0, 1, 2, 3), (0, 2)  # of a layout on 1 and 3
 DISAGREE = "all ranks must hand the optimizer the same parameters .* rank 0 has .*, rank 1 has "
-# What is built, which ranks must refuse it, and in what words.
+# The job, the ranks that must refuse it, and their message.
 REFUSED = {
     "a group of others": (
         lambda: OLion([zeros(4, 6)], process_group=group_of("replicated on 1 and 3")),

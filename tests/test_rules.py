@@ -1,4 +1,4 @@
-"""Each update rule equals its float64 reference, and the optimizers that other people wrote."""
+"""Each update rule against its float64 reference, and against other implementations."""
 
 from functools import partial
 

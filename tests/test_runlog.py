@@ -1,4 +1,4 @@
-"""The run log: what stands in its files after a start, a resume, a kill, and trouble with wandb."""
+"""The run log: its files after a start, a resume, a kill, and failures of wandb."""
 
 import json
 import subprocess
@@ -110,7 +110,7 @@ def test_without_a_login_wandb_is_offline_and_resume_goes_on_with_its_run(tmp_pa
 
 
 class FakeWandb:
-    """Stands in for the package where the network would be needed; fails in the modes it is told to."""
+    """A stand-in for the package, which needs the network; it fails in the given modes."""
 
     def __init__(self, failing=()):
         self.failing, self.modes, self.logged, self.settings, self.metrics = failing, [], [], {}, {}
@@ -177,7 +177,7 @@ def test_unreachable_server_falls_back_to_offline_with_one_warning(tmp_path, mon
 
 
 @pytest.mark.parametrize("trouble", ["missing", "offline", "log"])
-def test_trouble_with_wandb_is_one_warning_and_metrics_go_on(tmp_path, monkeypatch, capsys, trouble):
+def test_a_failing_wandb_is_one_warning_and_metrics_go_on(tmp_path, monkeypatch, capsys, trouble):
     monkeypatch.setitem(sys.modules, "wandb", None if trouble == "missing" else FakeWandb(failing={trouble}))
     log = start(tmp_path, wandb_mode="offline")
     log.log(1, {})

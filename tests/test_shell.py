@@ -1,4 +1,4 @@
-"""The shell scripts, as a new user runs them: in a checkout of their own, without anything prepared."""
+"""The shell scripts, as a new user runs them: in a fresh checkout, without prepared data."""
 
 import os
 import re
@@ -43,14 +43,14 @@ def test_run_script_trains_each_optimizer_and_draws_beside_the_runs_from_any_fol
 
 @pytest.fixture
 def recorder(checkout) -> Path:
-    """An interpreter that only writes down what it is asked."""
+    """An interpreter that only records its arguments."""
     python = checkout / "python"
     python.write_text(f'#!/bin/sh\necho "$*" >> {checkout}/asked\n')
     python.chmod(0o755)
     return python
 
 
-def test_run_script_publishes_into_images_where_that_is_asked(checkout, recorder):
+def test_run_script_writes_into_images_if_asked(checkout, recorder):
     done = bash(checkout, str(checkout / "nanoGPT/run.sh"), "--publish", "--steps", "9", PYTHON=str(recorder), NGPU="1")
     assert done.returncode == 0, done.stderr
     *_, train, draw = (checkout / "asked").read_text().splitlines()

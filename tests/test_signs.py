@@ -135,7 +135,7 @@ def test_empty_tensors_match_empty_planes(shape):
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 4096, 4097])
-def test_plane_size_matches_one_bit_an_entry(length):
+def test_plane_size_matches_one_bit_per_entry(length):
     for plane in (negatives(torch.ones(length)), zero_or_nan(torch.ones(length))):
         assert plane.dtype == torch.uint8 and plane.shape == (math.ceil(length / 8),)
 

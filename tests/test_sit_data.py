@@ -1,4 +1,4 @@
-"""SIT.data and SIT.latents: what belongs together, in an order that (seed, step) fixes; damage is named."""
+"""SIT.data and SIT.latents: items with their latents and labels, in an order of (seed, step) alone; damage is named."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def write_folder(folder, count=12, **options):
 
 
 def identities(fetched):
-    """Which items of write_folder a batch has, after checking that image, latent and label are of one item."""
+    """The items of write_folder in a batch, whose image, latent and label must be of one item."""
     numbers = (fetched["x"][:, 0, 0, 0] / latents.SCALING).round().long()
     if "images" in fetched:
         assert torch.equal(fetched["images"][:, 0, 0, 0].long(), numbers)
@@ -142,7 +142,7 @@ def test_take_gives_chosen_items_with_the_same_noise_each_time(tmp_path):
     first = data.take(items, order, seed=5)
     assert first["y"].tolist() == [1, 2, 2] and first["images"][:, 0, 0, 0].tolist() == [7, 2, 11]
     assert torch.equal(first["x"], data.take(items, order, seed=5)["x"])
-    assert torch.equal(first["x"][1:2], data.take(items, order[1:2], seed=5)["x"])  # whatever is taken with it
+    assert torch.equal(first["x"][1:2], data.take(items, order[1:2], seed=5)["x"])  # whatever the rest of the batch
     assert not torch.equal(first["x"], data.take(items, order, seed=6)["x"])
 
 
@@ -191,7 +191,7 @@ assert torch.get_num_threads() == 2 and len(os.listdir("/proc/self/task")) == be
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
-def test_move_keeps_what_a_batch_holds():
+def test_move_keeps_the_contents_of_a_batch():
     fetched = draw(counting(12))
     moved = data.move(fetched, "cpu")
     assert moved.keys() == fetched.keys() and all(torch.equal(moved[name], fetched[name]) for name in fetched)
@@ -204,7 +204,7 @@ def test_move_to_a_gpu_matches_the_batch_on_the_cpu():
     assert all(moved[name].is_cuda and torch.equal(moved[name].cpu(), fetched[name]) for name in fetched)
 
 
-# ---- Latents: what belongs together
+# ---- Latents: pairs
 
 
 def test_latents_match_images_and_labels_by_name_where_sorting_would_not(tmp_path):
@@ -299,7 +299,7 @@ def test_flips_mirror_image_and_latent_together_about_half_the_time(tmp_path):
     assert (draw(Latents(tmp_path))["images"][..., 0] == 200).all()  # without flips, none
 
 
-# ---- Latents: what is refused
+# ---- Latents: refusals
 
 
 def remove_image(folder):
@@ -360,7 +360,7 @@ def set_labels(text):
         (set_labels('{"labels": []}'), "must label each file once; its 0 labels"),
     ],
 )
-def test_latents_refuse_what_does_not_belong_together(tmp_path, damage, message):
+def test_latents_refuse_mismatched_folders(tmp_path, damage, message):
     damage(write_folder(tmp_path))
     with pytest.raises(UserError, match=message) as caught:
         Latents(tmp_path, n_class=4)
@@ -372,7 +372,7 @@ def test_latents_refuse_a_model_without_classes(tmp_path):
         Latents(write_folder(tmp_path), n_class=0)
 
 
-def test_latents_give_the_vae_that_their_folder_names(tmp_path):
+def test_latents_name_the_vae_of_their_folder(tmp_path):
     assert Latents(write_folder(tmp_path)).vae == ""  # as REPA's own preprocessing leaves it
     labels = json.loads((tmp_path / "vae-sd/dataset.json").read_text())["labels"]
     write_labels(tmp_path, labels, vae="/models/vae")
@@ -388,7 +388,7 @@ def test_latents_refuse_a_folder_that_is_not_prepared_to_its_end(tmp_path):
         Latents(tmp_path / "nowhere")
 
 
-def test_latents_pass_over_what_an_interrupted_write_left(tmp_path):
+def test_latents_ignore_remains_of_an_interrupted_write(tmp_path):
     write_folder(tmp_path)
     (tmp_path / "images/class0/.0.png").write_bytes(b"half an image")
     (tmp_path / "vae-sd/class0/.new.npy.partial").write_bytes(b"half a latent")
@@ -534,7 +534,7 @@ def test_read_image_gives_rgb_of_any_mode(tmp_path, mode):
 
 
 def test_headers_of_arrays_are_parsed_one_at_a_time_whatever_the_number_of_threads(tmp_path, monkeypatch):
-    """Python 3.11's parser raises SystemError now and then where two threads parse; see SIT.latents."""
+    """Python 3.11's parser sometimes raises SystemError if two threads parse; see SIT.latents."""
     parsing, most, load = [], [], np.load
 
     def slow_load(*arguments, **options):

@@ -49,7 +49,7 @@ def test_dinov2_tokens_are_in_the_order_of_the_patches():
     assert differs.nonzero().flatten().tolist() == [7]
 
 
-def test_dinov2_is_frozen_and_deterministic_in_float32_whatever_is_asked_of_torch():
+def test_dinov2_is_frozen_and_deterministic_in_float32_under_any_torch_settings():
     encoder = encoders.Dinov2(tiny_dinov2(drop_path_rate=0.5, hidden_dropout_prob=0.5).train(), grid=4)
     images = uint8_images(2, 3, 28, 28)
     with torch.autocast("cpu", torch.bfloat16):
@@ -137,7 +137,7 @@ def test_load_encoder_refuses_weights_in_part(tmp_path):
         encoders.load_encoder("dinov2-b", folder=tmp_path)
 
 
-def test_load_encoder_says_where_to_put_what_cannot_be_downloaded(tmp_path, monkeypatch):
+def test_load_encoder_says_where_to_put_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
     def unreachable(name, **_):
         assert name == "facebook/dinov2-giant"
         raise OSError("We couldn't connect to 'https://huggingface.co'\nCheck your connection")
@@ -286,7 +286,7 @@ def test_vae_refuses_a_side_that_does_not_divide():
         tiny_vae().latent_shape(15)
 
 
-def test_load_vae_reads_a_folder_and_says_where_to_put_what_is_missing(tmp_path):
+def test_load_vae_reads_a_folder_and_says_where_to_put_missing_files(tmp_path):
     tiny = tiny_vae()
     tiny.autoencoder.save_pretrained(tmp_path / "vae")
     images = uint8_images(1, 3, 16, 16)

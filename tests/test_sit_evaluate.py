@@ -1,4 +1,4 @@
-"""SIT/evaluate.py: the Frechet distance by closed forms, the judge's measures, a table and a picture of runs."""
+"""SIT/evaluate.py: the Frechet distance by closed forms, the judge's measures, a table and a figure of runs."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def test_frechet_distance_matches_the_symmetric_form_of_any_covariances():
 @pytest.mark.parametrize("count", [50, 5])  # of 5 points in 8 dimensions the covariance has zeros as eigenvalues
 def test_frechet_distance_of_a_set_and_itself_is_zero(count):
     points = torch.randn(count, 8)
-    assert abs(frechet(points, points)) < 1e-5  # the root of what rounding leaves of a zero, 1e-16 of float64
+    assert abs(frechet(points, points)) < 1e-5  # the root of float64's rounding, 1e-16
     assert frechet(points, points + 3) == pytest.approx(9 * 8, abs=1e-5)
 
 
@@ -108,7 +108,7 @@ def test_table_of_several_runs_has_a_row_a_method_and_validation_first(runs, tmp
             assert run[name] == json.loads(last)[key]
 
 
-def test_picture_of_several_runs_shows_the_first_digits_of_each(runs, tmp_path, monkeypatch):
+def test_figure_of_several_runs_shows_the_first_digits_of_each(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(measures, "FOLDER", runs)
     splits, shown = digits(), []
     honest = measures.picture
@@ -198,7 +198,7 @@ def test_fid_refuses_without_torch_fidelity_or_a_reference(tmp_path, monkeypatch
         fid(tmp_path / "a.npz", tmp_path / "a.txt")
 
 
-def test_evaluation_skips_runs_of_latents_where_that_is_asked_and_measures_nothing_without_others(tmp_path):
+def test_evaluation_skips_runs_of_latents_if_asked_and_measures_nothing_without_others(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text('{"config": {"data": {"kind": "latents"}}}')
     said = evaluate_digits(evaluate.Options((tmp_path,), skip_latents=True))

@@ -1,4 +1,4 @@
-"""SIT.model and what it is made of, against the published sizes, slow float64 formulas and published checkpoints."""
+"""SIT.model and its parts against the published sizes, slow float64 formulas and published checkpoints."""
 
 import argparse
 import dataclasses
@@ -18,7 +18,7 @@ from SIT.published import load_published, open_published
 from SIT.tokens import patchify, sincos_positions, unpatchify
 
 ROOT = Path(__file__).resolve().parents[1]
-# No two of its lengths are equal, but for what must be: an exchange of two of them fails.
+# All lengths differ that can, so that an exchange of two of them fails.
 TINY = ModelConfig(
     size="",
     patch_size=2,
@@ -323,14 +323,14 @@ def test_load_published_leaves_out_a_projector_that_the_model_has_not():
         ({"x_embedder.proj.weight": torch.ones(24, 4, 2, 2)}, r"x_embedder\.weight must be \(24, 20\), got \(24, 16\)"),
     ],
 )
-def test_load_published_refuses_what_does_not_fit_in_one_line(change, named):
+def test_load_published_refuses_other_tensors_in_one_line(change, named):
     state = {name: tensor for name, tensor in {**published_state(TINY), **change}.items() if tensor is not None}
     with pytest.raises(ValueError, match=named) as caught:
         load_published(SiT(TINY), state)
     assert "\n" not in str(caught.value)
 
 
-def test_load_published_refuses_what_does_not_tell_which_way_its_time_runs():
+def test_load_published_refuses_a_file_without_a_known_direction_of_time():
     config = ModelConfig(**{**vars(TINY), "z_dim": 0})
     with pytest.raises(ValueError, match=r"doubled outputs \(SiT\) or projectors \(REPA\)"):
         load_published(SiT(config), published_state(config, projector=False))
@@ -388,7 +388,7 @@ def test_groups_match_the_stated_roles(modulation, z_dim):
 # --- configuration and imports
 
 
-def test_resolved_matches_the_size_and_keeps_what_is_set():
+def test_resolved_matches_the_size_and_keeps_explicit_fields():
     config = ModelConfig(size="SiT-XL/4", depth=2, encoder_depth=2).resolved()
     assert (config.patch_size, config.depth, config.width, config.n_head, config.grid) == (4, 2, 1152, 16, 8)
     assert config.resolved() == config

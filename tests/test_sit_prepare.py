@@ -1,4 +1,4 @@
-"""SIT.prepare on a made-up folder of 40 small images in 4 classes: what comes out, and what a failure leaves."""
+"""SIT.prepare on a folder of 40 small images in 4 classes: its output, and its state after a failure."""
 
 import json
 import os
@@ -30,7 +30,7 @@ SIZE = 16
 
 
 def write_images(folder):
-    """Ten images a class, of odd sizes: colour and grey JPEGs and PNGs, with alpha and with a palette."""
+    """Ten images per class, of odd sizes: colour and grey JPEGs and PNGs, with alpha and with a palette."""
     random = np.random.default_rng(0)
     for k in range(40):
         name, height, width = CLASSES[k % 4], *random.integers(9, 70, size=2)
@@ -153,7 +153,7 @@ def test_convert_names_a_corrupt_image_or_skips_it_with_a_count(source, tmp_path
     assert len(labels) == 39 and "bee/bee_5.png" not in dict(labels)
 
 
-def test_convert_refuses_a_source_of_which_nothing_can_be_read(source, tmp_path):
+def test_convert_refuses_a_source_without_a_readable_image(source, tmp_path):
     for path in source.rglob("*_*"):
         path.write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"must hold a readable image .* 4 of 4 hold none, the first is ant"):
@@ -255,7 +255,7 @@ def test_convert_refuses_a_damaged_request_in_one_line(source, converted, text):
     assert "\n" not in str(caught.value)
 
 
-def test_convert_refuses_too_little_disk_for_what_is_left(source, tmp_path, monkeypatch):
+def test_convert_refuses_too_little_disk_for_the_remaining_images(source, tmp_path, monkeypatch):
     config = Convert(source, tmp_path / "data", size=100, workers=2)  # 30,000 bytes: 8 blocks of 4,096
     no_space(monkeypatch, 40 * 8 * 4096 - 1)
     with pytest.raises(UserError, match=r"images needs 0\.0 GB for 40 files, the disk has 0\.0 GB: make room"):
@@ -331,7 +331,7 @@ def test_encode_ends_the_line_of_its_progress_before_an_error(converted, monkeyp
     assert capsys.readouterr().err.endswith("\n"), caught  # which keeps the bar alive, as the error's line will find it
 
 
-def test_encode_again_leaves_what_is_there_alone(converted, capsys):
+def test_encode_again_keeps_existing_latents(converted, capsys):
     folder = encode(converted)
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.npy")}
     encode(converted)
@@ -375,7 +375,7 @@ def test_encode_on_two_ranks_matches_one_process_bit_for_bit(converted, tmp_path
     assert contents(converted / "vae-sd") == expected
 
 
-def test_encode_refuses_too_little_disk_for_what_is_left(converted, monkeypatch):
+def test_encode_refuses_too_little_disk_for_the_remaining_images(converted, monkeypatch):
     no_space(monkeypatch, 40 * 4096 - 1)  # 6 x 8 x 8 float32 are 1,536 bytes: a block each
     with pytest.raises(UserError, match=r"vae-sd needs 0\.0 GB for 40 files, the disk has 0\.0 GB: make room"):
         encode(converted)
@@ -459,7 +459,7 @@ def test_command_line_converts_and_encodes_with_a_vae_from_a_folder(source, tmp_
     tiny_vae().autoencoder.save_pretrained(tmp_path / "vae")
     run("convert", source, "--out", tmp_path / "data", "--size", SIZE)
     run("encode", tmp_path / "data", "--vae", tmp_path / "vae", "--device", "cpu")
-    assert "100%" in capsys.readouterr().err  # a log has a bar too
+    assert "100%" in capsys.readouterr().err  # a progress bar, also in a log
     items = Latents(tmp_path / "data", n_class=4)
     assert len(items) == 40 and items.vae == str(tmp_path / "vae")
     with pytest.raises(UserError, match=r"^size must be 1 or more; got 0$"):
@@ -468,7 +468,7 @@ def test_command_line_converts_and_encodes_with_a_vae_from_a_folder(source, tmp_
         run("encode", tmp_path / "data", "--vae", source, "--device", "cpu")
 
 
-def test_prepare_makes_what_a_config_needs_that_extends_the_one_of_the_digits(tmp_path, monkeypatch):
+def test_prepare_makes_the_files_of_a_config_that_extends_the_one_of_the_digits(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(digits, "prepare", lambda folder: made.append(folder) or folder)
     child = tmp_path / "child.toml"

@@ -1,4 +1,4 @@
-"""SIT/sample.py: images are the averaged model's, whatever the ranks and batches; what is written; what is refused."""
+"""SIT/sample.py: images of the averaged model for any ranks and batches; written files; refusals."""
 
 import json
 import sys
@@ -135,7 +135,7 @@ def test_guidance_changes_the_images_inside_its_interval_alone(model):
     assert min((a - b).abs().max() for a, b in ((late, plain), (everywhere, plain), (late, everywhere))) > 0.01
 
 
-def test_picture_matches_its_images_row_by_row():
+def test_figure_matches_its_images_row_by_row():
     images = torch.arange(5, dtype=torch.uint8).mul(40).view(5, 1, 1, 1).expand(5, 3, 2, 2).clone()
     images[:, 1] = 7
     images[4, 0, 0, 1] = 255  # in the third image from the left, the pixel at the top right
@@ -146,7 +146,7 @@ def test_picture_matches_its_images_row_by_row():
     assert pixels[4:6, 6:8, 0].tolist() == [[255, 255]] * 2 and pixels[6, 6, 0] == 160
 
 
-def test_picture_of_a_run_shows_its_first_hundred_in_a_square(run, tmp_path):
+def test_figure_of_a_run_shows_its_first_hundred_in_a_square(run, tmp_path):
     sample(Options(run=run, count=101, steps=1, out=tmp_path / "a.png", device="cpu"), ONE)
     assert Image.open(tmp_path / "a.png").size == (320, 320)
 

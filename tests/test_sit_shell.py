@@ -1,4 +1,4 @@
-"""SIT as a new user runs it: run.sh in a checkout of its own, and the way from a folder of images to samples."""
+"""SIT as a new user runs it: run.sh in a fresh checkout, and the path from a folder of images to samples."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def test_run_script_prepares_trains_measures_and_draws_from_any_folder(checkout)
 
 
 def test_run_script_of_the_imagenet_config_trains_on_all_ranks_and_measures_no_digits(checkout):
-    """With an interpreter that only writes down what it is asked."""
+    """With an interpreter that only records its arguments."""
     python = checkout / "python"
     python.write_text(f'#!/bin/sh\necho "$*" >> {checkout}/asked\n')
     python.chmod(0o755)
@@ -76,7 +76,7 @@ def test_run_script_of_the_imagenet_config_trains_on_all_ranks_and_measures_no_d
     assert measure.startswith("-m SIT.evaluate runs/sit/sit_b2_imagenet --skip-latents ")
 
 
-def test_run_script_refuses_what_it_does_not_know_in_one_line(checkout):
+def test_run_script_refuses_unknown_arguments_in_one_line(checkout):
     done = run_script(checkout, "--group", "other")
     assert done.returncode == 1 and done.stderr.startswith("error: figures are of runs/sit/GROUP; set GROUP")
 

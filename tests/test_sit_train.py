@@ -1,4 +1,4 @@
-"""SIT/train.py on handwritten digits: one process and two ranks alike, interruptions, the average, what is refused."""
+"""SIT/train.py on handwritten digits: one process and two ranks, interruptions, the average, refusals."""
 
 import itertools
 import json
@@ -60,7 +60,7 @@ def tiny(tmp_path) -> Path:
 
 
 def train_on_ranks(config: Path, out: Path, arguments: tuple[str, ...]) -> None:
-    """Train on the ranks that there are; runs on each of them."""
+    """Train on all ranks; called on each of them."""
     rank, size = dist.get_rank(), dist.get_world_size()
     training.train(settings_of(config, *arguments, out=out), Process(rank, rank, size, torch.device("cpu"), size))
 
@@ -81,7 +81,7 @@ def runs(ranks, tmp_path_factory) -> Path:
 
 
 def losses(out: Path, after: int = -1) -> dict[str, float]:
-    """All that a layout must not change, by name and step."""
+    """The metrics that a layout must not change, by name and step."""
     numbers = {}
     for line in read_metrics(run_folder(out)):
         names = [name for name in line if name.startswith(("train/", "val/", "grad_norm", "lr"))]
@@ -331,7 +331,7 @@ def test_modulation_option_changes_the_rule_of_the_modulation_weights_and_nothin
         assert other["rule"] == "adamw" if name in changed else group["rule"] == other["rule"]
 
 
-# ---- Trouble
+# ---- Failures
 
 
 def test_non_finite_steps_are_skipped_counted_and_end_the_run_with_the_checkpoint_intact(tiny, tmp_path, monkeypatch):
@@ -455,7 +455,7 @@ def test_preview_is_drawn_at_each_validation(tiny, tmp_path):
     assert Image.open(pictures[0]).size == (64, 64)  # 2 x 2 digits, four times as large
 
 
-def test_preview_matches_what_is_sampled_from_the_average(tiny, tmp_path):
+def test_preview_matches_samples_of_the_average(tiny, tmp_path):
     train(tiny, "--eval.preview", "4", "--eval.preview_steps", "2", "--optimizer.lr", "0.1")
     run = run_folder(tmp_path / "runs")
     sample(Options(run=run, count=4, steps=2, device="cpu"), ONE)
@@ -480,8 +480,8 @@ def test_preview_that_fails_leaves_the_checkpoint_of_its_step(tiny, tmp_path, mo
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_first_validation_matches_the_objective_that_was_asked_for(tiny, tmp_path, prediction):
-    """An untrained SiT puts out zeros: its loss is the mean square of what it should have said."""
+def test_first_validation_matches_the_objective_of_the_config(tiny, tmp_path, prediction):
+    """An untrained SiT puts out zeros: its loss is the mean square of its target."""
     flags = ("--objective.prediction", prediction, "--objective.path", "cosine", "--objective.times", "lognormal")
     train(tiny, *flags, "--steps", "1")
     generator = seeded(VALIDATION)

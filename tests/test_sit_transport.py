@@ -41,7 +41,7 @@ def gaussian_velocity(path):
     """The velocity of data N(MEAN, COVARIANCE): E[a' x + s' e | x_t], by the rules of conditional Gaussians."""
 
     def velocity(x_t, t):
-        a, s, da, ds = (coefficient.double() for coefficient in path.coefficients(t[0]))  # one time a call
+        a, s, da, ds = (coefficient.double() for coefficient in path.coefficients(t[0]))  # one time per call
         precision = torch.linalg.inv(a**2 * COVARIANCE + s**2 * torch.eye(2).double())
         surprise = (x_t.double() - a * MEAN) @ precision
         x, e = MEAN + a * surprise @ COVARIANCE, s * surprise
@@ -143,7 +143,7 @@ def test_denoising_loss_matches_the_mean_square_of_each_sample():
     assert denoising_loss(value.bfloat16(), x.bfloat16(), e.bfloat16(), t.bfloat16()).dtype == torch.float32
 
 
-def test_denoising_loss_of_a_score_matches_the_mean_square_of_the_noise_it_amounts_to():
+def test_denoising_loss_of_a_score_matches_the_mean_square_of_its_noise():
     """Times s, a score's error is minus that of the noise, whatever the time."""
     value, x, e = torch.randn(3, 1000, 4)
     t = torch.linspace(1e-5, 1, 1000)
@@ -170,7 +170,7 @@ def test_projection_loss_matches_torchs_cosine_similarity():
 
 
 def pushed_through(path, steps, method):
-    """The mean and covariance that an ODE sampler makes of N(0, I), exactly: it is affine in the noise."""
+    """The exact mean and covariance of an ODE sampler's output for N(0, I): it is affine in the noise."""
     corners = torch.tensor([[0, 0], [1, 0], [0, 1]], dtype=torch.float64)
     mean, *images = sample_ode(gaussian_velocity(path), corners, steps, method)
     columns = torch.stack(images, dim=1) - mean[:, None]
@@ -232,7 +232,7 @@ def test_sde_sampler_matches_its_seed():
 
 
 @pytest.mark.parametrize("sampler", [sample_ode, sample_sde])
-def test_samplers_match_the_dtype_of_the_noise_in_what_they_ask_for_and_return(sampler):
+def test_samplers_match_the_dtype_of_the_noise_in_their_calls_and_results(sampler):
     asked = []
 
     def velocity(x, t):
@@ -247,7 +247,7 @@ def test_samplers_match_the_dtype_of_the_noise_in_what_they_ask_for_and_return(s
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("sampler", ["euler", "heun", "sde"])
 def test_samplers_match_the_data_for_predictions_that_are_a_little_wrong(path, prediction, sampler):
-    """A network is never exact: what divides its error by a or s, which vanish at the ends, would show here."""
+    """A network is never exact: a division of its error by a or s, which vanish at the ends, would show here."""
     samples, steps = 4000, 50
     generator = torch.Generator().manual_seed(1)
     velocity = gaussian_velocity(path)
@@ -291,7 +291,7 @@ def test_samplers_refuse_unknown_options():
 
 
 class LabelledVelocity:
-    """A velocity that depends on its class, and counts the samples it is asked for."""
+    """A velocity that depends on its class, and counts its samples."""
 
     def __init__(self):
         self.samples = 0

@@ -1,4 +1,4 @@
-"""scripts/slurm.sbatch, with stand-ins for srun and scontrol: nodes, ranks of nodes and one meeting point."""
+"""scripts/slurm.sbatch, with stand-ins for srun and scontrol: nodes, ranks of nodes and one rendezvous."""
 
 import os
 import subprocess
@@ -39,7 +39,7 @@ def slurm(folder: Path, *arguments: str, **variables: str) -> subprocess.Complet
     )
 
 
-def test_each_node_runs_the_script_with_its_rank_and_one_meeting_point(tmp_path):
+def test_each_node_runs_the_script_with_its_rank_and_one_rendezvous(tmp_path):
     said = slurm(tmp_path, "run.sh", "a.toml", "--note", "two words")
     assert (said.returncode, said.stderr) == (0, "")
     port = 20_000 + 123_457 % 12_000
@@ -61,14 +61,14 @@ def test_node_that_fails_fails_the_job(tmp_path):
         (("run.sh",), {"SLURM_JOB_ID": "x[$(touch ran)]"}, "SLURM_JOB_ID must be a number"),
     ],
 )
-def test_what_is_no_job_refuses_in_one_line(tmp_path, arguments, variables, message):
+def test_a_call_outside_a_job_refuses_in_one_line(tmp_path, arguments, variables, message):
     said = slurm(tmp_path, *arguments, **variables)
     assert said.returncode == 1 and message in said.stderr and said.stderr.count("\n") == 1
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("script", ["nanoGPT/run.sh", "Llama/run.sh", "Llama/run_llama_2_7b.sh", "SIT/run.sh"])
-def test_scripts_of_experiments_take_what_slurm_gives(script):
+def test_scripts_of_experiments_read_the_variables_of_slurm(script):
     text = (ROOT / script).read_text() + (ROOT / "scripts/launch.sh").read_text()
     assert all(name in text for name in ("NNODES", "NODE_RANK", "RDZV_ENDPOINT"))
     assert subprocess.run(["bash", "-n", ROOT / script, ROOT / "scripts/slurm.sbatch"]).returncode == 0

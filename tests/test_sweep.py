@@ -1,4 +1,4 @@
-"""scripts/sweep.py, on a training module of a few lines that needs no torch."""
+"""scripts/sweep.py on a training module of a few lines, without torch."""
 
 import json
 import os
@@ -180,7 +180,7 @@ def test_drawing_only_trains_nothing(monkeypatch):
         (["--draw-only"], "must hold a run of small"),
     ],
 )
-def test_what_no_run_could_use_refuses_in_one_line(monkeypatch, capsys, arguments, said):
+def test_unusable_arguments_refuse_in_one_line(monkeypatch, capsys, arguments, said):
     with pytest.raises(SystemExit) as exit_:
         run_sweep(monkeypatch, *arguments)
     error = capsys.readouterr().err
@@ -188,7 +188,7 @@ def test_what_no_run_could_use_refuses_in_one_line(monkeypatch, capsys, argument
     assert not Path("calls.jsonl").exists()
 
 
-def test_stopped_sweep_takes_its_runs_along_and_records_no_failure():
+def test_stopped_sweep_ends_its_runs_and_records_no_failure():
     command = [sys.executable, "-m", "scripts.sweep", "small.toml", "--module", "fake.train", "--optimizers", "endless"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -202,7 +202,7 @@ def test_stopped_sweep_takes_its_runs_along_and_records_no_failure():
     assert not Path("images/sweep_fake_small.json").exists()
 
 
-def test_rate_of_17_digits_is_found_again_under_the_name_the_run_wrote(monkeypatch):
+def test_rate_of_17_digits_is_found_again_under_the_runs_own_name(monkeypatch):
     rates = ["0.0012345678901234567", "0.1234567890123456"]
     for _ in range(2):
         run_sweep(monkeypatch, "--optimizers", "olion", "--lrs", *rates, rates[0], "--adamw-lr", rates[1])

@@ -72,14 +72,14 @@ print("held")
 def test_kernel_matches_float64_in_the_interpreter_and_compiles_for_two_generations(script, interpret, tmp_path):
     pytest.importorskip("triton", reason="pip install --no-deps triton; CUDA builds of torch bring it")
     environment = os.environ | {"TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path)}
-    path = tmp_path / "script.py"  # Triton reads the source of what it compiles
+    path = tmp_path / "script.py"  # Triton reads the source of its kernels
     path.write_text(script)
     environment["PYTHONPATH"] = str(REPOSITORY)
     run = subprocess.run([sys.executable, path], env=environment, capture_output=True, text=True)
     assert run.stdout == "held\n", run.stderr
 
 
-def test_without_a_gpu_no_kernel_is_asked_for():
+def test_without_a_gpu_no_kernel_is_compiled():
     for device in ("cpu", "cuda"):  # "cuda" in a dry run with FakeTensors
         if device == "cpu" or not torch.cuda.is_available():
             assert symmetric._kernel_for(4096, torch.bfloat16, torch.device(device)) is None

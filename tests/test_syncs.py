@@ -1,4 +1,4 @@
-"""How often a training step waits for the device: counted on a CPU, where each such call is one too."""
+"""Synchronizations of a training step with the device, counted by their calls on a CPU."""
 
 from itertools import count
 from pathlib import Path
@@ -25,7 +25,7 @@ WAITS += (torch.equal, torch.tensor, torch.as_tensor)
 
 
 class Waits(TorchFunctionMode):
-    """Counts calls that read a tensor on the host, or copy a number of the host's."""
+    """Counts calls that read a tensor on the host, or copy a number from it."""
 
     count = 0
 
@@ -35,7 +35,7 @@ class Waits(TorchFunctionMode):
 
 
 def waits_of_a_step(experiment: str, config: Path, *arguments: str) -> float:
-    """Return the waits per step that is neither the first nor the last: those of 6 steps beyond those of 3."""
+    """Return the waits per step, without the first and the last: those of 6 steps less those of 3, by 3."""
     program, counts = {"gpt": gpt, "sit": sit}[experiment], []
     device = torch.device("cpu")
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

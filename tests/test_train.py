@@ -1,4 +1,4 @@
-"""nanoGPT/train.py end to end, on a corpus and a model that take seconds."""
+"""nanoGPT/train.py end to end, on a corpus and a model that train in seconds."""
 
 import itertools
 import json
@@ -153,7 +153,7 @@ def test_sigterm_saves_a_checkpoint_that_resume_continues(tiny):
     assert [line["step"] for line in curves(tiny)] == list(range(step + 3))
 
 
-def test_run_of_the_same_name_is_moved_aside_not_overwritten(tiny):
+def test_run_of_the_same_name_is_renamed_not_overwritten(tiny):
     train(tiny, "--steps", "4")
     first = curves(tiny)
     train(tiny, "--steps", "4", "--checkpoint.every", "0")
@@ -173,7 +173,7 @@ def test_non_finite_steps_are_skipped_counted_and_end_the_run_with_the_checkpoin
     monkeypatch.setattr(training, "accumulate_gradient", sometimes_nan)
     with pytest.raises(UserError, match="the 10 steps up to 16 had none") as caught:
         train(tiny, "--steps", "100")
-    assert capsys.readouterr().err.endswith("\n"), caught  # the bar's line has ended; what is caught keeps it alive
+    assert capsys.readouterr().err.endswith("\n"), caught  # the bar's line has ended, as `caught` keeps it
     lines = {line["step"]: line for line in read_metrics(run_folder(tiny))}
     assert [lines[step]["skipped"] for step in (4, 5, 6, 7, 15)] == [0, 1, 1, 2, 10]
     # Nothing moved the weights after step 6.
@@ -210,7 +210,7 @@ def test_weights_or_state_that_are_not_finite_leave_the_finite_checkpoint(tiny, 
     assert "no checkpoint at step 8: weights or optimizer state are not finite" in capsys.readouterr().err
 
 
-def test_checkpoint_that_was_left_out_is_made_up_for_after_the_next_finite_step(tiny, monkeypatch):
+def test_skipped_checkpoint_is_written_after_the_next_finite_step(tiny, monkeypatch):
     honest, count = training.accumulate_gradient, itertools.count(1)
     monkeypatch.setattr(
         training, "accumulate_gradient", lambda *given: honest(*given) + (math.nan if next(count) == 8 else 0.0)
@@ -237,7 +237,7 @@ def test_weights_of_an_absurd_rate_are_never_a_checkpoint_and_the_end_is_json(ti
     assert not list(folder.glob("checkpoints/step-*"))
 
 
-def test_progress_tells_when_the_runs_of_a_script_are_done(tiny, capsys, monkeypatch):
+def test_progress_shows_when_the_runs_of_a_script_are_done(tiny, capsys, monkeypatch):
     train(tiny, "--steps", "3")
     assert "all done=" not in capsys.readouterr().err
     monkeypatch.setenv("RUNS_AFTER", "2")
@@ -245,7 +245,7 @@ def test_progress_tells_when_the_runs_of_a_script_are_done(tiny, capsys, monkeyp
     assert re.search(r"all done=\d\d:\d\d", capsys.readouterr().err)
 
 
-def test_warmup_longer_than_the_run_is_told(tiny, capsys):
+def test_warmup_longer_than_the_run_warns(tiny, capsys):
     train(tiny, "--steps", "2", "--schedule.warmup", "3")
     assert "schedule.warmup is 3 and steps 2" in capsys.readouterr().err
     train(tiny, "--steps", "2", "--schedule.warmup", "2")

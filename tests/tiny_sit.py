@@ -1,4 +1,4 @@
-"""The published networks that SIT uses, of their own classes, but tiny and with random weights."""
+"""Tiny networks with random weights, of the classes of the published ones that SIT uses."""
 
 import torch
 
@@ -27,7 +27,7 @@ def tiny_dinov2(**changes):
 
     torch.manual_seed(0)
     model = Dinov2Model(Dinov2Config(**DINOV2 | changes)).eval()
-    torch.nn.init.normal_(model.embeddings.position_embeddings)  # at its std of 0.02, its resampling would hardly show
+    torch.nn.init.normal_(model.embeddings.position_embeddings)  # at its own std, 0.02, resampling hardly shows
     return model
 
 

@@ -1,4 +1,4 @@
-"""A SiT of digits that trains in a second, and how to run it in this process."""
+"""A SiT of digits that trains in a second in this process."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ CONFIG = """
 [schedule]
 decay = "cosine"
 """
-# Nothing divides: of 5 images in micro-batches of 1, on 2 ranks, one takes part without any, as in the last round of
+# Nothing divides: of 5 images in micro-batches of 1, one of 2 ranks has none in the last round, as in that of
 # the 5 validation images.
 UNEVEN = """
 steps = 4
@@ -37,7 +37,7 @@ TIMINGS = {"step_ms", "optimizer_ms", "images_per_second", "peak_memory_mb"}
 
 
 def write_config(folder: Path, differing: str = UNEVEN) -> Path:
-    """Write a config in this folder: the one above, and what a test has otherwise (TOML); returns its path."""
+    """Write a config in this folder: the one above, changed by a test's own TOML; returns its path."""
     encoder = folder / "encoder"
     tiny.write_encoder(encoder)
     return tiny.write_config(folder, "tiny", tiny.SIT.format(encoder=encoder), CONFIG, differing)
@@ -59,7 +59,7 @@ def run_folder(out: Path) -> Path:
 
 
 def curves(out: Path) -> list[dict]:
-    """The metrics of the one run below this folder, without what time and memory it took."""
+    """The metrics of the one run below this folder, without times and memory."""
     lines = read_metrics(run_folder(out))
     return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
 
