@@ -28,6 +28,11 @@ def option_names() -> list[str]:
     return sorted({option for options, _ in _classes().values() for option in options})
 
 
+def rule_names() -> tuple[str, ...]:
+    """Return the names of the rules that a class of `optimizers` declares the options of."""
+    return tuple(sorted(_classes()))
+
+
 @cache
 def _classes() -> dict[str, tuple[list[str], dict[str, str]]]:
     """Return {rule: (options, {option: documentation})} of the classes that declare a rule's options."""

@@ -14,9 +14,15 @@ All use OLion's momentum and its size of update, RMS 0.2 per entry:
 
 from dataclasses import replace
 
+from common.config import parse_config
+from common.guard import main_guard
+from nanoGPT.config import Config
+
+if __name__ == "__main__":  # --help and errors before the imports below, which take seconds
+    main_guard(lambda: parse_config(Config))
+
 from torch import Tensor
 
-from common.launch import main_guard
 from optimizers.polar import orthogonalize_group
 from optimizers.rule import RULES, register, sign
 

@@ -25,25 +25,8 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
-
-from common import UserError
-from common.config import to_dict
-from common.launch import main_guard
+from common.guard import main_guard
 from common.options import parse_options
-from common.runlog import machine
-from common.whole import write_json
-from optimizers import AdamW, Muon, OLion, RuleOptimizer, count_bytes
-from optimizers.layout import local_of
-from scripts.bench_optimizers import matrix_shapes
-from scripts.plan import Mesh, gradient_traffic
-
-CONSTRUCTORS = {"AdamW": AdamW, "Muon": Muon, "OLion": OLion}
-AXES = {"ddp": "replicate", "fsdp": "shard"}  # layout -> dimension of scripts.plan's Mesh
 
 
 @dataclass(frozen=True)
@@ -62,6 +45,28 @@ class Options:
     """Threads per process."""
     record: Path | None = None
     """Also write the numbers here, as JSON."""
+
+
+if __name__ == "__main__":  # --help and errors before the imports below, which take seconds
+    main_guard(lambda: parse_options(Options, "python -m scripts.bench_communication", __doc__))
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from common import UserError
+from common.config import to_dict
+from common.runlog import machine
+from common.whole import write_json
+from optimizers import AdamW, Muon, OLion, RuleOptimizer, count_bytes
+from optimizers.layout import local_of
+from scripts.bench_optimizers import matrix_shapes
+from scripts.plan import Mesh, gradient_traffic
+
+CONSTRUCTORS = {"AdamW": AdamW, "Muon": Muon, "OLion": OLion}
+AXES = {"ddp": "replicate", "fsdp": "shard"}  # layout -> dimension of scripts.plan's Mesh
 
 
 class Contestant:

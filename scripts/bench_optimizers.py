@@ -11,28 +11,17 @@ torch.optim.Muon. Optimizers of pytorch_optimizer, heavyball and dion are timed 
 import time
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal
 
-import torch
 import tyro
-from torch import Tensor, nn
 
-from common.launch import main_guard
+from common.guard import main_guard
 from common.options import parse_options
-from common.runlog import machine
-from common.whole import write_json
-from optimizers import AdaMuon, AdamW, Curvature, Lion, LionMuon, Muon, NorMuon, OLion, PolarGrad, Signum
-
-BASELINE = "torch.optim.Muon"
-EMBEDDED_CONFIG = Path("nanoGPT/configs/stdlib.toml")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-Build = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -47,9 +36,26 @@ class Options:
     """Timed rounds."""
     dtype: Literal["float32", "bfloat16", "both"] = "both"
     """Precision of our orthogonalizations; torch.optim.Muon's is always bfloat16."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = "auto"
+    """torch's name of it; auto takes a GPU if there is one."""
     record: Annotated[Path | None, tyro.conf.arg(name="json")] = None
     """Also write the numbers here."""
+
+
+if __name__ == "__main__":  # --help and errors before the imports below, which take seconds
+    main_guard(lambda: parse_options(Options, "python -m scripts.bench_optimizers", __doc__))
+
+import torch
+from torch import Tensor, nn
+
+from common.runlog import machine
+from common.whole import write_json
+from optimizers import AdaMuon, AdamW, Curvature, Lion, LionMuon, Muon, NorMuon, OLion, PolarGrad, Signum
+
+BASELINE = "torch.optim.Muon"
+EMBEDDED_CONFIG = Path("nanoGPT/configs/stdlib.toml")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Build = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 def matrix_shapes(name: str, layers: int | None) -> list[tuple[int, int]]:
@@ -187,6 +193,8 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 def main() -> None:
     options = parse_options(Options, "python -m scripts.bench_optimizers", __doc__)
+    if options.device == "auto":
+        options = replace(options, device="cuda" if torch.cuda.is_available() else "cpu")
     if options.repeats < 1:
         raise ValueError(f"repeats must be 1 or more; got {options.repeats}")
     here = machine()

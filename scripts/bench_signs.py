@@ -11,21 +11,15 @@ read and written, of the tensor and of its packed form. `clone` allocates its re
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
-from common.launch import main_guard
+from common.guard import main_guard
 from common.options import parse_options
-from common.runlog import machine
-from common.whole import write_json
-from optimizers.codec import SignCodec, negatives, unpack
-
-COLUMNS = ("clone", "copy_", "pack", "unpack", "write", "read")
 
 
 @dataclass(frozen=True)
@@ -40,9 +34,22 @@ class Options:
     """Timed rounds."""
     threads: int | None = None
     """torch's threads on a CPU. Default: torch's own choice."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = "auto"
+    """torch's name of it; auto takes a GPU if there is one."""
     record: Annotated[Path | None, tyro.conf.arg(name="json")] = None
     """Also write the numbers here."""
+
+
+if __name__ == "__main__":  # --help and errors before the imports below, which take seconds
+    main_guard(lambda: parse_options(Options, "python -m scripts.bench_signs", __doc__))
+
+import torch
+
+from common.runlog import machine
+from common.whole import write_json
+from optimizers.codec import SignCodec, negatives, unpack
+
+COLUMNS = ("clone", "copy_", "pack", "unpack", "write", "read")
 
 
 def operations(entries: int, dtype: torch.dtype, device: str) -> dict[str, tuple[Callable, int]]:
@@ -99,6 +106,8 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     options = parse_options(Options, "python -m scripts.bench_signs", __doc__)
+    if options.device == "auto":
+        options = replace(options, device="cuda" if torch.cuda.is_available() else "cpu")
     if options.repeats < 1 or min(options.entries) < 1:
         raise ValueError(f"repeats and entries must be 1 or more; got {options.repeats} and {options.entries}")
     if options.threads is not None:

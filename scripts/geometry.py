@@ -11,17 +11,8 @@ from dataclasses import dataclass
 from math import pi, sqrt
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from common.figure import FAINT, INK, STYLES, new_figure, save
-from common.launch import main_guard
+from common.guard import main_guard
 from common.options import parse_options
-from common.whole import write_json
-
-ANGLES = 721  # every half degree
-SPECTRAL, LARGEST = STYLES["muon"].color, STYLES["olion"].color
 
 
 @dataclass(frozen=True)
@@ -30,6 +21,20 @@ class Options:
 
     out: Path = Path("images/geometry.png")
     """The figure; a JSON with its points is written beside it."""
+
+
+if __name__ == "__main__":  # --help and errors before the imports below, which take seconds
+    main_guard(lambda: parse_options(Options, "python -m scripts.geometry", __doc__))
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.figure import FAINT, INK, STYLES, new_figure, save
+from common.whole import write_json
+
+ANGLES = 721  # every half degree
+SPECTRAL, LARGEST = STYLES["muon"].color, STYLES["olion"].color
 
 
 def sylvester(order: int) -> Tensor:

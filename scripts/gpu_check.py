@@ -18,19 +18,10 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-
-from common import UserError, launch
+from common.guard import main_guard
 from common.options import parse_options
-from common.parallel import autocast
-from common.runlog import machine
-from common.whole import write_json
 
 Section = Literal["tests", "layouts", "optimizers", "products", "gpt2", "sit"]
-Rows = Iterator[tuple[str, str, float | int | None]]  # what, unit, number
 
 
 @dataclass(frozen=True)
@@ -43,6 +34,22 @@ class Options:
     """The JSON to write."""
     worker: str = ""
     """Internal: folder for the result of a rank of the section `layouts`."""
+
+
+if __name__ == "__main__":  # --help and errors before the imports below, which take seconds
+    main_guard(lambda: parse_options(Options, "bash scripts/gpu_check.sh", __doc__))
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from common import UserError, launch
+from common.parallel import autocast
+from common.runlog import machine
+from common.whole import write_json
+
+Rows = Iterator[tuple[str, str, float | int | None]]  # what, unit, number
 
 
 def main() -> None:
@@ -280,4 +287,4 @@ def _checked(command: list) -> None:
 
 
 if __name__ == "__main__":
-    launch.main_guard(main)
+    main_guard(main)

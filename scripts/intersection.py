@@ -23,19 +23,8 @@ from math import sqrt
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from common import UserError
-from common.figure import FAINT, label_ends, markdown, new_figure, save, style_of
-from common.launch import main_guard
+from common.guard import main_guard
 from common.options import parse_options
-from common.whole import write_json
-from optimizers.polar import orthogonalize
-
-LOOKS = {"alternating": "olion", "averaged": "muon", "dykstra": "adamuon", "douglas-rachford": "adamw"}  # colours
-SPECTRA = {"gaussian": 0.0, "decaying": 4.0}  # decades spanned by the singular values
 
 
 @dataclass(frozen=True)
@@ -51,6 +40,22 @@ class Options:
     """gaussian: independent entries; decaying: random singular vectors, singular values from 1 down to 1e-4."""
     out: Path = Path("images/intersection.png")
     """The figure; a JSON with its numbers is written beside it."""
+
+
+if __name__ == "__main__":  # --help and errors before the imports below, which take seconds
+    main_guard(lambda: parse_options(Options, "python -m scripts.intersection", __doc__))
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import UserError
+from common.figure import FAINT, label_ends, markdown, new_figure, save, style_of
+from common.whole import write_json
+from optimizers.polar import orthogonalize
+
+LOOKS = {"alternating": "olion", "averaged": "muon", "dykstra": "adamuon", "douglas-rachford": "adamw"}  # colours
+SPECTRA = {"gaussian": 0.0, "decaying": 4.0}  # decades spanned by the singular values
 
 
 def draw_matrix(shape: tuple[int, int], spectrum: str, seed: int) -> Tensor:

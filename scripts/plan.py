@@ -25,27 +25,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Literal
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
-
-from common import UserError
-from common.config import to_dict
-from common.launch import main_guard
+from common.guard import main_guard
+from common.optimizer_help import rule_names
 from common.options import parse_options
-from common.runlog import machine
-from common.whole import write_json
-from nanoGPT.model import GPT, GPTConfig
-from optimizers import RULES, RuleOptimizer, build_optimizer
-from optimizers.layout import local_of
-from optimizers.wire import KINDS, ring_bytes
 
-MAX_RANKS = 1024  # the largest tried: Llama-2-70B on 16x64 takes seconds
-WAYS = ("received", "sent")
 GPT2 = {  # layers, heads, width: Radford et al. 2019, table 2
     "gpt2_small": (12, 12, 768),
     "gpt2_medium": (24, 16, 1024),
@@ -57,14 +40,6 @@ LLAMA2 = {  # layers, heads, key/value heads, width, FFN: Touvron et al. 2023, a
     "llama2_13b": (40, 40, 40, 5120, 13824),
     "llama2_70b": (80, 64, 8, 8192, 28672),
 }
-AXES = {  # word of --mesh -> meaning of the numbers after it
-    "ddp": ("replicate",),
-    "fsdp": ("shard",),
-    "hsdp": ("replicate", "shard"),
-    "tp": ("tensor",),
-    "fsdp_tp": ("shard", "tensor"),
-}
-EXAMPLES = "ddp=8, fsdp=64, hsdp=16x8 (replicas x shards), tp=8 or fsdp_tp=8x4 (shards x parts)"
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -76,7 +51,7 @@ class Options:
     """The model: GPT-2 without biases and with a tied head, or Llama 2 as published."""
     mesh: str
     """The layout, such as ddp=8, fsdp=64, hsdp=16x8, tp=8 or fsdp_tp=8x4; at most 1,024 ranks."""
-    optimizers: tuple[Literal[tuple(RULES)], ...] = ("adamw", "muon", "olion")
+    optimizers: tuple[Literal[rule_names()], ...] = ("adamw", "muon", "olion")
     """The columns: rules of the matrices; AdamW trains the rest."""
     rank: int = 0
     """The rank whose memory is shown."""
@@ -96,6 +71,38 @@ class Options:
     """Also print each optimizer's full plan: route and owner of every parameter."""
     record: Path | None = None
     """Also write the numbers here, as JSON."""
+
+
+if __name__ == "__main__":  # --help and errors before the imports below, which take seconds
+    main_guard(lambda: parse_options(Options, "python -m scripts.plan", __doc__))
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
+
+from common import UserError
+from common.config import to_dict
+from common.runlog import machine
+from common.whole import write_json
+from nanoGPT.model import GPT, GPTConfig
+from optimizers import RULES, RuleOptimizer, build_optimizer
+from optimizers.layout import local_of
+from optimizers.wire import KINDS, ring_bytes
+
+MAX_RANKS = 1024  # the largest tried: Llama-2-70B on 16x64 takes seconds
+WAYS = ("received", "sent")
+AXES = {  # word of --mesh -> meaning of the numbers after it
+    "ddp": ("replicate",),
+    "fsdp": ("shard",),
+    "hsdp": ("replicate", "shard"),
+    "tp": ("tensor",),
+    "fsdp_tp": ("shard", "tensor"),
+}
+EXAMPLES = "ddp=8, fsdp=64, hsdp=16x8 (replicas x shards), tp=8 or fsdp_tp=8x4 (shards x parts)"
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,25 @@ root mean square. Below: the Frobenius norm of the step as the gradient is scale
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.guard import main_guard
+from common.options import parse_options
+
+
+@dataclass(frozen=True)
+class Options:
+    """Draws the spectra and sizes of the rules' steps."""
+
+    out: Path = Path("images/spectra.png")
+    """The figure; a JSON with its numbers is written beside it."""
+
+
+if __name__ == "__main__":  # --help and errors before the imports below, which take seconds
+    main_guard(lambda: parse_options(Options, "python -m scripts.spectra", __doc__))
+
 import torch
 from torch import Tensor
 
 from common.figure import INK, label_ends, new_figure, save, style_of
-from common.launch import main_guard
-from common.options import parse_options
 from common.whole import write_json
 from optimizers import Curvature, Muon, NorMuon, OLion, PolarGrad, Signum
 
@@ -31,14 +44,6 @@ RULES = {
     "Signum": (Signum, {"momentum": 0.0, "scale": 0.2}),
 }
 DASHES = {"Curvature, p = 2.5": (0, (2, 1)), "PolarGrad": (0, (6, 2))}
-
-
-@dataclass(frozen=True)
-class Options:
-    """Draws the spectra and sizes of the rules' steps."""
-
-    out: Path = Path("images/spectra.png")
-    """The figure; a JSON with its numbers is written beside it."""
 
 
 def gradient() -> Tensor:

@@ -27,6 +27,17 @@ PROGRAMS = (
     "SIT.train",
     "scripts.figures",
     "scripts.sweep",
+    "scripts.ablation",
+    "scripts.bench_communication",
+    "scripts.bench_optimizers",
+    "scripts.bench_signs",
+    "scripts.curvature",
+    "scripts.drill",
+    "scripts.geometry",
+    "scripts.intersection",
+    "scripts.plan",
+    "scripts.problems",
+    "scripts.spectra",
 )
 
 

@@ -4,19 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from common import UserError
 from common.config import at_least
-from common.figure import FAINT, INK, markdown, new_figure, pyplot, save
-from common.json_files import read_object
-from common.launch import main_guard
+from common.guard import main_guard
 from common.options import parse_options
-from common.whole import write_json
 from scripts import curvature
-from scripts.curvature.growth import TRUSTED, WHOLE, fit, measure
-
-RECORD = {"run": str, "radii": [float], "directions": int, "steps": dict}
 
 
 @dataclass(frozen=True)
@@ -46,6 +38,19 @@ def check(options: Options) -> None:
     at_least(0, options, "seed")
     if not -15 <= options.decades[0] < options.decades[1] <= 15:
         raise UserError(f"--decades takes two powers of ten from -15 to 15, the smaller first; got {options.decades}")
+
+
+if __name__ == "__main__":  # --help and errors before the imports below, which take seconds
+    main_guard(lambda: check(parse_options(Options, "python -m scripts.curvature", curvature.__doc__)))
+
+import numpy as np
+
+from common.figure import FAINT, INK, markdown, new_figure, pyplot, save
+from common.json_files import read_object
+from common.whole import write_json
+from scripts.curvature.growth import TRUSTED, WHOLE, fit, measure
+
+RECORD = {"run": str, "radii": [float], "directions": int, "steps": dict}
 
 
 def collect(options: Options) -> dict[str, Any]:

@@ -6,36 +6,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import tyro
-from torch import Tensor
 
-from common import UserError, progress
-from common.config import at_least
-from common.figure import markdown
-from common.launch import main_guard
+from common.guard import main_guard
 from common.options import parse_options
-from common.whole import write_json
 from scripts import problems
-from scripts.problems import figures, isotropy, theorem
-from scripts.problems.objectives import PROBLEMS, Problem
-from scripts.problems.running import METHODS, Course, newton, points, tune
-
-EVERY = 5  # steps between the recorded points of a course
-NAMES = (*PROBLEMS, "isotropy")
 
 
 @dataclass(frozen=True)
 class Options:
     """Compare optimizers on small matrix problems, each at its best rate."""
 
-    problems: tyro.conf.Positional[tuple[str, ...]] = NAMES
-    """quadratic, logistic, completion and isotropy."""
+    problems: tyro.conf.Positional[tuple[str, ...]] = ()
+    """quadratic, logistic, completion or isotropy. Default: all."""
     steps: int = 300
     seeds: tuple[int, ...] = (0, 1, 2)
     out: Path = Path("images")
     """Folder of the pictures, problems_NAME.png, beside each the JSON of what it shows."""
+
+
+if __name__ == "__main__":  # --help and errors before the imports below, which take seconds
+    main_guard(lambda: parse_options(Options, "python -m scripts.problems", problems.__doc__))
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import UserError, progress
+from common.config import at_least
+from common.figure import markdown
+from common.whole import write_json
+from scripts.problems import figures, isotropy, theorem
+from scripts.problems.objectives import PROBLEMS, Problem
+from scripts.problems.running import METHODS, Course, newton, points, tune
+
+EVERY = 5  # steps between the recorded points of a course
+NAMES = (*PROBLEMS, "isotropy")
 
 
 def compare(name: str, seeds: Sequence[int], steps: int) -> dict[str, Any]:
@@ -141,7 +147,7 @@ def main() -> None:
     if not options.seeds or min(options.seeds) < 0 or len(set(options.seeds)) < len(options.seeds):
         raise UserError(f"--seeds takes different whole numbers from 0 up; got {options.seeds}")
     torch.set_num_threads(1)  # more threads only wait for one another on matrices this small
-    for name in options.problems:
+    for name in options.problems or NAMES:
         out = options.out / f"problems_{name}.png"
         if name == "isotropy":
             record = isotropy.study(options.seeds, options.steps)
