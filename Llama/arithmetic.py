@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from common import BadValue
 from common.launch import main_guard
 from common.options import parse_options
 from common.whole import locked, written_aside
@@ -87,16 +88,16 @@ def problems(count: int, seed: int) -> list[dict[str, str]]:
         found[question] = kind.answer(a, b)
         if len(found) == count:
             return [{"instruction": question, "output": answer} for question, answer in found.items()]
-    raise ValueError(f"need {count} different problems, there are about {len(found)}: lower --train or --val")
+    raise BadValue(f"need {count} different problems, there are about {len(found)}: lower --train or --val")
 
 
 def make(options: Options) -> Path:
     """Write the two files unless the folder exists; returns it. Raises ValueError for counts out of range."""
     for name in ("train", "val"):
         if not 1 <= (count := getattr(options, name)) <= MOST:
-            raise ValueError(f"--{name} must be 1 to {MOST} problems, got {count}")
+            raise BadValue(f"--{name} must be 1 to {MOST} problems, got {count}")
     if options.seed < 0:
-        raise ValueError(f"--seed must be 0 or more, got {options.seed}")
+        raise BadValue(f"--seed must be 0 or more, got {options.seed}")
     with locked(options.out):
         if options.out.exists():
             print(f"{options.out} exists")

@@ -20,7 +20,7 @@ from typing import Annotated
 import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from common import progress
+from common import BadValue, progress
 from common.corpus import (
     FileSpan,
     fingerprint,
@@ -60,11 +60,11 @@ def prepare(config: Prepare) -> Path:
     """Prepare the requested folder unless it is up to date; returns it."""
     folder = config.out or Path("data", f"llama_{Path(config.source).resolve().stem}")
     if not 0 < config.val_fraction < 1:
-        raise ValueError(f"--val-fraction must be between 0 and 1, got {config.val_fraction}")
+        raise BadValue(f"--val-fraction must be between 0 and 1, got {config.val_fraction}")
     if not 258 <= config.vocab_size <= MOST:
-        raise ValueError(f"--vocab-size must be 258 (bytes and two special tokens) to {MOST}, got {config.vocab_size}")
+        raise BadValue(f"--vocab-size must be 258 (bytes and two special tokens) to {MOST}, got {config.vocab_size}")
     if not 1 <= config.document_length <= MOST:
-        raise ValueError(f"--document-length must be 1 to {MOST}, got {config.document_length}")
+        raise BadValue(f"--document-length must be 1 to {MOST}, got {config.document_length}")
     root, files = library_files() if config.source == "stdlib" else local_files(Path(config.source).resolve())
     request = {**asdict(config), "out": None, "content": fingerprint(root, files)}
     with locked(folder):
@@ -73,14 +73,14 @@ def prepare(config: Prepare) -> Path:
             return folder
         readable = [file for file in files if is_readable(file)]
         if not readable:
-            raise ValueError(f"{config.source} must hold UTF-8 text or .parquet, has none: convert it (iconv -t utf-8)")
+            raise BadValue(f"{config.source} must hold UTF-8 text or .parquet, has none: convert it (iconv -t utf-8)")
         spans = split_files(root, readable, config.val_fraction)
         with written_aside(folder) as partial:
             counts = {
                 name: write_texts(partial / f"{name}.jsonl", spans[name], config.document_length) for name in spans
             }
             if not all(counts.values()):
-                raise ValueError(
+                raise BadValue(
                     f"{config.source} must hold text for training and for validation, has {counts['train']} documents "
                     f"and {counts['val']}: add text, or change --val-fraction"
                 )
@@ -95,11 +95,11 @@ def is_up_to_date(folder: Path, request: dict) -> bool:
     if not folder.exists():
         return False
     if not (folder / META).is_file():
-        raise ValueError(f"{folder} must be new, or made by Llama.prepare; it has no {META}: choose another --out")
+        raise BadValue(f"{folder} must be new, or made by Llama.prepare; it has no {META}: choose another --out")
     meta = read_json(folder / META)
     for key in ("source", "vocab_size", "val_fraction", "document_length"):
         if meta.get(key) != request[key]:
-            raise ValueError(
+            raise BadValue(
                 f"{folder} was made with {key} = {meta.get(key)}, requested is {request[key]}: remove it or choose "
                 "another --out"
             )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
+from common import BadValue
 from common.config import ConfigError, at_least
 from common.optimizer_config import OptimizerConfig
 from common.run_config import RunConfig
@@ -57,21 +58,21 @@ class ModelConfig:
             at_least_one |= {name: getattr(self, name) for name in ("encoder_depth", "projector_width", "z_dim")}
         for name, value in at_least_one.items():
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}: set it; a size sets {', '.join(shape)}")
+                raise BadValue(f"{name} must be at least 1, got {value}: set it; a size sets {', '.join(shape)}")
         if shape["width"] % shape["n_head"] or shape["width"] % 4:  # 4: sine and cosine of row and column
-            raise ValueError(f"width must be a multiple of n_head ({shape['n_head']}) and 4, got {shape['width']}")
+            raise BadValue(f"width must be a multiple of n_head ({shape['n_head']}) and 4, got {shape['width']}")
         if self.input_size % shape["patch_size"]:
-            raise ValueError(
+            raise BadValue(
                 f"input_size must be a multiple of patch_size, got {self.input_size} and {shape['patch_size']}"
             )
         if self.z_dim and self.encoder_depth > shape["depth"]:
-            raise ValueError(f"encoder_depth must be at most depth {shape['depth']}, got {self.encoder_depth}")
+            raise BadValue(f"encoder_depth must be at most depth {shape['depth']}, got {self.encoder_depth}")
         if not self.mlp_ratio * shape["width"] >= 1:
-            raise ValueError(f"mlp_ratio must make a hidden layer, got {self.mlp_ratio}: DiT's is 4")
+            raise BadValue(f"mlp_ratio must make a hidden layer, got {self.mlp_ratio}: DiT's is 4")
 
     def _shape(self) -> dict[str, int]:
         if self.size and self.size not in SIZES:
-            raise ValueError(f"size must be one of {', '.join(SIZES)}, or empty; got {self.size!r}")
+            raise BadValue(f"size must be one of {', '.join(SIZES)}, or empty; got {self.size!r}")
         names = ("patch_size", "depth", "width", "n_head")
         return {name: getattr(self, name) or SIZES.get(self.size, {}).get(name, 0) for name in names}
 

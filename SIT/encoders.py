@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common import BadValue
 from SIT.digits import ENCODER_FILE, FOLDER, DigitsCNN, load_digits_cnn
 from SIT.hub import load_pretrained
 
@@ -110,7 +111,7 @@ def load_encoder(
     if name == "digits":
         return DigitsEncoder(load_digits_cnn(Path(folder or FOLDER) / ENCODER_FILE, device))
     if name not in DINOV2:
-        raise ValueError(f"the encoder must be one of {', '.join(DINOV2)}, digits; got {name!r}")
+        raise BadValue(f"the encoder must be one of {', '.join(DINOV2)}, digits; got {name!r}")
     from transformers import Dinov2Model
 
     return Dinov2(load_pretrained(Dinov2Model, DINOV2[name], folder).to(device), grid)

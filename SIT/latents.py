@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import UserError, one_line, warn
+from common import BadValue, UserError, one_line, warn
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -65,9 +65,9 @@ class Latents:
         workers: int = 4,
     ):
         if on_corrupt not in ("fail", "skip"):
-            raise ValueError(f"on_corrupt must be 'fail' or 'skip', got {on_corrupt!r}")
+            raise BadValue(f"on_corrupt must be 'fail' or 'skip', got {on_corrupt!r}")
         if n_class < 1:
-            raise ValueError(f"n_class must be 1 or more, got {n_class}")
+            raise BadValue(f"n_class must be 1 or more, got {n_class}")
         self.folder, self.n_class, self.on_corrupt, self.flips = Path(folder), n_class, on_corrupt, flips
         labels, self.scaling, self.vae = read_labels(self.folder / LATENTS)
         self.latents = list_files(self.folder / LATENTS, {".npy"}, f"run {ENCODE}")
@@ -286,5 +286,5 @@ def rgb_of(image: "Image") -> np.ndarray:
         levels = np.asarray(image).astype(np.uint32)  # (H, W), 0 to 65,535
         return np.repeat(((levels * 255 + 32767) // 65535).astype(np.uint8)[..., None], 3, axis=2)
     if image.mode in ("I", "F"):
-        raise ValueError(f"32-bit pixels (mode {image.mode}) have an unknown range: save 8 or 16 bits per channel")
+        raise BadValue(f"32-bit pixels (mode {image.mode}) have an unknown range: save 8 or 16 bits per channel")
     return np.asarray(image.convert("RGB"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import UserError, one_line
+from common import BadValue, UserError, one_line
 from SIT.model import SIZES, ModelConfig, SiT
 from SIT.tokens import timestep_frequencies
 
@@ -49,7 +49,7 @@ def _shape_of(state: Mapping[str, Tensor]) -> ModelConfig:
         size for size, of in SIZES.items() if (of["depth"], of["width"], of["patch_size"]) == (depth, width, patch_size)
     ]
     if not sizes:
-        raise ValueError(f"no published size has depth {depth}, width {width} and patch {patch_size}")
+        raise BadValue(f"no published size has depth {depth}, width {width} and patch {patch_size}")
     grid = round(state["pos_embed"].shape[1] ** 0.5)
     n_class = len(state["y_embedder.embedding_table.weight"]) - 1
     return ModelConfig(sizes[0], input_size=grid * patch_size, channels=channels, n_class=n_class, z_dim=0)
@@ -76,14 +76,14 @@ def load_published(model: SiT, state_dict: Mapping) -> None:
         _halve_outputs(state, model.config.channels)
         _reverse_time(state)
     elif not repa:
-        raise ValueError(
+        raise BadValue(
             "the checkpoint must have doubled outputs (SiT) or projectors (REPA), which tell the direction of time; it "
             "has neither"
         )
     for name, tensor in expected.items():
         if state[name].shape != tensor.shape:
             wanted, got = tuple(tensor.shape), tuple(state[name].shape)
-            raise ValueError(f"{name} must be {wanted}, got {got}: build the model with the checkpoint's shape")
+            raise BadValue(f"{name} must be {wanted}, got {got}: build the model with the checkpoint's shape")
     model.load_state_dict(state)
 
 
@@ -98,10 +98,10 @@ def _refuse_other_names(found: KeysView[str], expected: KeysView[str]) -> None:
     missing, unknown = sorted(expected - found), sorted(found - expected)
     if missing:
         remedy = "z_dim = 0 builds none" if missing[0].startswith("projector.") else "is it a SiT of this depth?"
-        raise ValueError(f"the checkpoint must have {missing[0]}, which is missing ({len(missing)} such): {remedy}")
+        raise BadValue(f"the checkpoint must have {missing[0]}, which is missing ({len(missing)} such): {remedy}")
     if unknown:
         remedy = "is it a SiT of this depth, without qk_norm and with one projector?"
-        raise ValueError(f"the checkpoint must be a SiT's, got {unknown[0]} ({len(unknown)} such): {remedy}")
+        raise BadValue(f"the checkpoint must be a SiT's, got {unknown[0]} ({len(unknown)} such): {remedy}")
 
 
 def _halve_outputs(state: dict[str, Tensor], channels: int) -> None:

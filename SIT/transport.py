@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from common import BadValue
 from SIT.config import Prediction
 
 PREDICTIONS = get_args(Prediction)
@@ -36,7 +37,7 @@ class Path:
 
     def __post_init__(self):
         if self.name not in ("linear", "cosine"):
-            raise ValueError(f"a path must be linear or cosine, got {self.name!r}")
+            raise BadValue(f"a path must be linear or cosine, got {self.name!r}")
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return a, s, a' and s' at times t, each shaped as t."""
@@ -76,7 +77,7 @@ def target(x: Tensor, e: Tensor, t: Tensor, path: Path = LINEAR, prediction: str
         return x
     if prediction == "score":
         return -e / s.clamp(min=SMALLEST_DIVISOR)
-    raise ValueError(f"a prediction must be one of {', '.join(PREDICTIONS)}; got {prediction!r}")
+    raise BadValue(f"a prediction must be one of {', '.join(PREDICTIONS)}; got {prediction!r}")
 
 
 def endpoints(value: Tensor, x_t: Tensor, t: Tensor, path: Path, prediction: str) -> tuple[Tensor, Tensor]:
@@ -90,7 +91,7 @@ def endpoints(value: Tensor, x_t: Tensor, t: Tensor, path: Path, prediction: str
     if prediction in ("noise", "score"):
         e = value if prediction == "noise" else -s.clamp(min=SMALLEST_DIVISOR) * value
         return (x_t - s * e) / a.clamp(min=SMALLEST_DIVISOR), e
-    raise ValueError(f"a prediction must be one of {', '.join(PREDICTIONS)}; got {prediction!r}")
+    raise BadValue(f"a prediction must be one of {', '.join(PREDICTIONS)}; got {prediction!r}")
 
 
 def to_velocity(value: Tensor, x_t: Tensor, t: Tensor, path: Path = LINEAR, prediction: str = "velocity") -> Tensor:
@@ -122,7 +123,7 @@ def times(batch: int, how: str = "uniform", generator: torch.Generator | None = 
     if how == "lognormal":
         normal = torch.randn(batch, generator=generator, device=device)
         return path.time_of((LOGNORMAL_MEAN + LOGNORMAL_STD * normal).exp())
-    raise ValueError(f"times must be uniform or lognormal, got {how!r}")
+    raise BadValue(f"times must be uniform or lognormal, got {how!r}")
 
 
 def denoising_loss(
@@ -170,7 +171,7 @@ def guided(
     """
     low, high = interval
     if not 0 <= low <= high <= 1:
-        raise ValueError(f"a guidance interval must be 0 <= low <= high <= 1, got {low} and {high}")
+        raise BadValue(f"a guidance interval must be 0 <= low <= high <= 1, got {low} and {high}")
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         if scale == 1 or not low <= t[0] <= high:
@@ -194,7 +195,7 @@ def sample_ode(
     step, as in EDM: at t = 0 a velocity converted from another prediction is singular.
     """
     if method not in ("euler", "heun"):
-        raise ValueError(f"method must be euler or heun, got {method!r}")
+        raise BadValue(f"method must be euler or heun, got {method!r}")
     _refuse_no_steps(steps)
     state = _state(noise)
     for now, later in pairwise(torch.linspace(start, 0, steps + 1, dtype=torch.float64).tolist()):
@@ -227,7 +228,7 @@ def sample_sde(
     """
     _refuse_no_steps(steps)
     if not 0 < last_step < start:
-        raise ValueError(f"last_step must be between 0 and {start:g}, got {last_step}")
+        raise BadValue(f"last_step must be between 0 and {start:g}, got {last_step}")
     state = _state(noise)
     for now, later in pairwise([*torch.linspace(start, last_step, steps, dtype=torch.float64).tolist(), 0.0]):
         t = torch.full((len(state),), now, dtype=state.dtype, device=state.device)  # (B,)
@@ -253,7 +254,7 @@ def normal_like(x: Tensor, generator: torch.Generator | Sequence[torch.Generator
 
 def _refuse_no_steps(steps: int) -> None:
     if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+        raise BadValue(f"steps must be at least 1, got {steps}")
 
 
 def _state(noise: Tensor) -> Tensor:

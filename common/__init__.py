@@ -10,6 +10,12 @@ from tqdm import tqdm
 class UserError(Exception):
     """An error with a one-line message for the user: required, got, remedy."""
 
+    for_the_user = True  # so is `optimizers.checks.BadValue`, which cannot import this class
+
+
+class BadValue(UserError, ValueError):
+    """A user's value that cannot be used."""
+
 
 class Diverged(UserError):
     """Training that ended with a non-finite loss, or after too many non-finite steps in a row."""

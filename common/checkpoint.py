@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from common import UserError, one_line, warn
+from common import BadValue, UserError, one_line, warn
 from common.checkpoint_folder import finish, free_space, prepare, remove_old, survey
 from common.group_options import decode, encode
 from common.launch import on_main, process_rank
@@ -61,7 +61,7 @@ def save(
     ValueError for keep < 1, TypeError for an `extra` or an optimizer's option that is not JSON-serializable.
     """
     if keep < 1:
-        raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
+        raise BadValue(f"keep must be at least 1 checkpoint, got {keep}")
     folder = Path(folder)
     tensors, groups = _collect(model, optimizer)
     contents = {"tensors": _shapes(tensors), "groups": encode(groups), "extra": extra}

@@ -18,13 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
-from common import UserError, one_line
+from common import BadValue, UserError, one_line
 from common.options import message_in
 
 Config = TypeVar("Config")
 
 
-class ConfigError(UserError, ValueError):
+class ConfigError(BadValue):
     """An invalid configuration; the message is one line."""
 
 

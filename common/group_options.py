@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common import BadValue
+
 
 def encode(value: Any) -> Any:
     """Return a JSON-serializable value that `decode` inverts; raises TypeError, naming an unsupported type."""
@@ -46,5 +48,5 @@ def decode(value: Any) -> Any:
 def _dtype(name: Any) -> torch.dtype:
     found = getattr(torch, name, None) if re.fullmatch(r"\w+", str(name)) else None
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"a dtype must be one of torch's, got {name!r}")
+        raise BadValue(f"a dtype must be one of torch's, got {name!r}")
     return found

@@ -44,10 +44,10 @@ def leave(status: int = 0) -> NoReturn:
 def main_guard(main: Callable[[], None], resume: str = "--resume") -> None:
     """Run a program; a user error becomes one `error: ...` line and exit status 1, or the error's `exit_status`.
 
-    User errors are UserError, OSError (files, network), a ValueError of a `raise` statement of this repository, a
-    missing package, insufficient memory, and a lost rank. Any other exception is a bug and keeps its traceback, as does
-    a ValueError of `int()` or `zip(strict=True)`; `python -X dev` shows all tracebacks. Ctrl-C becomes one line and
-    status 130, as in shells. A process that was in a process group exits through `leave`.
+    User errors are UserError, the optimizers' BadValue, OSError (files, network), a missing package, insufficient
+    memory, and a lost rank. Any other exception, a plain ValueError among them, is a bug and keeps its traceback;
+    `python -X dev` shows all tracebacks. Ctrl-C becomes one line and status 130, as in shells. A process that was in a
+    process group exits through `leave`.
     """
     try:
         _with_plain_errors(main, resume)
@@ -91,8 +91,7 @@ def _with_plain_errors(main: Callable[[], None], resume: str) -> None:
             "pip install -r requirements.txt"
         )
     except (UserError, OSError, ValueError) as error:
-        for_the_user = isinstance(error, UserError | OSError) or _raised_here(error)
-        if sys.flags.dev_mode or not for_the_user:
+        if sys.flags.dev_mode or not (isinstance(error, OSError) or getattr(error, "for_the_user", False)):
             raise
         _end(f"error: {one_line(error)}", getattr(error, "exit_status", 1))
     except (RuntimeError, MemoryError) as error:
@@ -137,14 +136,3 @@ def _is_in_a_group() -> bool:
 
 def _was_in_a_group() -> bool:
     return _left_a_group or _is_in_a_group()
-
-
-def _raised_here(error: Exception) -> bool:
-    """Return whether a `raise` statement of this repository raised `error`, rather than a library or a builtin.
-
-    The optimizers raise ValueError, as torch's do: they do not import UserError.
-    """
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    raised_in = Path(last.filename).resolve()
-    is_ours = raised_in.is_relative_to(REPOSITORY) and "site-packages" not in raised_in.parts
-    return is_ours and (last.line or "").startswith("raise ")

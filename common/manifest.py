@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from common import UserError, one_line
+from common import BadValue, one_line
 from common.whole import write_json
 
 MANIFEST = "manifest.json"
@@ -22,7 +22,7 @@ FORMAT = 2  # incremented when older code would misread newer manifests
 _THREADS = 8  # hashlib releases the GIL; a disk seldom feeds more
 
 
-class Damaged(UserError, ValueError):
+class Damaged(BadValue):
     """A folder that differs from its manifest; the message is one line."""
 
 

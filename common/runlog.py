@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 
-from common import UserError, one_line, warn
+from common import BadValue, UserError, one_line, warn
 from common.json_files import is_json, parse_object
 from common.whole import write_json, write_text
 
@@ -199,7 +199,7 @@ def _number(value: Any) -> Any:
 
 def _wandb_mode(mode: str) -> str:
     if mode not in ("auto", "online", "offline", "disabled"):
-        raise ValueError(f"wandb mode must be auto, online, offline or disabled; got {mode!r}")
+        raise BadValue(f"wandb mode must be auto, online, offline or disabled; got {mode!r}")
     if mode != "auto":
         return mode
     return os.environ.get("WANDB_MODE") or ("online" if _has_login() else "offline")

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from common import BadValue
 from common.config import at_least
 
 DECAYS = ("cosine", "linear", "constant")
@@ -37,11 +38,11 @@ def multiplier(step: int, *, steps: int, warmup: int, decay: str = "cosine", flo
     Example: `group["lr"] = peak * multiplier(step, steps=20_000, warmup=2_000)`
     """
     if decay not in DECAYS:
-        raise ValueError(f"decay must be one of {', '.join(DECAYS)}; got {decay!r}")
+        raise BadValue(f"decay must be one of {', '.join(DECAYS)}; got {decay!r}")
     if not 0 <= floor <= 1:
-        raise ValueError(f"floor must be a fraction of the peak rate, between 0 and 1; got {floor}")
+        raise BadValue(f"floor must be a fraction of the peak rate, between 0 and 1; got {floor}")
     if warmup < 0 or steps < 1:
-        raise ValueError(f"warmup must be 0 or more and steps 1 or more; got {warmup} and {steps}")
+        raise BadValue(f"warmup must be 0 or more and steps 1 or more; got {warmup} and {steps}")
     if step < min(warmup, steps):
         return (step + 1) / warmup
     if decay == "constant":

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from common import BadValue
 from common.config import at_least
 from common.optimizer_config import OptimizerConfig
 from common.run_config import RunConfig
@@ -29,11 +30,11 @@ class GPTConfig:
     def __post_init__(self):
         for name in ("n_layer", "n_head", "n_embd", "context"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise BadValue(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}")
+            raise BadValue(f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+            raise BadValue(f"dropout must be in [0, 1), got {self.dropout}")
 
 
 @dataclass(frozen=True)

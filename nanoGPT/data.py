@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from common import UserError, one_line, progress
+from common import BadValue, UserError, one_line, progress
 from common.json_files import read_object
 from common.whole import written_aside
 
@@ -66,7 +66,7 @@ def tokenizer(name: str) -> Any:
             name, pat_str=lines, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256}, explicit_n_vocab=257
         )
     if name != "gpt2":
-        raise ValueError(f"the tokenizer must be 'bytes' or 'gpt2', got {name!r}")
+        raise BadValue(f"the tokenizer must be 'bytes' or 'gpt2', got {name!r}")
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError as error:  # the errors of `requests` are OSErrors
@@ -105,12 +105,12 @@ def load(folder: str | Path, split: str, *, verify: bool = True) -> TokenFile:
         raise FileNotFoundError(f"{path} is missing: {remedy}")
     entry, dtype = meta["files"][path.name], np.dtype(meta["dtype"]).newbyteorder("<")
     if entry["tokens"] < 1:
-        raise ValueError(f"{path} must hold tokens, is empty: prepare more text, or another --val-fraction")
+        raise BadValue(f"{path} must hold tokens, is empty: prepare more text, or another --val-fraction")
     if path.stat().st_size != entry["tokens"] * dtype.itemsize:
         expected = f"{entry['tokens']} tokens of {dtype.itemsize} bytes"
-        raise ValueError(f"{path} must hold {expected}, is {path.stat().st_size} bytes long: {remedy}")
+        raise BadValue(f"{path} must hold {expected}, is {path.stat().st_size} bytes long: {remedy}")
     if verify and sha256(path) != entry["sha256"]:
-        raise ValueError(f"{path} must have the SHA-256 that meta.json records, has another: {remedy}")
+        raise BadValue(f"{path} must have the SHA-256 that meta.json records, has another: {remedy}")
     return TokenFile(path, np.memmap(path, dtype, mode="r"), entry["text_bytes"] / entry["tokens"])
 
 
@@ -133,7 +133,7 @@ def fit_vocabulary(shape: Any, meta: dict) -> Any:
 def check_vocabulary(meta: dict, vocab_size: int) -> None:
     """Raise ValueError if the model's vocabulary is smaller than the corpus'."""
     if vocab_size < meta["vocab_size"]:
-        raise ValueError(
+        raise BadValue(
             f"the corpus' {meta['tokenizer']} tokens need a vocabulary of {meta['vocab_size']}, the model has "
             f"{vocab_size}: raise the model's vocab_size (0 fits it to the corpus), or use another corpus"
         )
@@ -221,7 +221,7 @@ def inputs_and_targets(rows: "Tensor", device: "torch.device | str") -> "tuple[T
 def check_length(tokens: TokenFile, context: int) -> None:
     """Raise ValueError if a file is shorter than one window."""
     if len(tokens) <= context:
-        raise ValueError(
+        raise BadValue(
             f"{tokens.path} must hold a window of context + 1 = {context + 1} tokens, holds {len(tokens)}: "
             "prepare more text or lower the model's context"
         )
@@ -255,5 +255,5 @@ def write_split(path: Path, encoded: Iterable[Encoded], dtype: str) -> dict:
             tokens, text_bytes = tokens + len(block.tokens), text_bytes + block.text_bytes
             bar.update(len(block.tokens))
     if not text_bytes:  # documents without text still have an end-of-text
-        raise ValueError(f"{path.name} needs text, got none of the source: add text or change --val-fraction")
+        raise BadValue(f"{path.name} needs text, got none of the source: add text or change --val-fraction")
     return {"tokens": tokens, "text_bytes": text_bytes, "sha256": digest.hexdigest()}

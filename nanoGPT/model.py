@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import UserError, one_line
+from common import BadValue, UserError, one_line
 from nanoGPT.config import GPTConfig as GPTConfig
 
 LEAST_TEMPERATURE = 1e-30  # here only the likeliest tokens have a probability above 0; near 1e-38 float32 gives 0 / 0
@@ -75,7 +75,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         if config.vocab_size < 1:
-            raise ValueError(f"vocab_size must be at least 1, got {config.vocab_size}: set it to the corpus'")
+            raise BadValue(f"vocab_size must be at least 1, got {config.vocab_size}: set it to the corpus'")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.context, config.n_embd)
@@ -155,12 +155,12 @@ class GPT(nn.Module):
         Raises ValueError for a temperature that is negative or not finite, and for logits that are not finite.
         """
         if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be 0 or more, and finite; got {temperature}")
+            raise BadValue(f"temperature must be 0 or more, and finite; got {temperature}")
         for _ in range(max_new_tokens):
             logits, _ = self(tokens[:, -self.config.context :])  # (B, T, V)
             logits = logits[:, -1, :vocab_size].float()  # (B, V)
             if not logits.isfinite().all():
-                raise ValueError("logits must be finite, are not: the weights have diverged, use those of another run")
+                raise BadValue("logits must be finite, are not: the weights have diverged, use those of another run")
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
                 logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -185,7 +185,7 @@ class GPT(nn.Module):
         required |= {"scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
         for key, value in required.items():
             if getattr(hf, key) != value:
-                raise ValueError(f"GPT-2 has {key} = {value}, got {getattr(hf, key)}: use a plain GPT-2")
+                raise BadValue(f"GPT-2 has {key} = {value}, got {getattr(hf, key)}: use a plain GPT-2")
         ours = cls(GPTConfig(hf.n_layer, hf.n_head, hf.n_embd, hf.n_positions, hf.vocab_size, True, dropout))
         state = {}
         for name, weight in theirs.state_dict().items():

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from common import one_line
+from common import BadValue, one_line
 from common.corpus import FileSpan, fingerprint, is_readable, library_files, local_files, pieces, split_files
 from common.guard import main_guard
 from common.options import parse_options
@@ -127,12 +127,12 @@ def is_up_to_date(folder: Path, request: dict) -> bool:
     if not folder.exists() or not any(folder.iterdir()):
         return False
     if not (folder / "meta.json").is_file():
-        raise ValueError(f"--out must be a new folder or a corpus, {folder} is neither: choose another --out")
+        raise BadValue(f"--out must be a new folder or a corpus, {folder} is neither: choose another --out")
     meta = read_meta(folder)
     for key in ("source", "tokenizer", "val_fraction"):
         if meta.get(key) != request[key]:
             found = f"{folder} holds a corpus with {key} = {meta.get(key)}"
-            raise ValueError(f"{found}, requested is {request[key]}: remove it or choose another --out")
+            raise BadValue(f"{found}, requested is {request[key]}: remove it or choose another --out")
     try:
         for split in ("train", "val"):
             load(folder, split, verify=False)
@@ -152,9 +152,9 @@ def prepare(config: Prepare, load_hub: Callable[[], Any] = load_openwebtext) -> 
     name = config.tokenizer or ("gpt2" if hub else "bytes")
     val_fraction = (0.0005 if hub else 0.05) if config.val_fraction is None else config.val_fraction
     if not 0 < val_fraction < 1:
-        raise ValueError(f"--val-fraction must be between 0 and 1, got {val_fraction}")
+        raise BadValue(f"--val-fraction must be between 0 and 1, got {val_fraction}")
     if not 1 <= config.workers <= MOST_WORKERS:
-        raise ValueError(f"--workers must be from 1 to {MOST_WORKERS}, got {config.workers}")
+        raise BadValue(f"--workers must be from 1 to {MOST_WORKERS}, got {config.workers}")
 
     root, files = (path, []) if hub else library_files() if named else local_files(path)
     request = {"source": config.source if named else str(path), "tokenizer": name, "val_fraction": val_fraction}
@@ -171,7 +171,7 @@ def prepare(config: Prepare, load_hub: Callable[[], Any] = load_openwebtext) -> 
             spans = split_files(root, readable, val_fraction)
             splits = {split: encode(spans[split], name, config.workers) for split in spans}
         else:
-            raise ValueError(f"{path} must hold UTF-8 text or .parquet, has none: convert it (iconv -t utf-8)")
+            raise BadValue(f"{path} must hold UTF-8 text or .parquet, has none: convert it (iconv -t utf-8)")
         meta = write_corpus(folder, splits, request | {"skipped_files": len(files) - len(readable)})
     counts = ", ".join(f"{entry['tokens']:,} tokens in {file}" for file, entry in meta["files"].items())
     skipped = f"; {meta['skipped_files']} files that are not UTF-8 skipped" if meta["skipped_files"] else ""

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from .checks import BadValue
 from .engine import RuleOptimizer, refuse_unknown
 from .roles import DECAYED, Use, match, outline, refuse_unmatched, uses_of
 from .rule import rule_named
@@ -73,7 +74,7 @@ def build_optimizer(
     model, process_group = _unwrapped(model, process_group)
     uses = uses_of(model, roles)
     if not uses:
-        raise ValueError("the model must have trainable parameters; none requires a gradient")
+        raise BadValue("the model must have trainable parameters; none requires a gradient")
     params = dict(model.named_parameters())
     views = _views(uses, params, qkv_split or {}, as_matrices, split=rule.direct is not None)
     groups = [
@@ -83,7 +84,7 @@ def build_optimizer(
     adamw = {"rule": "adamw", "lr": lr if adamw_lr is None else adamw_lr, "betas": adamw_betas, "eps": adamw_eps}
     of_tables = {"rule": rule_named(rest).name, "lr": adamw["lr"] if rest_lr is None else rest_lr}
     if rest == "adamw" and rest_lr is not None:
-        raise ValueError(f"rest_lr needs a rest other than adamw, got {rest_lr}; set adamw_lr")
+        raise BadValue(f"rest_lr needs a rest other than adamw, got {rest_lr}; set adamw_lr")
     others = {name: use.role in DECAYED for name, use in uses.items() if use.role != "matrix"}
     tables = {name for name, decayed in others.items() if rest != "adamw" and decayed and params[name].ndim == 2}
     for how, decayed, names in (
@@ -103,7 +104,7 @@ def build_optimizer(
 def _unwrapped(model: nn.Module, process_group: dist.ProcessGroup | None) -> tuple[nn.Module, dist.ProcessGroup | None]:
     """Return the module inside torch.compile's and DistributedDataParallel's wrappers, and the process group."""
     if not isinstance(model, nn.Module):
-        raise ValueError(
+        raise BadValue(
             f"build_optimizer needs the model, an nn.Module, got {type(model).__name__}; of parameters, make "
             "OLion(params) or another class"
         )
@@ -112,7 +113,7 @@ def _unwrapped(model: nn.Module, process_group: dist.ProcessGroup | None) -> tup
         process_group = process_group or model.process_group
         model = getattr(model.module, "_orig_mod", model.module)
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        raise ValueError(
+        raise BadValue(
             "FSDP must be FSDP2, whose parameters are DTensors, got FullyShardedDataParallel; use fully_shard"
         )
     return model, process_group
@@ -151,7 +152,7 @@ def _views(
     if unseen:
         described, patterns = outline(unseen, uses, lambda name: str(tuple(params[name].shape)))
         answers = ", ".join(f'"{pattern}": "flatten"' for pattern in patterns)
-        raise ValueError(
+        raise BadValue(
             f"matrices of more than two dimensions need a way to see them, got none for {described}; pass "
             f'as_matrices={{{answers}}}, each "flatten" (d0 x the rest, as for convolutions) or "batch"'
         )

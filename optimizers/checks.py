@@ -1,7 +1,13 @@
-"""Parts of error messages: the nearest known name, and the name of a parameter."""
+"""The error of a value that cannot be used, and its words."""
 
 import difflib
 from collections.abc import Iterable
+
+
+class BadValue(ValueError):
+    """A value, tensor or layout that cannot be used; the message is one line: required, got, remedy."""
+
+    for_the_user = True  # common.guard prints the message without a traceback
 
 
 def closest(name: str, known: Iterable[str]) -> str:

@@ -17,6 +17,8 @@ from math import exp, gamma, sqrt
 import torch
 from torch import Tensor
 
+from .checks import BadValue
+
 # The quadrature runs over log t from _LOW to _HIGH / (q + 1/2): t exp(-t x) and the far tail are then below 1e-11.
 _LOW, _HIGH, _NODES = -26.0, 26.0, 400
 _ITERATIONS = 200  # each shrinks the error of log s by 2/3 or more
@@ -50,9 +52,9 @@ def homogenize(matrices: Tensor, power: float = 4.0, iterations: int = 0, eps: f
 def check(power: float, iterations: int) -> None:
     """Raise ValueError for arguments that `homogenize` does not support."""
     if not isinstance(power, int | float) or not 2 <= power <= 4:
-        raise ValueError(f"power must be a number from 2 (the gradient) to 4; got {power!r}")
+        raise BadValue(f"power must be a number from 2 (the gradient) to 4; got {power!r}")
     if not isinstance(iterations, int) or not 0 <= iterations <= 100:
-        raise ValueError(f"iterations must be a whole number from 0 (an SVD) to 100; got {iterations!r}")
+        raise BadValue(f"iterations must be a whole number from 0 (an SVD) to 100; got {iterations!r}")
 
 
 def spectrum(sigma: Tensor, power: float) -> Tensor:

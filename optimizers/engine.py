@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim.optimizer import ParamsT
 
-from .checks import closest, name_of
+from .checks import BadValue, closest, name_of
 from .layout import local_of
 from .line_search import Search, Trial, backtrack, gradients_aside
 from .matrices import blocks_in
@@ -59,7 +59,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     ):
         rule = rule or self.rule
         if rule is None:
-            raise ValueError("RuleOptimizer needs the name of a rule, got none; pass rule='olion', or use OLion")
+            raise BadValue("RuleOptimizer needs the name of a rule, got none; pass rule='olion', or use OLion")
         known = rule_named(rule).defaults
         refuse_unknown(options, known, rule)
         super().__init__(params, {**known, **options, "rule": rule})
@@ -78,7 +78,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """
         if not isinstance(param_group, dict) or "params" not in param_group:
             got = list(param_group) if isinstance(param_group, dict) else type(param_group).__name__
-            raise ValueError(f"a param group must be a dict with params; got {got}")
+            raise BadValue(f"a param group must be a dict with params; got {got}")
         rule = rule_named(param_group.get("rule", self.defaults["rule"]))
         _refuse_misplaced(param_group, rule)
         inherited = self.defaults
@@ -91,7 +91,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if len(set(group["params"])) < len(group["params"]):
             self.param_groups.pop()
             twice = next(i for i, param in enumerate(group["params"]) if param in set(group["params"][:i]))
-            raise ValueError(f"a group must hold each parameter once, got {name_of(group, twice)} again; pass it once")
+            raise BadValue(f"a group must hold each parameter once, got {name_of(group, twice)} again; pass it once")
         built = hasattr(self, "_plan")  # not while the first groups are added
         try:
             _check(group, rule)
@@ -172,7 +172,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """
         loss = None
         if self.searches and closure is None:
-            raise ValueError(
+            raise BadValue(
                 "line_search needs a closure that evaluates the loss of the same batch again, got none; "
                 "call optimizer.step(closure)"
             )
@@ -218,7 +218,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         if missing := {"state", "param_groups"} - state_dict.keys():
-            raise ValueError(
+            raise BadValue(
                 f"the state must be what an optimizer's state_dict() returns, got no {' and no '.join(sorted(missing))}"
                 "; load that"
             )
@@ -264,21 +264,21 @@ def _check(group: dict, rule: UpdateRule) -> None:
     for position, param in enumerate(group["params"]):
         name = name_of(group, position)
         if not param.is_floating_point() or param.element_size() == 1:
-            raise ValueError(
+            raise BadValue(
                 f"{name}: parameters must be float64, float32, bfloat16 or float16, got {param.dtype}; convert it"
             )
         if rule.direct:
             try:
                 blocks_in(group, param)
             except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+                raise BadValue(f"{name}: {error}") from None
 
 
 def refuse_unknown(options, known, rule: str) -> None:
     """Raise ValueError for an unknown option, naming the nearest one."""
     for option in options:
         if option not in known:
-            raise ValueError(_unknown(option, known, rule))
+            raise BadValue(_unknown(option, known, rule))
 
 
 def _refuse_misplaced(group: dict, rule: UpdateRule) -> None:
@@ -286,7 +286,7 @@ def _refuse_misplaced(group: dict, rule: UpdateRule) -> None:
     for key in group.keys() - rule.defaults.keys() - _COMMON_KEYS - _FOREIGN_KEYS:
         near = get_close_matches(key, rule.defaults, n=1, cutoff=0.75)
         if near or any(key in other.defaults for other in RULES.values()):
-            raise ValueError(_unknown(key, rule.defaults, rule.name))
+            raise BadValue(_unknown(key, rule.defaults, rule.name))
 
 
 def _unknown(option: str, known, rule: str) -> str:

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DeviceMesh, DTensor
 
+from .checks import BadValue
+
 Groups = tuple[dist.ProcessGroup, ...]
 Shape = tuple[int, ...]
 
@@ -107,17 +109,17 @@ def layout_of(param: Tensor, plain: Layout | None, as_matrices: str | None) -> L
 def _refuse_unusable(param: DTensor) -> None:
     mesh, device = param.device_mesh, local_of(param).device
     if mesh.get_coordinate() is None:
-        raise ValueError(
+        raise BadValue(
             f"every rank that builds the optimizer must be in the parameter's {mesh}; rank {dist.get_rank()} is not: "
             "build it on the mesh's ranks only"
         )
     if any(placement.is_partial() for placement in param.placements):
-        raise ValueError(
+        raise BadValue(
             f"a parameter must be sharded or replicated, got placements {param.placements}; redistribute it to Shard "
             "or Replicate before building the optimizer"
         )
     if device.type not in (mesh.device_type, "meta"):
-        raise ValueError(
+        raise BadValue(
             f"a matrix must be on the device of its {mesh.device_type} mesh, got it on {device}; train without CPU "
             "offload"
         )
@@ -131,10 +133,10 @@ def plain_layout(group: dist.ProcessGroup | None) -> Layout | None:
     if group is None:
         return None
     if not dist.is_initialized():
-        raise ValueError("process_group needs torch.distributed; call init_process_group first, or leave it out")
+        raise BadValue("process_group needs torch.distributed; call init_process_group first, or leave it out")
     # torch gives ranks outside a group a marker instead of a ProcessGroup.
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
-        raise ValueError(
+        raise BadValue(
             f"process_group must be a torch.distributed group that this rank ({dist.get_rank()}) is in, got {group}; "
             "build the optimizer on the group's ranks only"
         )
@@ -148,7 +150,7 @@ def _groups_of(mesh: DeviceMesh, axes: list[int]) -> Groups:
     try:
         return tuple(mesh.get_group(axis) for axis in axes)
     except (RuntimeError, AttributeError) as error:
-        raise ValueError(
+        raise BadValue(
             f"the parameter's {mesh} must have process groups, but it has not been initialized; make it with "
             "torch.distributed.init_device_mesh"
         ) from error

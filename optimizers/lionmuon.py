@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch.optim.optimizer import ParamsT
 
+from .checks import BadValue
 from .engine import ProcessGroup, RuleOptimizer
 from .options import Fraction, NonNegative, declared_by, given
 from .polar import POLAR, Form, orthogonalize_group
@@ -88,7 +89,7 @@ def prepare_between(grads: Tensors, state: dict[str, Tensors], group: dict) -> T
 def check(group: dict) -> None:
     """Refuse a period below 1 and what every orthogonalization refuses."""
     if group["period"] < 1:
-        raise ValueError(f"period must be a whole number of steps, 1 or more; got {group['period']}")
+        raise BadValue(f"period must be a whole number of steps, 1 or more; got {group['period']}")
     POLAR["check"](group)
 
 

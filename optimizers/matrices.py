@@ -8,6 +8,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .checks import BadValue
+
 _ZERO = 1e-30  # no norm of a matrix that is not zero; its inverse is finite
 
 MatrixShape = tuple[int, int]  # (m, n)
@@ -147,21 +149,21 @@ def blocks_of(shape: torch.Size, qkv_split: Split = 1, qkv_dim: int = 0, as_matr
     """
     said = f"shape {tuple(shape)}"
     if as_matrices not in (None, "batch", "flatten"):
-        raise ValueError(f"as_matrices must be None, 'batch' or 'flatten'; got {as_matrices!r}")
+        raise BadValue(f"as_matrices must be None, 'batch' or 'flatten'; got {as_matrices!r}")
     if len(shape) < 2:
-        raise ValueError(f"a matrix rule needs 2 or more dimensions, got {said}; give it to AdamW")
+        raise BadValue(f"a matrix rule needs 2 or more dimensions, got {said}; give it to AdamW")
     if qkv_dim not in (0, 1):
-        raise ValueError(f"qkv_dim must be 0 (rows) or 1 (columns); got {qkv_dim!r}")
+        raise BadValue(f"qkv_dim must be 0 (rows) or 1 (columns); got {qkv_dim!r}")
     if len(shape) == 2:
         sizes = _divided(shape[qkv_dim], qkv_split, f"{('rows', 'columns')[qkv_dim]} of {said}")
         return Blocks(1, shape[0], shape[1], qkv_dim, sizes)
     if qkv_split != 1:
-        raise ValueError(f"qkv_split={qkv_split} needs a 2-D weight, got {said}; put it in a group of its own")
+        raise BadValue(f"qkv_split={qkv_split} needs a 2-D weight, got {said}; put it in a group of its own")
     if as_matrices == "batch":
         return Blocks(prod(shape[:-2]), shape[-2], shape[-1], 0, (shape[-2],))
     if as_matrices == "flatten":
         return Blocks(1, shape[0], prod(shape[1:]), 0, (shape[0],))
-    raise ValueError(
+    raise BadValue(
         f"a matrix rule needs to know how to see {said}; pass as_matrices='batch' (leading dimensions count matrices) "
         "or as_matrices='flatten' (one matrix, d0 x the rest)"
     )
@@ -171,12 +173,12 @@ def _divided(length: int, split: Split, said: str) -> tuple[int, ...]:
     """Return the sizes of the blocks that a length is split into; ValueError naming `said` where it cannot be."""
     if isinstance(split, int):
         if split < 1 or length % split:
-            raise ValueError(f"qkv_split={split} must divide the {said}; use the number of fused blocks")
+            raise BadValue(f"qkv_split={split} must divide the {said}; use the number of fused blocks")
         return (length // split,) * split
     if len(split) < 2 or min(split) < 1:
-        raise ValueError(f"qkv_split={split} must be two or more positive numbers, or one number of equal blocks")
+        raise BadValue(f"qkv_split={split} must be two or more positive numbers, or one number of equal blocks")
     if length % sum(split):
-        raise ValueError(
+        raise BadValue(
             f"qkv_split={split} must divide the {said} into {sum(split)} equal parts; use the number of heads, or of "
             "rows, of each block"
         )

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch.optim.optimizer import ParamsT
 
+from .checks import BadValue
 from .engine import ProcessGroup, RuleOptimizer
 from .options import Fraction, NonNegative, declared_by, given
 from .polar import JORDAN, POLAR, Form, orthogonalize_group
@@ -97,7 +98,7 @@ def factor(group: dict, m: int, n: int) -> float:
 def check(group: dict) -> None:
     """Refuse a search that would try one step for ever, and what every orthogonalization refuses."""
     if group["shrink"] == 0:
-        raise ValueError("shrink must be above 0 and below 1, got 0; 0.5 is usual")
+        raise BadValue("shrink must be above 0 and below 1, got 0; 0.5 is usual")
     POLAR["check"](group)
 
 

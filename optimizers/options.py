@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import torch
 from torch import Tensor
 
-from .checks import closest
+from .checks import BadValue, closest
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def checked(name: str, value: Any, kind: Any) -> Any:
         return _converted(value, kind)
     except TypeError:
         hint = closest(value, _words(kind)) if isinstance(value, str) else ""
-        raise ValueError(f"{name} must be {describe(kind)}; got {value!r}{hint}") from None
+        raise BadValue(f"{name} must be {describe(kind)}; got {value!r}{hint}") from None
 
 
 def _words(kind: Any) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .checks import BadValue
 from .layout import Groups, Layout
 from .routes import Entry
 
@@ -58,7 +59,7 @@ def _compare(groups: Groups, outline: list[str], device: torch.device) -> None:
             complaint = complaint or _first_difference(outlines, dist.get_process_group_ranks(group))
             mine = torch.zeros_like(mine)  # the next axis passes it on to the others
     if complaint:
-        raise ValueError(
+        raise BadValue(
             f"all ranks must hand the optimizer the same parameters in the same order; {complaint}; "
             "build the same model on every rank"
         )

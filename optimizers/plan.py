@@ -9,7 +9,7 @@ from itertools import chain
 
 import torch.distributed as dist
 
-from .checks import name_of
+from .checks import BadValue, name_of
 from .codec import codec_of
 from .exchange import OwnerExchange
 from .layout import Layout, layout_of, local_of, plain_layout
@@ -94,7 +94,7 @@ def _entry(group: dict, position: int, plain: Layout | None) -> Entry:
         try:
             entry.layout = layout_of(param, plain, group.get("as_matrices"))
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise BadValue(f"{name}: {error}") from None
         entry.blocks = blocks_in(group, param if entry.layout else local_of(param))
         counts = entry.blocks.shape_counts.items()
         entry.flops = sum(count * rule.flops(m, n, group, param) for (m, n), count in counts)

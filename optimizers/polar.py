@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .checks import closest
+from .checks import BadValue, closest
 from .qdwh import qdwh
 from .symmetric import computed_share, symmetric_product
 
@@ -91,11 +91,11 @@ def orthogonalize(
         >>> q = orthogonalize(torch.randn(12, 768, 3072))
     """
     if not isinstance(matrices, Tensor):
-        raise ValueError(f"matrices must be a tensor (..., m, n), got {type(matrices).__name__}")
+        raise BadValue(f"matrices must be a tensor (..., m, n), got {type(matrices).__name__}")
     if not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be finite and 0 or more, got {eps!r}")
+        raise BadValue(f"eps must be finite and 0 or more, got {eps!r}")
     if matrices.ndim < 2:
-        raise ValueError(f"orthogonalize needs (..., m, n), got shape {tuple(matrices.shape)}; pass matrices")
+        raise BadValue(f"orthogonalize needs (..., m, n), got shape {tuple(matrices.shape)}; pass matrices")
     triples = steps_of(ns_coefficients, ns_steps)
     _check_form(form)
     dtype = dtype or default_dtype(matrices)
@@ -136,11 +136,11 @@ def _has_bfloat16(device: torch.device) -> bool:
 def steps_of(ns_coefficients: str | Sequence, ns_steps: int) -> list[Triple]:
     """Return the triple (a, b, c) of each of `ns_steps` steps; raise ValueError if the two do not fit."""
     if not isinstance(ns_steps, int) or not 0 < ns_steps < 100:
-        raise ValueError(f"ns_steps must be a whole number from 1 to 99, got {ns_steps!r}; 5 is usual")
+        raise BadValue(f"ns_steps must be a whole number from 1 to 99, got {ns_steps!r}; 5 is usual")
     if isinstance(ns_coefficients, str):
         if ns_coefficients not in COEFFICIENTS:
             hint = closest(ns_coefficients, COEFFICIENTS)
-            raise ValueError(f"ns_coefficients must be one of {', '.join(COEFFICIENTS)}; got {ns_coefficients!r}{hint}")
+            raise BadValue(f"ns_coefficients must be one of {', '.join(COEFFICIENTS)}; got {ns_coefficients!r}{hint}")
         triples = COEFFICIENTS[ns_coefficients]
         return [triples[min(i, len(triples) - 1)] for i in range(ns_steps)]
     rows = ns_coefficients if isinstance(ns_coefficients, tuple | list) else ()
@@ -150,7 +150,7 @@ def steps_of(ns_coefficients: str | Sequence, ns_steps: int) -> list[Triple]:
         for row in rows
     )
     if not whole or len(rows) not in (1, ns_steps):
-        raise ValueError(
+        raise BadValue(
             f"ns_coefficients must be a name, one triple (a, b, c) or {ns_steps} triples (one per step), all finite; "
             f"got {ns_coefficients!r}"
         )
@@ -170,7 +170,7 @@ def flops(
     """Return the floating-point operations of orthogonalizing one (m, n) matrix: two per multiplication."""
     triples = steps_of(ns_coefficients, ns_steps)
     if form not in ("auto", "plain", "gram"):
-        raise ValueError(f"operations are counted for the forms auto, plain and gram; got {form!r}")
+        raise BadValue(f"operations are counted for the forms auto, plain and gram; got {form!r}")
     if form == "auto":
         return min(flops(m, n, ns_steps, each, triples, dtype, device) for each in ("plain", "gram"))
     m, n = min(m, n), max(m, n)
@@ -238,7 +238,7 @@ def _svd(matrices: Tensor) -> Tensor:
 
 def _check_form(form: str) -> None:
     if form not in FORMS:
-        raise ValueError(f"the form must be one of {', '.join(FORMS)}; got {form!r}{closest(form, FORMS)}")
+        raise BadValue(f"the form must be one of {', '.join(FORMS)}; got {form!r}{closest(form, FORMS)}")
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .checks import BadValue
 from .elementwise import each
 from .engine import ProcessGroup, RuleOptimizer
 from .options import Fraction, NonNegative, declared_by, given
@@ -147,7 +148,7 @@ def signs_of_average(directions: Tensors, state: dict[str, Tensors], group: dict
 def check(group: dict) -> None:
     """Refuse a negative number of steps and what every orthogonalization refuses."""
     if not 0 <= group["inner_steps"] < 100:
-        raise ValueError(f"inner_steps must be a whole number from 0 to 99, got {group['inner_steps']}; 2 is usual")
+        raise BadValue(f"inner_steps must be a whole number from 0 to 99, got {group['inner_steps']}; 2 is usual")
     POLAR["check"](group)
 
 

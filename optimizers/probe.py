@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from . import measures
-from .checks import closest
+from .checks import BadValue, closest
 from .engine import RuleOptimizer
 from .measures import POINTS
 from .rule import UpdateRule
@@ -54,9 +54,9 @@ class Probe:
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, every: int | None = 100, **chosen: Any):
         if every is not None and (not isinstance(every, int) or every < 1):
-            raise ValueError(f"a probe's interval must be 1 step or more, or None for never; got {every!r}")
+            raise BadValue(f"a probe's interval must be 1 step or more, or None for never; got {every!r}")
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ValueError(f"a probe must have an optimizer to watch; got {type(optimizer).__name__}")
+            raise BadValue(f"a probe must have an optimizer to watch; got {type(optimizer).__name__}")
         self.every, self._optimizer = every, optimizer
         self._mean, quantities = chosen.pop("mean", True), chosen.pop("quantities", None)
         self._chosen = chosen
@@ -73,7 +73,7 @@ class Probe:
         """Measure now, between backward and step; also {"probe/ms": duration}. NaN and infinities are left out."""
         matrices = choose(self._optimizer, **self._chosen)  # parameters may have been moved or replaced
         if set(self._quantities) & set(OF_GRADIENTS) and all(each.param.grad is None for each in matrices):
-            raise ValueError(
+            raise BadValue(
                 "a probe of directions needs gradients, got none on any of its matrices; call it after backward() and "
                 "before zero_grad()"
             )
@@ -116,7 +116,7 @@ def _possible(quantities: Sequence[str] | None, rules: Sequence[UpdateRule | Non
     """Return the quantities to measure; raise ValueError for one that a rule does not have."""
     for each in quantities or ():
         if each not in QUANTITIES:
-            raise ValueError(f"a probe measures {', '.join(QUANTITIES)}; got {each!r}{closest(each, QUANTITIES)}")
+            raise BadValue(f"a probe measures {', '.join(QUANTITIES)}; got {each!r}{closest(each, QUANTITIES)}")
     barred: dict[str, str] = {}
     for rule in rules:
         if rule is None:
@@ -126,7 +126,7 @@ def _possible(quantities: Sequence[str] | None, rules: Sequence[UpdateRule | Non
     for each in quantities or ():
         if each in barred:
             left = ", ".join(name for name in QUANTITIES if name not in barred)
-            raise ValueError(f"{each} cannot be measured: {barred[each]}; ask for {left}")
+            raise BadValue(f"{each} cannot be measured: {barred[each]}; ask for {left}")
     return tuple(quantities or (each for each in DEFAULT if each not in barred))
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from . import heads
-from .checks import closest
+from .checks import BadValue, closest
 
 ROLES = ("matrix", "embedding", "head", "vector")
 DECAYED = ("matrix", "embedding", "head")
@@ -70,11 +70,11 @@ def roles_of(model: nn.Module, roles: Mapping[str, str] | None = None) -> dict[s
 def uses_of(model: nn.Module, roles: Mapping[str, str] | None = None) -> dict[str, Use]:
     """Return the use of every trainable parameter, by name; arguments and errors are those of `roles_of`."""
     if not isinstance(model, nn.Module):
-        raise ValueError(f"roles are seen in a torch.nn.Module; got {type(model).__name__}: hand over the model")
+        raise BadValue(f"roles are seen in a torch.nn.Module; got {type(model).__name__}: hand over the model")
     roles = dict(roles or {})
     for role in roles.values():
         if role not in ROLES:
-            raise ValueError(f"a role must be one of {', '.join(ROLES)}; got {role!r}{closest(role, ROLES)}")
+            raise BadValue(f"a role must be one of {', '.join(ROLES)}; got {role!r}{closest(role, ROLES)}")
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
     refuse_unmatched("roles", roles, trainable, "trainable parameter")
     owners = {param: module for module in model.modules() for param in module.parameters(recurse=False)}
@@ -99,7 +99,7 @@ def refuse_unmatched(option: str, patterns: Mapping[str, object], names: Iterabl
     """Raise ValueError for a pattern that fits no name."""
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"{option}: {pattern!r} fits no {kind} of the model{closest(pattern, names)}")
+            raise BadValue(f"{option}: {pattern!r} fits no {kind} of the model{closest(pattern, names)}")
 
 
 def _use(leaf: str, param: nn.Parameter, owner: nn.Module, tables: set, verdicts: dict[nn.Module, str]) -> Use:
@@ -138,7 +138,7 @@ def _refuse_unseen(uses: dict[str, Use], params: dict[str, nn.Parameter]) -> Non
     if unseen:
         described, patterns = outline(unseen, uses, lambda name: f"{tuple(params[name].shape)} {uses[name].doubt}")
         answers = ", ".join(f'"{pattern}": "matrix"' for pattern in patterns)
-        raise ValueError(
+        raise BadValue(
             f"every tensor needs a role that can be seen, got {len(unseen)} without: {described}; "
             f"pass roles={{{answers}}}, each one of {', '.join(ROLES)}"
         )

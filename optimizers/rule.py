@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import closest
+from .checks import BadValue, closest
 from .elementwise import each
 from .options import NonNegative, kind_of_default
 
@@ -111,19 +111,19 @@ RULES: dict[str, UpdateRule] = {}
 def register(rule: UpdateRule) -> UpdateRule:
     """Register a rule under its name; raise ValueError if another rule has it."""
     if RULES.get(rule.name, rule) is not rule:
-        raise ValueError(f"a rule named {rule.name!r} exists already; give yours another name")
+        raise BadValue(f"a rule named {rule.name!r} exists already; give yours another name")
     if missing := {"lr", "weight_decay"} - rule.defaults.keys():
-        raise ValueError(f"rule {rule.name!r} needs defaults for lr and weight_decay; {sorted(missing)} missing")
+        raise BadValue(f"rule {rule.name!r} needs defaults for lr and weight_decay; {sorted(missing)} missing")
     if (rule.prepare is None) == (rule.whole_step is None):
-        raise ValueError(f"rule {rule.name!r} needs either prepare or whole_step; give exactly one of them")
+        raise BadValue(f"rule {rule.name!r} needs either prepare or whole_step; give exactly one of them")
     if isinstance(rule.rms, str) and (rule.direct is None or rule.rms not in rule.defaults):
-        raise ValueError(
+        raise BadValue(
             f"rule {rule.name!r} scales matrices to {rule.rms!r}; give it a direct, and that option a default"
         )
     if rule.sized and (rule.direct is None or rule.rms or rule.signs):
-        raise ValueError(f"rule {rule.name!r} is sized; give it a direct, and neither rms nor signs")
+        raise BadValue(f"rule {rule.name!r} is sized; give it a direct, and neither rms nor signs")
     if (rule.rms or rule.whole_step) and rule.factor:
-        raise ValueError(f"rule {rule.name!r} needs one size of updates; give factor without rms and whole_step")
+        raise BadValue(f"rule {rule.name!r} needs one size of updates; give factor without rms and whole_step")
     RULES[rule.name] = rule
     return rule
 
@@ -131,7 +131,7 @@ def register(rule: UpdateRule) -> UpdateRule:
 def rule_named(name: str) -> UpdateRule:
     """Return the registered rule; raise ValueError, naming the nearest, if there is none."""
     if name not in RULES:
-        raise ValueError(f"the optimizer must be one of {', '.join(sorted(RULES))}; got {name!r}{closest(name, RULES)}")
+        raise BadValue(f"the optimizer must be one of {', '.join(sorted(RULES))}; got {name!r}{closest(name, RULES)}")
     return RULES[name]
 
 

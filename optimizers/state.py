@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-from .checks import name_of
+from .checks import BadValue, name_of
 from .layout import local_of
 from .matrices import row_dims
 from .rule import UpdateRule
@@ -83,7 +83,7 @@ def refuse_resized(group: dict, position: int, buffers: Buffers, rule: UpdateRul
         others["gradient"] = param.grad
     for name, tensor in others.items():
         if tensor.shape != param.shape:
-            raise ValueError(
+            raise BadValue(
                 f"{name_of(group, position)}: the {name} must have the parameter's shape {tuple(param.shape)}, got "
                 f"{tuple(tensor.shape)}; build the optimizer, and compute gradients, after resizing parameters"
             )
@@ -100,7 +100,7 @@ def saved_buffers(groups: Groups, state_dict: dict) -> dict[Tensor, Buffers]:
     saved_groups = state_dict["param_groups"]
     required, got = _outline(groups), _outline(saved_groups)
     if required != got:
-        raise ValueError(
+        raise BadValue(
             f"the state must be of param groups (rule, parameters) {required}; got {got}; "
             "build the optimizer that the state was saved from"
         )
@@ -120,7 +120,7 @@ def _keys_in_order(group: dict, saved: dict) -> list:
     key_of = dict(zip(saved_names, keys, strict=True))
     if missing := [name for name in names if name not in key_of]:
         others = [name for name in saved_names if name not in set(names)]
-        raise ValueError(
+        raise BadValue(
             f"the state must be of the parameters' names; got none for {missing[0]!r}, but {others[:1]}; load it into "
             "the model that it was saved from, or rename its param_names"
         )
@@ -137,14 +137,14 @@ def refuse_unfit(groups: Groups, state: dict[Tensor, Buffers], saved: dict[Tenso
         and (got or param.requires_grad)  # torch saves the state of frozen parameters, and does not return it
     ]
     if differences:
-        raise ValueError(
+        raise BadValue(
             f"the state must fit the parameters; of {len(differences)} that do not: {'; '.join(differences[:3])}; "
             "load it into the model and layout that it is of, or through torch.distributed.checkpoint.state_dict"
         )
     for name, param in named:
         for key, buffer in saved[param].items():
             if not local_of(buffer).isfinite().all():
-                raise ValueError(f"the state must be finite, got NaN or inf in {key!r} of {name}; load an earlier one")
+                raise BadValue(f"the state must be finite, got NaN or inf in {key!r} of {name}; load an earlier one")
 
 
 def fill(buffers: Buffers, saved: Buffers) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .checks import BadValue
 from .elementwise import each
 from .layout import local_of
 from .matrices import row_dims, to_rms
@@ -141,7 +142,7 @@ def _refuse_other_than_signs(directions: Tensor, rule: str) -> None:
     """Raise ValueError for an entry other than -1, 0, 1 and NaN, even if nothing is sent."""
     other = (directions != 0) & (directions.abs() != 1) & ~directions.isnan()
     if other.any():
-        raise ValueError(
+        raise BadValue(
             f"rule {rule!r} says signs=True, so its direction must be -1, 0, 1 or NaN, got "
             f"{directions[other][0].item():g}; return signs, or register it with signs=False"
         )
@@ -166,9 +167,7 @@ def gradient_of(param: Tensor, group: dict) -> Tensor:
     if grad is None:
         return torch.zeros_like(local_of(param), dtype=grad_dtype(param, group))
     if grad.is_sparse:
-        raise ValueError(
-            f"{group['rule']} needs dense gradients, got sparse ones; build the embedding with sparse=False"
-        )
+        raise BadValue(f"{group['rule']} needs dense gradients, got sparse ones; build the embedding with sparse=False")
     if isinstance(grad, DTensor) and isinstance(param, DTensor):
         if grad.placements != param.placements:  # tensor parallelism may leave it Partial
             grad = grad.redistribute(placements=param.placements)

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from .checks import closest
+from .checks import BadValue, closest
 from .engine import RuleOptimizer
 from .layout import Layout, layout_of
 from .matrices import Blocks, blocks_of
@@ -45,13 +45,13 @@ def choose(
 ) -> list[Matrix]:
     """Return the matrices to measure, those of one shape together; arguments and errors are those of `probe`."""
     if per_shape < 0:
-        raise ValueError(f"per_shape must be a number of matrices, or 0 for all; got {per_shape}")
+        raise BadValue(f"per_shape must be a number of matrices, or 0 for all; got {per_shape}")
     candidates = _candidates(optimizer, model, roles)
     for pattern in matrices:
         if not any(fnmatchcase(each.name, pattern) for each in candidates):
             names = [each.name for each in candidates]
             shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
-            raise ValueError(
+            raise BadValue(
                 f"a probe's pattern must fit a matrix; {pattern!r} fits none of {shown or 'none'}"
                 f"{closest(pattern, names)}"
             )
@@ -77,7 +77,7 @@ def _candidates(
         if directed:
             return directed
     if model is None:
-        raise ValueError(
+        raise BadValue(
             "a probe of an optimizer without directions needs the model, to tell its matrices from its embeddings; "
             "pass model="
         )

@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from common import BadValue
 from common.guard import main_guard
 from common.options import parse_options
 
@@ -196,7 +197,7 @@ def main() -> None:
     if options.device == "auto":
         options = replace(options, device="cuda" if torch.cuda.is_available() else "cpu")
     if options.repeats < 1:
-        raise ValueError(f"repeats must be 1 or more; got {options.repeats}")
+        raise BadValue(f"repeats must be 1 or more; got {options.repeats}")
     here = machine()
     where = here["machine"]["gpus"][0] if options.device.startswith("cuda") else here["machine"]["cpu"]
     threads = torch.get_num_threads()

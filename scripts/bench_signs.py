@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from common import BadValue
 from common.guard import main_guard
 from common.options import parse_options
 
@@ -109,10 +110,10 @@ def main() -> None:
     if options.device == "auto":
         options = replace(options, device="cuda" if torch.cuda.is_available() else "cpu")
     if options.repeats < 1 or min(options.entries) < 1:
-        raise ValueError(f"repeats and entries must be 1 or more; got {options.repeats} and {options.entries}")
+        raise BadValue(f"repeats and entries must be 1 or more; got {options.repeats} and {options.entries}")
     if options.threads is not None:
         if options.threads < 1:
-            raise ValueError(f"--threads must be 1 or more; got {options.threads}")
+            raise BadValue(f"--threads must be 1 or more; got {options.threads}")
         torch.set_num_threads(options.threads)
     here, threads = machine(), torch.get_num_threads()
     where = here["machine"]["gpus"][0] if options.device.startswith("cuda") else here["machine"]["cpu"]

@@ -28,6 +28,7 @@ from common.launch import (
     start,
     stop,
 )
+from optimizers import OLion
 from tests.ranks import spawn
 
 ROOT = Path(__file__).parents[1]
@@ -179,7 +180,11 @@ def test_main_guard_turns_errors_for_the_user_into_one_line(capsys):
     def bad_device():
         start("gpu")
 
-    for main, message in [(missing_file, "No such file or directory: '/absent/file'"), (bad_device, "got 'gpu'")]:
+    def bad_rate():
+        OLion([torch.zeros(4, 6)], lr=-1.0)
+
+    absent = "No such file or directory: '/absent/file'"
+    for main, message in [(missing_file, absent), (bad_device, "got 'gpu'"), (bad_rate, "lr must be ")]:
         with pytest.raises(SystemExit) as exit_request:
             launch.main_guard(main)
         line = capsys.readouterr().err
@@ -246,7 +251,11 @@ def test_main_guard_turns_too_little_memory_into_one_line(capsys):
 
 
 def test_main_guard_leaves_bugs_their_traceback():
+    def raises():
+        raise ValueError("of a line of this repository")
+
     for main, kind in [
+        (raises, ValueError),
         (lambda: np.zeros(3).reshape(2), ValueError),  # of builtins that this repository calls
         (lambda: list(zip([1], [], strict=True)), ValueError),
         (lambda: int("many"), ValueError),
