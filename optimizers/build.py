@@ -71,34 +71,47 @@ def build_optimizer(
         >>> optimizer = build_optimizer(model, "olion", lr=6e-4)
     """
     rule = rule_named(name)
-    model, process_group = _unwrapped(model, process_group)
-    uses = uses_of(model, roles)
-    if not uses:
-        raise BadValue("the model must have trainable parameters; none requires a gradient")
-    params = dict(model.named_parameters())
-    views = _views(uses, params, qkv_split or {}, as_matrices, split=rule.direct is not None)
-    groups = [
-        {"params": [(each, params[each]) for each in views if views[each] == view], **dict(view)}
-        for view in sorted(set(views.values()), key=str)
-    ]
-    adamw = {"rule": "adamw", "lr": lr if adamw_lr is None else adamw_lr, "betas": adamw_betas, "eps": adamw_eps}
-    of_tables = {"rule": rule_named(rest).name, "lr": adamw["lr"] if rest_lr is None else rest_lr}
-    if rest == "adamw" and rest_lr is not None:
-        raise BadValue(f"rest_lr needs a rest other than adamw, got {rest_lr}; set adamw_lr")
-    others = {name: use.role in DECAYED for name, use in uses.items() if use.role != "matrix"}
-    tables = {name for name, decayed in others.items() if rest != "adamw" and decayed and params[name].ndim == 2}
-    for how, decayed, names in (
-        (of_tables, True, tables),
-        (adamw, True, {name for name in others if others[name]} - tables),
-        (adamw, False, {name for name in others if not others[name]}),
-    ):
-        if members := [(name, params[name]) for name in others if name in names]:
-            groups.append({"params": members, "weight_decay": weight_decay if decayed else 0.0, **how})
     options = {"weight_decay": weight_decay, **PAPER.get(name, {}), **options}
     refuse_unknown(options, rule.defaults, name)
-    of_rule = {getattr(each, "rule", None): each for each in RuleOptimizer.__subclasses__()}
-    constructor = of_rule.get(name, partial(RuleOptimizer, rule=name))
+    model, process_group = _unwrapped(model, process_group)
+    uses, params = uses_of(model, roles), dict(model.named_parameters())
+    if not uses:
+        raise BadValue("the model must have trainable parameters; none requires a gradient")
+    if rest == "adamw" and rest_lr is not None:
+        raise BadValue(f"rest_lr needs a rest other than adamw, got {rest_lr}; set adamw_lr")
+    views = _views(uses, params, qkv_split or {}, as_matrices, split=rule.direct is not None)
+    adamw = {"rule": "adamw", "lr": lr if adamw_lr is None else adamw_lr, "betas": adamw_betas, "eps": adamw_eps}
+    tables = {"rule": rule_named(rest).name, "lr": adamw["lr"] if rest_lr is None else rest_lr}
+    groups = _groups_of_views(views, params)
+    groups += _groups_of_rest(uses, params, adamw, adamw if rest == "adamw" else tables, weight_decay)
+    classes = {getattr(each, "rule", None): each for each in RuleOptimizer.__subclasses__()}
+    constructor = classes.get(name, partial(RuleOptimizer, rule=name))
     return constructor(groups, lr=lr, process_group=process_group, **options)
+
+
+def _groups_of_views(views: dict[str, tuple], params: dict[str, nn.Parameter]) -> Groups:
+    """Return a param group of each way to see matrices."""
+    return [
+        {"params": [(name, params[name]) for name in views if views[name] == view], **dict(view)}
+        for view in sorted(set(views.values()), key=str)
+    ]
+
+
+def _groups_of_rest(
+    uses: dict[str, Use], params: dict[str, nn.Parameter], adamw: dict, tables: dict, weight_decay: float
+) -> Groups:
+    """Return the param groups of what is no matrix: tables of two dimensions, other decayed tensors, the others."""
+    members: dict[tuple[bool, bool], list] = {(True, True): [], (False, True): [], (False, False): []}
+    for name, use in uses.items():
+        if use.role != "matrix":
+            decayed = use.role in DECAYED
+            is_table = decayed and tables is not adamw and params[name].ndim == 2
+            members[is_table, decayed].append((name, params[name]))
+    return [
+        {"params": named, "weight_decay": weight_decay if decayed else 0.0, **(tables if is_table else adamw)}
+        for (is_table, decayed), named in members.items()
+        if named
+    ]
 
 
 def _unwrapped(model: nn.Module, process_group: dist.ProcessGroup | None) -> tuple[nn.Module, dist.ProcessGroup | None]:
