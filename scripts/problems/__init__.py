@@ -1,4 +1,4 @@
-"""Small matrix problems on which optimizers are compared in seconds: python -m scripts.problems.
+"""Small matrix problems on which optimizers are compared in a minute each: python -m scripts.problems.
 
     python -m scripts.problems                       # quadratic, logistic, completion: tables, images/problems_*.png
     python -m scripts.problems quadratic --steps 500 --seeds 0 1 2 3 4

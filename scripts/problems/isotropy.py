@@ -132,7 +132,7 @@ def study(seeds: Sequence[int], steps: int) -> dict[str, Any]:
 
 
 def rank_correlation(x: Tensor, y: Tensor) -> float:
-    """Return Spearman's correlation of values without ties."""
+    """Return Spearman's correlation; ties are ranked in their order."""
     ranks = torch.stack([each.flatten().argsort().argsort().double() for each in (x, y)])
     return float(torch.corrcoef(ranks)[0, 1])
 
