@@ -94,7 +94,7 @@ def options_of(module):
 def names_of(config, prefix=""):
     for field in dataclasses.fields(config):
         yield prefix + {"settings": "set"}.get(field.name, field.name)
-        if dataclasses.is_dataclass(held := config.__annotations__.get(field.name)):
+        if dataclasses.is_dataclass(held := field.type):  # inherited fields too
             yield from names_of(held, f"{prefix}{field.name}.")
 
 
