@@ -118,7 +118,7 @@ def _unwrapped(model: nn.Module, process_group: dist.ProcessGroup | None) -> tup
     """Return the module inside torch.compile's and DistributedDataParallel's wrappers, and the process group."""
     if not isinstance(model, nn.Module):
         raise BadValue(
-            f"build_optimizer needs the model, an nn.Module, got {type(model).__name__}; of parameters, make "
+            f"build_optimizer needs the model, an nn.Module, got {type(model).__name__}; for parameters, use "
             "OLion(params) or another class"
         )
     model = getattr(model, "_orig_mod", model)
@@ -166,7 +166,7 @@ def _views(
         described, patterns = outline(unseen, uses, lambda name: str(tuple(params[name].shape)))
         answers = ", ".join(f'"{pattern}": "flatten"' for pattern in patterns)
         raise BadValue(
-            f"matrices of more than two dimensions need a way to see them, got none for {described}; pass "
+            f"tensors of more than two dimensions need as_matrices, got none for {described}; pass "
             f'as_matrices={{{answers}}}, each "flatten" (d0 x the rest, as for convolutions) or "batch"'
         )
     return views

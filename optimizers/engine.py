@@ -219,7 +219,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             state_dict = hook(self, state_dict) or state_dict
         if missing := {"state", "param_groups"} - state_dict.keys():
             raise BadValue(
-                f"the state must be what an optimizer's state_dict() returns, got no {' and no '.join(sorted(missing))}"
+                f"the state must be of an optimizer's state_dict(), got no {' and no '.join(sorted(missing))}"
                 "; load that"
             )
         buffers_of = saved_buffers(self.param_groups, state_dict)

@@ -164,7 +164,7 @@ def blocks_of(shape: torch.Size, qkv_split: Split = 1, qkv_dim: int = 0, as_matr
     if as_matrices == "flatten":
         return Blocks(1, shape[0], prod(shape[1:]), 0, (shape[0],))
     raise BadValue(
-        f"a matrix rule needs to know how to see {said}; pass as_matrices='batch' (leading dimensions count matrices) "
+        f"a matrix rule needs as_matrices for {said}; pass as_matrices='batch' (leading dimensions count matrices) "
         "or as_matrices='flatten' (one matrix, d0 x the rest)"
     )
 

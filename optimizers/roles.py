@@ -70,7 +70,7 @@ def roles_of(model: nn.Module, roles: Mapping[str, str] | None = None) -> dict[s
 def uses_of(model: nn.Module, roles: Mapping[str, str] | None = None) -> dict[str, Use]:
     """Return the use of every trainable parameter, by name; arguments and errors are those of `roles_of`."""
     if not isinstance(model, nn.Module):
-        raise BadValue(f"roles are seen in a torch.nn.Module; got {type(model).__name__}: hand over the model")
+        raise BadValue(f"roles_of needs a torch.nn.Module, got {type(model).__name__}; pass the model")
     roles = dict(roles or {})
     for role in roles.values():
         if role not in ROLES:
@@ -139,7 +139,7 @@ def _refuse_unseen(uses: dict[str, Use], params: dict[str, nn.Parameter]) -> Non
         described, patterns = outline(unseen, uses, lambda name: f"{tuple(params[name].shape)} {uses[name].doubt}")
         answers = ", ".join(f'"{pattern}": "matrix"' for pattern in patterns)
         raise BadValue(
-            f"every tensor needs a role that can be seen, got {len(unseen)} without: {described}; "
+            f"every tensor needs a clear role, got {len(unseen)} without: {described}; "
             f"pass roles={{{answers}}}, each one of {', '.join(ROLES)}"
         )
 

@@ -1,10 +1,10 @@
-"""Draws how each update rule changes the spectrum of a gradient, and its size.
+"""Draw the spectrum and size of the step of each update rule for one gradient.
 
     python -m scripts.spectra --out images/spectra.png
 
 One gradient of 96 x 64 entries, with random singular vectors and singular values that fall as 1 / i; each rule takes
-one step from it, without momentum, at a learning rate of 1. Above: the singular values of the steps, each over their
-root mean square. Below: the Frobenius norm of the step as the gradient is scaled.
+one step from it, without momentum, at a learning rate of 1. Top: the singular values of the steps, over their root
+mean square. Bottom: the Frobenius norm of the step against the scale of the gradient.
 """
 
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ def gradient() -> Tensor:
 
 
 def step_of(name: str, grad: Tensor) -> Tensor:
-    """Return the step that a rule takes from zero, at a learning rate of 1 without decay."""
+    """Return the step of a rule from zero, at a learning rate of 1 without decay."""
     constructor, options = RULES[name]
     weight = torch.zeros_like(grad, requires_grad=True)
     weight.grad = grad

@@ -55,7 +55,7 @@ def test_convex_problems_match_their_hessian_and_are_solved_by_newton(name):
 
 
 def test_newton_halves_a_step_that_overshoots():
-    """Where labels are met with a margin, weights are small and a full step is far too long."""
+    """If labels have a margin, weights are small and a full step is far too long."""
     problem = small("logistic")
     far = [4 * gaussian(SEEDS, 6, 3)]
     param = far[0].clone().requires_grad_()
@@ -95,7 +95,7 @@ def test_a_run_at_many_rates_matches_a_plain_loop_at_each(method, decays):
         assert float(course.gap[-1, place, seed]) == pytest.approx(float(last.detach()), rel=1e-6)
 
 
-def test_rates_that_diverge_are_left_out_and_a_best_at_the_edge_is_told():
+def test_rates_that_diverge_are_left_out_and_a_best_at_the_edge_is_reported():
     problem = small("quadratic")
     course = run(problem, Method("Lion", "lion"), [0.01, 1e6], False, 5)
     assert bool(course.gap[1:, 0].isfinite().all()) and bool(course.gap[-1, 1].isnan().all())
@@ -117,12 +117,12 @@ def test_the_measured_gradient_matches_its_formula():
 
 
 def test_polargrad_keeps_the_theorem_s_rate_on_a_strongly_convex_problem():
-    """Every step shrinks f - f* as promised, to the rounding of gaps that are 1e-10 of the first."""
+    """Every step shrinks f - f* by the bound, to the rounding of gaps that are 1e-10 of the first."""
     found = theorem.check(objectives.quadratic((0, 1, 2), 10, 5), 120)
     for promised in found:
         assert bool((promised >= 1 - 1e-4).all())
         assert bool(promised[:100].isfinite().all())
-    assert float(found.by_rank.min()) < 100  # a bound that is of this order, and no empty one
+    assert float(found.by_rank.min()) < 100  # the bound is of this order, not trivial
 
 
 @pytest.mark.parametrize("structure", isotropy.STRUCTURES)

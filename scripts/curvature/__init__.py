@@ -2,9 +2,9 @@
 
     python -m scripts.curvature --run runs/nanogpt/stdlib/olion-lr8e-3-s1337
     python -m scripts.curvature --run RUN --steps 0 400 800 --directions 8 --out images/curvature.png
-    python -m scripts.curvature --run images/curvature.json      # the table and picture again, from the record alone
+    python -m scripts.curvature --run images/curvature.json      # the table and figure again, from the record alone
 
-The model (Su, arXiv 2511.00674) takes f(W + Q) - f(W) - <G, Q> for E H(||Q zeta||), zeta uniform on the unit sphere.
+The model (Su, arXiv 2511.00674) replaces f(W + Q) - f(W) - <G, Q> by E H(||Q zeta||), zeta uniform on the unit sphere.
 For Q = r D with ||D u|| = 1 for every unit u this is H(r) itself, so that
 
     H(r) = mean over D of (f(W + r D) + f(W - r D)) / 2 - f(W)
@@ -16,6 +16,6 @@ the loss of one batch of the validation set. It is measured for each matrix alon
 Numbers are float64. The rounding of f(W + r D) is measured where r is 1e-12 to 1e-11, and H is used where it is 100
 times as large, so to 1 % or better. Exponents are slopes of log H against log r, with the standard error that leaving
 out one direction after the other gives (jackknife); fits end where H is saturated, its local slope being below 1.
-A loss that is smooth at W has exponent 2 and a plateau of H(r) / r^2 for small r: the question of the model is whether
-it becomes steeper before it saturates, so the steepest decade is given beside the fit of all.
+A loss that is smooth at W has exponent 2 and a plateau of H(r) / r^2 for small r. The model asks whether H becomes
+steeper before it saturates, so the steepest decade is reported beside the fit of all.
 """

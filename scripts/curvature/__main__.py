@@ -54,8 +54,8 @@ RECORD = {"run": str, "radii": [float], "directions": int, "steps": dict}
 
 
 def collect(options: Options) -> dict[str, Any]:
-    """Measure every step asked for, and write the record after each."""
-    from scripts.curvature.subjects import open_run  # here: a record is drawn again without an experiment
+    """Measure every requested step, and write the record after each."""
+    from scripts.curvature.subjects import open_run  # here, as a record is drawn again without an experiment
 
     subject = open_run(options.run, options.rows)
     steps = options.steps or tuple(subject.steps)
@@ -70,7 +70,7 @@ def collect(options: Options) -> dict[str, Any]:
         loss = float(subject.loss())
         found, rounding = measure(subject.loss, subject.matrices, radii, options.directions, options.seed)
         record["steps"][str(step)] = {"loss": loss, "rounding": rounding, "growth": found}
-        write_json(options.out.with_suffix(".json"), record)  # a step takes minutes: none is lost to an interruption
+        write_json(options.out.with_suffix(".json"), record)  # a step takes minutes; an interruption loses none
     return record
 
 
@@ -109,7 +109,7 @@ def kind_of(name: str) -> str:
 
 
 def draw(record: dict[str, Any], out: Path) -> None:
-    """Draw H(r) at the last step and H(r) / r² at all: mean over layers, band from the lowest to the highest."""
+    """Draw H(r) at the last step and H(r) / r² at all steps: mean over layers, band from the lowest to the highest."""
     steps, radii = list(record["steps"]), np.array(record["radii"])
     subtitle = f"mean of {record['directions']} directions; bands: from the lowest layer to the highest"
     figure, panels = new_figure("Growth of the loss around the weights", subtitle, rows=1 + len(steps))

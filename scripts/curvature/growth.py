@@ -10,9 +10,9 @@ from torch import Tensor
 
 from common import progress
 
-ROUNDING_AT = (1e-12, 3e-12, 1e-11)  # r at which all that is seen of H is rounding
+ROUNDING_AT = (1e-12, 3e-12, 1e-11)  # r at which H is below the rounding
 TRUSTED = 100.0  # times the rounding
-SATURATED = 1.0  # local slope below which H is no power any more
+SATURATED = 1.0  # local slope below which H is saturated
 WHOLE = "all at once"
 Growth = list[list[float]]  # (directions, radii)
 
@@ -22,7 +22,7 @@ def draw_direction(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     m, n = shape
     gaussian = torch.randn(max(m, n), min(m, n), generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
-    q = q * r.diagonal().sign()  # without it Q is not uniform: Mezzadri, arXiv math-ph/0609050
+    q = q * r.diagonal().sign()  # otherwise Q is not uniform: Mezzadri, arXiv math-ph/0609050
     return q if m >= n else q.mT * sqrt(n / m)
 
 
@@ -67,7 +67,7 @@ def fit(radii: Sequence[float], found: Growth, rounding: float) -> dict[str, Any
     """Fit exponents of H with their standard errors, its plateau of H / r^2 and the end of that; None without points.
 
     plateau: H / r^2, geometric mean over the first decade that can be trusted. leaves: the first r at which H / r^2 is
-    10 % off it. exponent: over all trusted decades, of which there are `decades`. steepest, at: the largest slope over
+    10 % off it. exponent: over all `decades` trusted decades. steepest, at: the largest slope over
     one decade, and its middle.
     """
     r, values = np.log10(radii), np.array(found)

@@ -1,11 +1,11 @@
-"""A run's model at any of its checkpoints, in float64, and its loss on one fixed batch: of any of the experiments.
+"""The model of a run of any experiment, at any checkpoint, in float64, and its loss on one fixed batch.
 
     subject = open_run(Path("runs/nanogpt/stdlib/olion-lr8e-3-s1337"), rows=4)
     subject.load(400)          # of subject.steps; 0 is the initialization
     subject.loss()             # a scalar, float64
 
-Batches are the first rows of what the run is validated on, with the noise and times of validation for a SiT. Weights
-are those that were trained, not a SiT's average over time; the initialization is drawn from the run's seed, as the run
+Batches are the first rows of the validation set, for a SiT with the noise and times of validation. Weights
+are the trained ones, not a SiT's average over time; the initialization is drawn from the run's seed, as the run
 drew it (of a Llama in one process: on several ranks it may have been another one).
 """
 
@@ -31,13 +31,13 @@ ONE = launch.Process(0, 0, 1, torch.device("cpu"))
 
 @dataclass(frozen=True)
 class Subject:
-    """A model whose weights may be moved, and the loss that they have."""
+    """A model whose weights can be changed, and its loss."""
 
     model: nn.Module  # float64, in evaluation mode
     loss: Callable[[], Tensor]  # of the batch, at the present weights: a scalar, float64
     matrices: dict[str, Tensor]  # the model's own parameters of role matrix, of two dimensions, by name
-    steps: list[int]  # that there are checkpoints of, ascending; 0 is the initialization
-    load: Callable[[int], None]  # a step's weights into the model
+    steps: list[int]  # with checkpoints, ascending; 0 is the initialization
+    load: Callable[[int], None]  # loads the weights of a step
 
 
 def open_run(folder: Path, rows: int) -> Subject:

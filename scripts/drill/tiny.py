@@ -1,4 +1,4 @@
-"""A GPT and a SiT that train in seconds: the shape of their configs, and what they are trained on."""
+"""A GPT and a SiT that train in seconds: their configs and training data."""
 
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def write_config(folder: Path, name: str, shape: str, *differing: str) -> Path:
 
 
 def write_text(path: Path, functions: int) -> Path:
-    """Write a text of so many lines of code; returns its path."""
+    """Write a text of this many lines of code; return its path."""
     path.write_text("\n".join(f"def f{i}(x): return x * {i} + {i * i % 97}" for i in range(functions)))
     return path
 

@@ -1,4 +1,4 @@
-"""Compare optimizers on small matrix problems: tables, and a picture of each; see the package."""
+"""Compare optimizers on small matrix problems: tables and figures; see the package."""
 
 import math
 from collections.abc import Sequence
@@ -40,12 +40,12 @@ from scripts.problems import figures, isotropy, theorem
 from scripts.problems.objectives import PROBLEMS, Problem
 from scripts.problems.running import METHODS, Course, newton, points, tune
 
-EVERY = 5  # steps between the recorded points of a course
+EVERY = 5  # steps between recorded points
 NAMES = (*PROBLEMS, "isotropy")
 
 
 def compare(name: str, seeds: Sequence[int], steps: int) -> dict[str, Any]:
-    """Tune every optimizer on a problem, with the rate fixed and decaying, and record its courses by seed."""
+    """Tune every optimizer on a problem, with fixed and decaying rates, and record its course of each seed."""
     problem, methods = PROBLEMS[name](seeds), {}
     for method in progress(METHODS, desc=name, unit="optimizer"):
         found = {}
@@ -67,7 +67,7 @@ def compare(name: str, seeds: Sequence[int], steps: int) -> dict[str, Any]:
 
 
 def recorded(course: Course) -> dict[str, list]:
-    """Give each seed's gaps, gradient norms and condition numbers as lists, to four digits; None for no number."""
+    """Give each seed's gaps, gradient norms and condition numbers as lists, to four digits; None for NaN."""
 
     def rounded(column: Tensor) -> list[list[float | None]]:
         rows = column.T.tolist()
@@ -77,14 +77,14 @@ def recorded(course: Course) -> dict[str, list]:
 
 
 def checked(problem: Problem, steps: int) -> dict[str, Any]:
-    """Return the least factor by which a step of PolarGrad exceeds the theorem's promise, for each seed."""
+    """Return the least factor by which a step of PolarGrad exceeds the theorem's bound, for each seed."""
     found = theorem.check(problem, steps)
     conditions = (1 / problem.convexity).tolist()
     return {"kappa": conditions} | {name: column.amin(0).tolist() for name, column in found._asdict().items()}
 
 
 def table(record: dict[str, Any]) -> str:
-    """Format what is left of f - f* at each optimizer's best rate, geometric mean and range over seeds."""
+    """Format the remaining f - f* at each optimizer's best rate, as geometric mean and range over seeds."""
     rows = []
     for label, method in record["methods"].items():
         cells = []
@@ -146,7 +146,7 @@ def main() -> None:
         raise UserError(f"a problem is one of {', '.join(NAMES)}; got {unknown[0]}")
     if not options.seeds or min(options.seeds) < 0 or len(set(options.seeds)) < len(options.seeds):
         raise UserError(f"--seeds takes different whole numbers from 0 up; got {options.seeds}")
-    torch.set_num_threads(1)  # more threads only wait for one another on matrices this small
+    torch.set_num_threads(1)  # more threads are slower on matrices this small
     for name in options.problems or NAMES:
         out = options.out / f"problems_{name}.png"
         if name == "isotropy":

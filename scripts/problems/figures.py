@@ -1,4 +1,4 @@
-"""The pictures of the problems: courses of every optimizer, and isotropy against the distance to Muon."""
+"""The figures of the problems: courses of every optimizer, and isotropy against the distance to Muon."""
 
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,14 @@ import torch
 from common.figure import FAINT, INK, label_ends, new_figure, pyplot, save, style_of
 from scripts.problems.isotropy import behind
 
-PANELS = (  # quantity, schedule, words
+PANELS = (  # quantity, schedule, title
     ("gap", "fixed", "f - f*, best fixed rate"),
     ("gap", "decaying", "f - f*, best decaying rate"),
     ("norm", "decaying", "norm of the gradient, best decaying rate"),
     ("condition", "decaying", "condition number of the gradient, best decaying rate"),
 )
-VARIANTS = ("PolarGrad, no momentum",)  # in the colour of another
-LOWEST = 1e-16  # of what is drawn: below it is rounding
+VARIANTS = ("PolarGrad, no momentum",)  # in another optimizer's colour
+LOWEST = 1e-16  # of the drawn range: smaller values are rounding
 
 
 def draw(record: dict[str, Any], out: Path) -> None:
@@ -28,7 +28,7 @@ def draw(record: dict[str, Any], out: Path) -> None:
         panel.set_yscale("log")
         for label, method in record["methods"].items():
             if label == "Newton" and quantity == "condition":
-                continue  # after a few steps it is that of rounding
+                continue  # rounding after a few steps
             found, style = method.get(schedule, method["fixed"]), style_of(method["look"])
             values = np.array(found[quantity], dtype=float).clip(LOWEST)  # (S, points)
             known = np.isfinite(values).all(0)

@@ -2,17 +2,17 @@
 
     f(X) = 1/2 ||P (X - X*) R||^2 / L,    P = U diag(p) U', R = V diag(q) V', condition number of f about 100
 
-At dial 0 all of them are alike: U and V Haar, X* Gaussian. At dial 1:
+At dial 0 all structures are equal: U and V Haar, X* Gaussian. At dial 1:
 
     aligned    U and V are coordinate axes, X* has rank 4 in them: the gradient's singular vectors are single entries
-    rows       three quarters of the rows have no part in f
+    rows       three quarters of the rows do not change f
     blocks     P, R and X* are block diagonal, in 4 blocks: most entries of the gradient are small
     columns    columns are scaled by a Pareto tail of index 1
 
-Between them U is the polar factor of (1 - t) Haar + t (its form at 1), and what is scaled away is scaled by 1 - t. At
-1 the entries that aligned and blocks make small are zero, and so are their signs: the worst lies just before it.
-Measured is how far OLion's last gap lies above Muon's, each at its best rate at that dial, against eps of the matrices
-that OLion orthogonalizes (`optimizers/measures.py`), over its value for a Haar matrix, mean over the run.
+At dial t, U is the polar factor of (1 - t) Haar + t (its form at 1), and parts that vanish at 1 are scaled by 1 - t.
+At 1 the small entries of aligned and blocks are zero, and so are their signs: the worst case lies just before it. The
+record holds the distance of OLion's last gap to Muon's, each at its best rate, and eps of the matrices that
+OLion orthogonalizes (`optimizers/measures.py`), over its value for a Haar matrix, mean over the run.
 """
 
 from collections.abc import Sequence
@@ -82,7 +82,7 @@ def problem(structure: str, seeds: Sequence[int], dials: Sequence[float] = DIALS
 
 
 def tuned(quadratics: Problem, method: Method, steps: int, dials: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the best rate of each dial (dials,), whether it is bracketed, and log10 of the gap left (dials, seeds)."""
+    """Return the best rate of each dial (dials,), whether it is bracketed, and log10 of the last gap (dials, seeds)."""
     left = scores(quadratics, run(quadratics, method, RATES, True, steps, steps)).unflatten(1, (dials, -1))
     best = left.mean(2).argmin(0)  # (dials,)
     inside = (best > 0) & (best < len(RATES) - 1)
@@ -92,7 +92,7 @@ def tuned(quadratics: Problem, method: Method, steps: int, dials: int) -> tuple[
 def isotropy(quadratics: Problem, rates: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Return eps over Haar's and flatness of OLion's mixed momentum, means over the run, (dials, seeds) each.
 
-    rates: of each dial; the run is one for each of them, of which the dial's own rows are taken.
+    rates: of each dial. One run steps all dials at all of these; each dial is measured at its own.
     """
     distinct, dials = sorted(set(rates.tolist())), len(rates)
     rows = torch.tensor([distinct.index(rate) for rate in rates.tolist()])  # of each dial

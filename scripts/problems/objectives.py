@@ -30,7 +30,7 @@ def gaussian(seeds: Sequence[int], *shape: int) -> Tensor:
 
 def _generator(seed: int, shape: Sequence[int]) -> torch.Generator:
     place = seed
-    for size in shape:  # other shapes, other numbers
+    for size in shape:  # independent for other shapes
         place = place * 1009 + size
     return torch.Generator().manual_seed(place)
 
@@ -92,7 +92,7 @@ def logistic(seeds: Sequence[int], m: int = 24, n: int = 12) -> Problem:
 def completion(seeds: Sequence[int], m: int = 32, n: int = 24, rank: int = 4, seen: float = 0.6) -> Problem:
     """Make 1/2 ||mask * (X Y' - M)||^2 / ||mask * M||^2, M = U V' of this rank, a share `seen` of its entries."""
     matrix = gaussian(seeds, m, rank) @ gaussian(seeds, n, rank).mT
-    mask = (torch.erf(gaussian(seeds, m, n) / 2**0.5) / 2 + 0.5 < seen).double()  # the normal's own quantile
+    mask = (torch.erf(gaussian(seeds, m, n) / 2**0.5) / 2 + 0.5 < seen).double()  # the normal quantile
     size = (mask * matrix).square().sum((1, 2))
 
     def value(params: Params) -> Tensor:

@@ -10,9 +10,9 @@ from torch import Tensor
 from optimizers import RULES, RuleOptimizer
 from scripts.problems.objectives import Params, Problem
 
-DECAYED = 1e-3  # part of the rate that is left at the end of a decaying schedule
-SOLVED = 1e-16  # share of the first gap below which a problem is solved, to the rounding
-LOST = 1e3  # times the first value: the rate diverges, and the run goes no further
+DECAYED = 1e-3  # last rate of a decaying schedule, over the first
+SOLVED = 1e-16  # share of the first gap below which a problem is solved to rounding
+LOST = 1e3  # times the first value: the rate diverges, and its run ends
 RATES = tuple(2.0**k for k in range(-13, 10))
 
 
@@ -25,7 +25,7 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-EXACT = {"ns_form": "qdwh"}  # the polar factor to rounding: what differs is the rule, not the iteration's accuracy
+EXACT = {"ns_form": "qdwh"}  # the exact polar factor, so that only the rules differ
 METHODS = (
     Method("Adam", "adamw"),
     Method("Lion", "lion"),
@@ -57,7 +57,7 @@ def run(
 ) -> Course:
     """Take `steps` steps at each rate and record every so many of them, the first and the last.
 
-    The rates share one run: the engine steps at rate 1, and each row keeps its rate's part of that. `watch` is called
+    The rates share one run: the engine steps at rate 1, and each row scales that step by its rate. `watch` is called
     before each step with its number, the optimizer and the parameters (R S, m, n), which have their gradients.
     """
     count, each = len(rates), torch.tensor(rates, dtype=torch.float64).view(-1, 1)  # (R, 1)
@@ -92,7 +92,7 @@ def run(
 
 
 def points(steps: int, every: int) -> list[int]:
-    """Return the steps that are recorded."""
+    """Return the recorded steps."""
     return [*range(0, steps, every), steps]
 
 
@@ -112,13 +112,13 @@ def _measured(gap: Tensor, grads: Params, alive: Tensor) -> tuple[Tensor, Tensor
 
 
 def scores(problem: Problem, course: Course) -> Tensor:
-    """Return log10 of the part of the gap that is left, (R, S); infinite where the rate diverged."""
+    """Return log10 of the last gap over the first, (R, S); infinite if the rate diverged."""
     left = (course.gap[-1] / course.gap[0]).clamp(min=SOLVED).log10()
     return torch.where(left.isnan(), torch.inf, left)
 
 
 class Tuned(NamedTuple):
-    """The best rate, whether rates on both sides were tried, and its course (points, S)."""
+    """The best rate, whether higher and lower rates were tried, and its course (points, S)."""
 
     rate: float
     bracketed: bool

@@ -15,7 +15,7 @@ from scripts.problems.running import Method, run
 
 
 class Checked(NamedTuple):
-    """How far each step of each seed exceeds what the theorem promises, (steps, S): 1 or more where it holds."""
+    """The factor by which each step of each seed exceeds the theorem's bound, (steps, S): 1 or more if it holds."""
 
     by_rank: Tensor  # (1 - ratio) r kappa
     by_condition: Tensor  # (1 - ratio) kappa_G^2 kappa
@@ -25,7 +25,7 @@ def check(problem: Problem, steps: int, down_to: float = 1e-10) -> Checked:
     """Run PolarGrad without momentum at the theorem's rate; steps at which f - f* is below `down_to` of its start
     are left out (infinite), their ratios being rounding."""
     assert problem.convexity is not None
-    rank = min(problem.start[0].shape[-2:])  # no gradient on the way is of lower rank
+    rank = min(problem.start[0].shape[-2:])  # every gradient of the run has full rank
     course = run(problem, PLAIN, [1 / rank], False, steps)
     gap, condition = course.gap[:, 0], course.condition[:, 0]  # (steps + 1, S)
     shrunk = 1 - gap[1:] / gap[:-1]
