@@ -1,6 +1,6 @@
 r"""Draw images from a trained SiT, with its averaged weights.
 
-    python -m SIT.sample runs/sit/digits/RUN --count 100                 # one picture of all
+    python -m SIT.sample runs/sit/digits/RUN --count 100                 # one figure of all
     torchrun --standalone --nproc-per-node 8 -m SIT.sample RUN --count 50000 --method sde --steps 250 \
         --guidance 1.8 --interval 0 0.7 --npz                            # also the file that ADM's evaluator reads
     python -m SIT.sample SiT-XL-2-256x256.pt --guidance 4                # a published SiT or REPA checkpoint

@@ -60,14 +60,14 @@ def is_json(text: str) -> bool:
     return True
 
 
-def _difference(value: Any, shape: Shape, place: str) -> str | None:
+def _difference(value: Any, shape: Shape, entry: str) -> str | None:
     """Return a value's first difference from its shape, as "key as a number, got text"; None without one."""
     if isinstance(shape, Mapping):
         if not isinstance(value, dict):
-            return _said(value, shape, place)
+            return _mismatch(value, shape, entry)
         for key, inner in shape.items():
             name = key.removesuffix("?")
-            inside = f"{place}.{name}" if place else name
+            inside = f"{entry}.{name}" if entry else name
             if name not in value:
                 if name == key:
                     return f"{inside} as {_words(inner)}, got none"
@@ -76,12 +76,12 @@ def _difference(value: Any, shape: Shape, place: str) -> str | None:
         return None
     if isinstance(shape, list):
         if not isinstance(value, list):
-            return _said(value, shape, place)
-        found = (_difference(each, shape[0], f"{place}[{i}]") for i, each in enumerate(value))
+            return _mismatch(value, shape, entry)
+        found = (_difference(each, shape[0], f"{entry}[{i}]") for i, each in enumerate(value))
         return next((difference for difference in found if difference), None)
     if isinstance(shape, tuple):
-        return None if any(not _difference(value, each, place) for each in shape) else _said(value, shape, place)
-    return None if _is(value, shape) else _said(value, shape, place)
+        return None if any(not _difference(value, each, entry) for each in shape) else _mismatch(value, shape, entry)
+    return None if _is(value, shape) else _mismatch(value, shape, entry)
 
 
 def _is(value: Any, kind: type | None) -> bool:
@@ -92,10 +92,10 @@ def _is(value: Any, kind: type | None) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def _said(value: Any, shape: Shape, place: str) -> str:
+def _mismatch(value: Any, shape: Shape, entry: str) -> str:
     text = json.dumps(value)
     shown = text if len(text) <= 40 else f"{text[:37]}..."
-    return f"{place} as {_words(shape)}, got {shown}" if place else f"{_words(shape)}, got {shown}"
+    return f"{entry} as {_words(shape)}, got {shown}" if entry else f"{_words(shape)}, got {shown}"
 
 
 def _words(shape: Shape) -> str:

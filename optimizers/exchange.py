@@ -45,7 +45,7 @@ _CHUNK = 2**25
 
 @dataclass(frozen=True)
 class Bucket:
-    """Matrices of one shape that travel together to their owners, and their directions back.
+    """Matrices of one shape that are sent together to their owners, and their directions back.
 
     members: indices of the parameters, in the order of their owners in the grid. counts: (R, W), how many each rank of
     the grid owns. shape, blocks, floats, row_dims: of their entries in the plan. piece: shape of a padded shard.
@@ -147,14 +147,14 @@ class OwnerExchange(Route):
                 traffic.add_all_reduce("rows", size, self.layout.shards)
 
     def _carry(self, bucket: Bucket, update: Update, pending: list[PendingDirections]) -> Generator:
-        """Compute and send a bucket's directions, yielding while messages travel."""
+        """Compute and send a bucket's directions, yielding while messages are in transit."""
         shards, dtype = self._prepare(bucket, update)  # (n, entries)
         counts = bucket.counts[self._replica]
         from_all = [counts[self._shard]] * len(counts)
-        travelling = wire.all_to_all(shards, counts, from_all, self._shard_group, "to owners")
+        transit = wire.all_to_all(shards, counts, from_all, self._shard_group, "to owners")
         yield
-        shards = travelling.wait()
-        del travelling
+        shards = transit.wait()
+        del transit
         whole, directed = self._direct(bucket, update, shards)  # (k, *shape) both
         del shards
         messages, zeros = self.codec.write(self._cut(bucket, directed), self._floats(bucket, whole, directed))

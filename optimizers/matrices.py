@@ -120,7 +120,7 @@ class Blocks:
 
         Parts of blocks that lie on other ranks have no rows or columns.
         """
-        if len(self.sizes) == 1:  # a batch has no blocks, and its matrices are cut alike
+        if len(self.sizes) == 1:  # a batch has no blocks, and its matrices are cut equally
             entries = prod(shape) // max(1, self.batch)
             return Blocks(self.batch, 1, entries, 0, (1,))
         if dim != self.dim:
@@ -147,39 +147,39 @@ def blocks_of(shape: torch.Size, qkv_split: Split = 1, qkv_dim: int = 0, as_matr
     as_matrices: for more than two dimensions: "batch" (leading dimensions count matrices) or "flatten" (the trailing
         dimensions are one, as for a convolution's (out, in, height, width)).
     """
-    said = f"shape {tuple(shape)}"
+    shown = f"shape {tuple(shape)}"
     if as_matrices not in (None, "batch", "flatten"):
         raise BadValue(f"as_matrices must be None, 'batch' or 'flatten'; got {as_matrices!r}")
     if len(shape) < 2:
-        raise BadValue(f"a matrix rule needs 2 or more dimensions, got {said}; give it to AdamW")
+        raise BadValue(f"a matrix rule needs 2 or more dimensions, got {shown}; give it to AdamW")
     if qkv_dim not in (0, 1):
         raise BadValue(f"qkv_dim must be 0 (rows) or 1 (columns); got {qkv_dim!r}")
     if len(shape) == 2:
-        sizes = _divided(shape[qkv_dim], qkv_split, f"{('rows', 'columns')[qkv_dim]} of {said}")
+        sizes = _divided(shape[qkv_dim], qkv_split, f"{('rows', 'columns')[qkv_dim]} of {shown}")
         return Blocks(1, shape[0], shape[1], qkv_dim, sizes)
     if qkv_split != 1:
-        raise BadValue(f"qkv_split={qkv_split} needs a 2-D weight, got {said}; put it in a group of its own")
+        raise BadValue(f"qkv_split={qkv_split} needs a 2-D weight, got {shown}; put it in a group of its own")
     if as_matrices == "batch":
         return Blocks(prod(shape[:-2]), shape[-2], shape[-1], 0, (shape[-2],))
     if as_matrices == "flatten":
         return Blocks(1, shape[0], prod(shape[1:]), 0, (shape[0],))
     raise BadValue(
-        f"a matrix rule needs as_matrices for {said}; pass as_matrices='batch' (leading dimensions count matrices) "
+        f"a matrix rule needs as_matrices for {shown}; pass as_matrices='batch' (leading dimensions count matrices) "
         "or as_matrices='flatten' (one matrix, d0 x the rest)"
     )
 
 
-def _divided(length: int, split: Split, said: str) -> tuple[int, ...]:
-    """Return the sizes of the blocks that a length is split into; ValueError naming `said` where it cannot be."""
+def _divided(length: int, split: Split, shown: str) -> tuple[int, ...]:
+    """Return the sizes of the blocks that a length is split into; or raise ValueError."""
     if isinstance(split, int):
         if split < 1 or length % split:
-            raise BadValue(f"qkv_split={split} must divide the {said}; use the number of fused blocks")
+            raise BadValue(f"qkv_split={split} must divide the {shown}; use the number of fused blocks")
         return (length // split,) * split
     if len(split) < 2 or min(split) < 1:
         raise BadValue(f"qkv_split={split} must be two or more positive numbers, or one number of equal blocks")
     if length % sum(split):
         raise BadValue(
-            f"qkv_split={split} must divide the {said} into {sum(split)} equal parts; use the number of heads, or of "
+            f"qkv_split={split} must divide the {shown} into {sum(split)} equal parts; use the number of heads, or of "
             "rows, of each block"
         )
     return tuple(length // sum(split) * each for each in split)

@@ -45,7 +45,7 @@ class OLion(RuleOptimizer):
         wire_dtype: dtype of directions in messages between ranks; None is one bit per entry for signs, exact with
             their zeros, and bfloat16 for others.
         process_group: the ranks that hold the same plain tensors and gradients (DDP) and share the work; DTensors
-            say themselves how they lie.
+            carry their layout.
 
     Raises ValueError, when built, for values out of range and tensors that are not matrices.
 

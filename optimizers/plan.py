@@ -106,7 +106,7 @@ def _entry(group: dict, position: int, plain: Layout | None) -> Entry:
 
 
 def _routes(group: dict, entries: list[Entry]) -> list[Route]:
-    """Divide a group's parameters by route; those of one route have one layout and travel in the same precision."""
+    """Divide a group's parameters by route; those of one route have equal layouts and precisions of messages."""
     alike, rule = defaultdict(list), rule_of(group)
     for i, entry in enumerate(entries):
         alike[entry.layout, entry.grad_dtype, entry.to_owner_dtype, entry.codec].append(i)

@@ -40,9 +40,7 @@ QUANTITIES: dict[str, dict[str, int]] = {  # by name: the returned quantities, a
 }
 OF_DIRECTIONS = ("isotropy", "hadamard", "flips", "alignment")
 OF_GRADIENTS = (*OF_DIRECTIONS, "cosine")
-DEFAULT = tuple(
-    each for each in QUANTITIES if each != "spectrum"
-)  # which takes as long as half the others, and is long
+DEFAULT = tuple(each for each in QUANTITIES if each != "spectrum")  # slow, and many numbers
 _MOMENTA = ("momentum", "momentum_buffer", "exp_avg")  # of the rules here and of torch's optimizers
 
 

@@ -1,4 +1,4 @@
-"""The role of every tensor of a model, found once for all optimizers alike.
+"""The role of every tensor of a model, the same for all optimizers.
 
     role        tensors                                               trained by   decayed
     matrix      hidden weights of two dimensions, batches of them     your rule    yes

@@ -86,7 +86,7 @@ class UpdateRule:
 
     @property
     def scales_directions(self) -> bool:
-        """Whether `rms` is that of directions as they come from `direct`."""
+        """Whether `rms` is of the directions of `direct`."""
         return self.rms is not None and self.refine is None
 
     @property
@@ -96,7 +96,7 @@ class UpdateRule:
 
     @property
     def scales_refined(self) -> bool:
-        """Whether `rms` is that of what `refine` makes of them."""
+        """Whether `rms` is of refined directions."""
         return self.rms is not None and self.refine is not None
 
     def kind(self, option: str) -> Any:

@@ -18,8 +18,8 @@ from .rule import Tensors, rule_now
 class Update:
     """One step of the parameters of a route, which names them by their indices in it.
 
-    A route calls, for parameters that it chooses: `prepare`, `direct` on their whole matrices, `finish`. Where other
-    ranks take part, so does a parameter without a gradient, with zeros; its own state and value stay as they are.
+    A route calls, for parameters that it chooses: `prepare`, `direct` on their whole matrices, `finish`. If other
+    ranks take part, a parameter without a gradient sends zeros; its own state and value do not change.
 
     Attributes:
         params, weights: the parameters, and this process's shards of them.
@@ -143,7 +143,7 @@ def _refuse_other_than_signs(directions: Tensor, rule: str) -> None:
     other = (directions != 0) & (directions.abs() != 1) & ~directions.isnan()
     if other.any():
         raise BadValue(
-            f"rule {rule!r} says signs=True, so its direction must be -1, 0, 1 or NaN, got "
+            f"rule {rule!r} has signs=True, so its direction must be -1, 0, 1 or NaN, got "
             f"{directions[other][0].item():g}; return signs, or register it with signs=False"
         )
 

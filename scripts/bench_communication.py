@@ -8,7 +8,7 @@ The parameters are GPT-2 small's hidden matrices. Under ddp every rank holds all
 that computes its direction for all; under fsdp every rank holds FSDP2's rows. Bytes are the busiest rank's, counted as
 they are sent (`optimizers.count_bytes`), without those of averaging the gradient, which have their own column. `bits`
 are per entry of the returned directions; an OLion matrix with a zero, which rounding makes of one entry in tens of
-millions, takes more. Shards travel to owners in the precision of the orthogonalization: --dtype bfloat16 sends as many
+millions, takes more. Shards are sent in the precision of the orthogonalization: --dtype bfloat16 sends as many
 bytes as GPUs would, and is slower on most CPUs.
 
 A round steps every optimizer on every layout once, with ranks starting together; the time is the slowest rank's. For

@@ -239,7 +239,7 @@ def test_changes_on_two_ranks_match_one_process(ranks, name, change):
     _train_model(model, optimizer, 3)
     for result in ranks(change, name):
         for param, expected in zip(result, model.parameters(), strict=True):
-            # Directions travel in bf16: 2^-9 of an update of 0.01 x about 0.6, three times; signs exactly.
+            # Directions are sent in bf16: 2^-9 of an update of 0.01 x about 0.6, three times; signs exactly.
             torch.testing.assert_close(param, expected.detach(), rtol=0, atol=1e-4)
 
 
@@ -304,7 +304,7 @@ def test_an_optimizer_built_before_accelerates_prepare_matches_one_process(ranks
     for result, routes in ranks(_prepared_by_accelerate, fsdp, name):
         assert routes <= ({"sharded"} if fsdp else {"local"})
         for param, expected in zip(result, model.parameters(), strict=True):
-            # AdaMuon's directions travel in bf16: 2^-9 of an update of 0.01 x about 0.6, twice; signs exactly.
+            # AdaMuon's directions are sent in bf16: 2^-9 of an update of 0.01 x about 0.6, twice; signs exactly.
             torch.testing.assert_close(param, expected.detach(), rtol=0, atol=1e-4)
 
 

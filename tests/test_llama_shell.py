@@ -67,7 +67,7 @@ def test_script_of_the_7b_run_starts_its_config_on_all_gpus_and_stops_if_that_is
     )
     nodes = {"NNODES": "4", "NODE_RANK": "1", "RDZV_ENDPOINT": "host0:29500", "REFUSED": "nothing"}
     replicate = "--parallelism.data_parallel_replicate_degree"
-    for flags, degree in [((), "4"), ((replicate, "1"), "1")]:  # HSDP, a replica per node, unless told otherwise
+    for flags, degree in [((), "4"), ((replicate, "1"), "1")]:  # HSDP, a replica per node, by default
         assert bash(checkout, script, *flags, **environment, **nodes).returncode == 0
         train = (checkout / "asked").read_text().splitlines()[-1]
         assert "--nnodes 4 " in train and f"olion {replicate} {degree} --job.group" in train

@@ -54,7 +54,7 @@ EXACT = ("--dtype", "float64")
 TOLERANCE = 1e-9
 RESUMED = "olion"  # its embeddings, head and norms are AdamW's, so its checkpoints hold the state of both
 RESUMABLE = [layout for layout in LAYOUTS if layout != "2 fsdp"]  # to 2 shards and back is in hsdp, at half the time
-# Each layout goes on from itself and from the next one: of all pairs the state's own tests (test_reshard.py) have more.
+# Each layout resumes its own checkpoint and the next one's; test_reshard.py tests more pairs.
 PAIRS = [(layout, other) for i, layout in enumerate(RESUMABLE) for other in (layout, RESUMABLE[i - 1])]
 SAVED = 4  # the step whose checkpoint another layout resumes
 HALF = ("bfloat16", "float16")  # float16 with its loss scale

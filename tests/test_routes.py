@@ -26,7 +26,7 @@ RULES = (*MATRIX_RULES, "lion", "signum", "adamw")
 BUFFERS = {"adamuon": 2, "adamw": 2}  # of a parameter's size; 1 in the other rules
 
 # Hard shapes, by options of their param group: on 4 ranks most cut unevenly, and "few" and "row" leave empty
-# shards. The four of (7, 5) travel together. The large one is there for the number of its signs.
+# shards. The four of (7, 5) are sent together. The large one is there for the number of its signs.
 GROUPS = [
     (
         {},
@@ -101,7 +101,7 @@ def options_of(rule: str):
 
 
 def exact(rule: str) -> dict:
-    """Options under which nothing travels or is computed in less than float32, signs packed."""
+    """Options under which messages and computation are in float32 or wider, with packed signs."""
     known, signs = options_of(rule), REGISTERED[rule.split(",")[0]].signs
     wide = ("ns_dtype",) if signs else ("ns_dtype", "wire_dtype")
     return {name: torch.float32 for name in wide if name in known}
@@ -188,7 +188,7 @@ class Job:
         held = dict(self.params)
         for name, param in self.params.items():
             held |= {f"{name}.{key}": buffer for key, buffer in self.optimizer.state[param].items()}
-        # One number per row lies as the rows do, not as the parameter: of it the whole is compared.
+        # Numbers per row have the layout of the rows, not the parameter's: whole tensors are compared.
         wholes = {
             key: held.pop(key).full_tensor() for key in list(held) if ".row_" in key and isinstance(held[key], DTensor)
         }

@@ -21,7 +21,7 @@ from optimizers.layout import local_of
 from scripts.plan import fake_group
 
 RANKS, SHAPE = 8, (128, 81920)  # flat: of small symmetric products, CPUs compute no blocks
-FEW, MANY = 32, 64  # of them; more than the buckets that travel at once
+FEW, MANY = 32, 64  # of them; more than the buckets in transit at once
 
 
 class Peak(TorchDispatchMode):

@@ -193,7 +193,7 @@ def checkpoints(config: Path) -> list[int]:
 
 @pytest.mark.parametrize("poisoned", ["weight", "momentum"])
 def test_weights_or_state_that_are_not_finite_leave_the_finite_checkpoint(tiny, monkeypatch, poisoned, capsys):
-    """One infinite entry after step 8: no loss says so before the next step."""
+    """One infinite entry after step 8: no loss shows it before the next step."""
     honest = training.Run.count_step
 
     def poison(run):

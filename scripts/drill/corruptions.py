@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scripts.drill.harness import Cases, Outcome, crashed, forked, program, refusal, said, thinned
+from scripts.drill.harness import Cases, Outcome, crashed, forked, output_lines, program, refusal, thinned
 from scripts.drill.runs import EXPERIMENTS, Runs
 from scripts.drill.states import numbered, tensors_digest
 
@@ -282,7 +282,7 @@ def _resume(runs: Runs, experiment: str, name: str, content: str | bytes | None)
     resume = "--job.resume" if experiment == "Llama" else "--resume"
     outcome = forked(program(*runs.command(experiment, runs.folder / "damaged", resume)))
     if outcome.status == 0 and "metrics.jsonl" not in outcome.err and name in ("nothing", "no file"):
-        return f"resumed without a warning that history is missing: {said(outcome)[-1:]}"
+        return f"resumed without a warning that history is missing: {output_lines(outcome)[-1:]}"
     return _refused_or_done(outcome)
 
 

@@ -141,7 +141,7 @@ def program(module: str, *argv: object) -> Callable[[], None]:
 
 def refusal(outcome: Outcome) -> str | None:
     """Return None for a one-line error with a nonzero status, else how the outcome differs."""
-    lines = said(outcome)
+    lines = output_lines(outcome)
     if crash := crashed(outcome):
         return crash
     if outcome.status == 0:
@@ -154,7 +154,7 @@ def refusal(outcome: Outcome) -> str | None:
 def crashed(outcome: Outcome) -> str | None:
     """Return a description of a process that hung, was killed or left a traceback; None for any other."""
     if outcome.status is None:
-        return f"hung for {outcome.seconds:.0f} s: {' | '.join(said(outcome)[-2:])[:200]}"
+        return f"hung for {outcome.seconds:.0f} s: {' | '.join(output_lines(outcome)[-2:])[:200]}"
     if outcome.status < 0:
         return f"ended by signal {-outcome.status}"
     if "Traceback" in outcome.err:
@@ -162,7 +162,7 @@ def crashed(outcome: Outcome) -> str | None:
     return None
 
 
-def said(outcome: Outcome) -> list[str]:
+def output_lines(outcome: Outcome) -> list[str]:
     """Return the lines of stderr except warnings, logs and progress bars."""
     texts = (line.rpartition("\r")[2].strip() for line in outcome.err.split("\n"))
     return [text for text in texts if text and not _ASIDE.search(text)]

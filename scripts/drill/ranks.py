@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from scripts.drill.harness import TIMEOUT_S, Cases, Fork, Outcome, crashed, said, thinned
+from scripts.drill.harness import TIMEOUT_S, Cases, Fork, Outcome, crashed, output_lines, thinned
 from scripts.drill.runs import Runs, training
 
 BOTH = ("nanoGPT", "SIT")
@@ -112,7 +112,7 @@ def _judge(rank: int, outcome: Outcome) -> str | None:
         return None  # ended because of another rank's failure, which is judged separately
     if crash := crashed(outcome):
         return f"rank {rank}: {crash}"
-    lines = [line for line in said(outcome) if "ProcessGroup" not in line]
+    lines = [line for line in output_lines(outcome) if "ProcessGroup" not in line]
     if outcome.status == 0:
         return f"rank {rank}: ended with status 0"
     return None if len(lines) == 1 else f"rank {rank}: {len(lines)} lines: {' | '.join(lines)[:300]}"
