@@ -550,7 +550,6 @@ def test_a_registered_rule_trains_a_model_through_build_optimizer(registry):
         ({"defaults": {"lr": 0.1}}, "weight_decay"),
         ({"prepare": None}, "prepare"),
         ({"whole_step": lambda *arguments: None}, "whole_step"),
-        ({"factor": lambda group, m, n: 2.0}, "factor of matrices"),
     ],
 )
 def test_register_refuses_a_rule_that_cannot_run(registry, parts, named):
