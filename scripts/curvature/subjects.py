@@ -12,6 +12,7 @@ drew it (of a Llama in one process: on several ranks it may have been another on
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,6 @@ def _sit(folder: Path, config: dict[str, Any], rows: int) -> Subject:
 def _llama(folder: Path, config: dict[str, Any], rows: int) -> Subject:
     import torch.distributed.checkpoint as dcp
     from torch.nn.functional import cross_entropy
-    from torchtitan.models.llama3.model import model as titan
 
     from common.tensor_reader import TensorReader
     from Llama.checkpoints import FOLDER, numbered, verify
@@ -99,6 +99,7 @@ def _llama(folder: Path, config: dict[str, Any], rows: int) -> Subject:
     from Llama.sources import open_source, read
     from Llama.tokenizer import Tokenizer
 
+    titan = import_module("torchtitan.models.llama3.model.model")  # after Llama, which makes it importable on CPUs
     titan.apply_rotary_emb = _rotate  # torchtitan's rounds queries and keys to float32
     named, length = config["model"], config["training"]["seq_len"]
     text = next(each for each in (config["validation"], config["training"]) if each["dataset"])
