@@ -10,6 +10,8 @@ import dataclasses
 import difflib
 import io
 import re
+import shutil
+import textwrap
 from collections.abc import Sequence
 from typing import Any, TypeVar, get_args
 
@@ -27,15 +29,25 @@ def parse_options(
     """
     import tyro  # here, so that a module can be imported without it
 
-    errors = io.StringIO()
+    help_text, errors = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stdout(help_text), contextlib.redirect_stderr(errors):
             return tyro.cli(kind, prog=program, description=description, args=argv)
     except SystemExit as end:
         if not end.code:  # --help
+            print(fitted(help_text.getvalue()), end="")
             raise
         message = message_in(errors.getvalue()).rstrip(".")
         raise UserError(f"command line: {message}{_nearest(message, kind)}; --help lists all") from None
+
+
+def fitted(text: str) -> str:
+    """Wrap the lines of a help that are wider than the terminal: tyro wraps options, but no description."""
+    width, lines = shutil.get_terminal_size().columns, []
+    for line in text.splitlines():
+        indent = " " * (len(line) - len(line.lstrip()))
+        lines += textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False) or [""]
+    return "\n".join(lines) + "\n"
 
 
 def _nearest(message: str, kind: Any) -> str:

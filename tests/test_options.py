@@ -92,11 +92,12 @@ assert not heavy, heavy
         assert re.search(rf"^usage: (python -m )?{re.escape(program)} ", ran.stdout, re.MULTILINE), program
 
 
-def test_help_of_training_is_as_wide_as_the_terminal_and_named_as_it_is_called():
+@pytest.mark.parametrize("program", ["nanoGPT.train", "scripts.plan", "scripts.problems"])
+def test_help_is_as_wide_as_the_terminal_and_named_as_it_is_called(program):
     environment = os.environ | {"COLUMNS": "80"}
-    command = [sys.executable, "-m", "nanoGPT.train", "--help"]
+    command = [sys.executable, "-m", program, "--help"]
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert ran.stdout.startswith("usage: python -m nanoGPT.train [CONFIG.toml ...] ")
+    assert ran.stdout.startswith(f"usage: python -m {program} ")
     assert max(map(len, ran.stdout.splitlines())) <= 80
 
 
