@@ -28,7 +28,7 @@ from Llama.checks import (
 from Llama.sections import check_sections
 from Llama.weights import check_weights, find_weights
 from optimizers import build_optimizer
-from optimizers.rule import rule_named
+from optimizers.build import check_name
 
 
 @dataclass
@@ -163,7 +163,7 @@ def parse_config(argv: list[str] | None = None) -> JobConfig:
     check_batches(settings, ranks)
     settings = filled_in(settings, ranks)
     for name in (settings.optimizer.name, *settings.optimizer.tuned_lr):
-        rule_named(name)
+        check_name(name)
     # Checks the options on a stand-in for the model.
     build_optimizer(nn.Linear(2, 2), settings.optimizer.name, **settings.optimizer.arguments())
     return with_weights(settings)

@@ -32,8 +32,8 @@ from common.parallel import clip_gradient, cut_batch, distribute, move_or_shard,
 from common.read_ahead import read_ahead
 from common.run import Run, execute
 from optimizers import Probe, RuleOptimizer, build_optimizer
+from optimizers.build import check_name
 from optimizers.layout import local_of
-from optimizers.rule import rule_named
 from SIT import data
 from SIT.encoders import Encoder, load_encoder
 from SIT.latents import Latents
@@ -50,7 +50,7 @@ def main() -> None:
 def train(settings: Config, process: launch.Process) -> bool:
     """Train until `settings.steps` or a stop request; returns whether all steps were taken."""
     for name in (settings.optimizer.name, *settings.optimizer.tuned_lr):
-        rule_named(name)  # an unknown one fails before any data is read
+        check_name(name)  # an unknown one fails before any data is read
     settings.optimizer.peak_lr()
     items = open_items(settings, process)
     counts = {name: len(part) for name, part in items.items()}

@@ -30,7 +30,7 @@ from common.run import Run, execute
 from nanoGPT import data
 from nanoGPT.model import GPT
 from optimizers import Probe, RuleOptimizer, build_optimizer, count_bytes
-from optimizers.rule import rule_named
+from optimizers.build import check_name
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
 def train(settings: Config, process: launch.Process) -> bool:
     """Train until `settings.steps` or a stop request; returns whether all steps were taken."""
     for name in (settings.optimizer.name, *settings.optimizer.tuned_lr):
-        rule_named(name)  # an unknown one fails before any data is read
+        check_name(name)  # an unknown one fails before any data is read
     settings.optimizer.peak_lr()
     corpus = open_corpus(settings, process)
     launch.refuse_differences(

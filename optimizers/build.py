@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checks import BadValue
 from .engine import RuleOptimizer, refuse_unknown
+from .guests import GUESTS, Guest, package
 from .roles import DECAYED, Use, match, outline, refuse_unmatched, uses_of
 from .rule import rule_named
 
@@ -41,13 +42,14 @@ def build_optimizer(
     roles: Mapping[str, str] | None = None,
     process_group: dist.ProcessGroup | None = None,
     **options,
-) -> RuleOptimizer:
+) -> RuleOptimizer | Guest:
     """Build one optimizer for a whole model: rule `name` on its matrices, AdamW on the rest.
 
     Args:
         model: its trainable parameters are divided by role; see `roles_of`. DistributedDataParallel carries its process
             group, DTensors (FSDP2, tensor parallelism) their layout.
-        name: olion, muon, adamuon, lion, adamw, or a registered rule.
+        name: olion, muon, adamuon, lion, adamw, or a registered rule; or soap, shampoo or adafactor of the package
+            pytorch_optimizer (see `guests.py`).
         lr: learning rate of the matrices.
         adamw_lr: learning rate of the rest; None is `lr`, as in the paper.
         weight_decay: of every decayed tensor.
@@ -70,23 +72,36 @@ def build_optimizer(
     Example:
         >>> optimizer = build_optimizer(model, "olion", lr=6e-4)
     """
-    rule = rule_named(name)
+    rule = None if name in GUESTS else rule_named(name)
     options = {"weight_decay": weight_decay, **PAPER.get(name, {}), **options}
-    refuse_unknown(options, rule.defaults, name)
+    if rule:
+        refuse_unknown(options, rule.defaults, name)
     model, process_group = _unwrapped(model, process_group)
     uses, params = uses_of(model, roles), dict(model.named_parameters())
     if not uses:
         raise BadValue("the model must have trainable parameters; none requires a gradient")
     if rest == "adamw" and rest_lr is not None:
         raise BadValue(f"rest_lr needs a rest other than adamw, got {rest_lr}; set adamw_lr")
-    views = _views(uses, params, qkv_split or {}, as_matrices, split=rule.direct is not None)
+    views = _views(uses, params, qkv_split or {}, as_matrices, split=bool(rule and rule.direct))
     adamw = {"rule": "adamw", "lr": lr if adamw_lr is None else adamw_lr, "betas": adamw_betas, "eps": adamw_eps}
     tables = {"rule": rule_named(rest).name, "lr": adamw["lr"] if rest_lr is None else rest_lr}
-    groups = _groups_of_views(views, params)
-    groups += _groups_of_rest(uses, params, adamw, adamw if rest == "adamw" else tables, weight_decay)
+    others = _groups_of_rest(uses, params, adamw, adamw if rest == "adamw" else tables, weight_decay)
+    if not rule:
+        matrices = [(each, params[each]) for each in views]
+        of_others = RuleOptimizer(others, "adamw", process_group=process_group) if others else None
+        return Guest(name, matrices, of_others, {"lr": lr, **options})
+    groups = _groups_of_views(views, params) + others
     classes = {getattr(each, "rule", None): each for each in RuleOptimizer.__subclasses__()}
     constructor = classes.get(name, partial(RuleOptimizer, rule=name))
     return constructor(groups, lr=lr, process_group=process_group, **options)
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for a name that `build_optimizer` does not know, or whose package is missing."""
+    if name in GUESTS:
+        package(name)
+    else:
+        rule_named(name)
 
 
 def _groups_of_views(views: dict[str, tuple], params: dict[str, nn.Parameter]) -> Groups:

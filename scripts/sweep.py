@@ -160,10 +160,10 @@ def check(options: Options) -> None:
     if not re.fullmatch(r"\w+\.train", options.module):
         raise UserError(f"--module must be a training module, like nanoGPT.train; got {options.module!r}")
     if options.module in MODULES:
-        from optimizers.rule import rule_named  # here: it imports torch, which --help does not need
+        from optimizers.build import check_name  # here: it imports torch, which --help does not need
 
         for name in options.optimizers:
-            rule_named(name)
+            check_name(name)
     for lr in (*options.lrs, *options.adamw_lr):
         if not 0 <= lr < math.inf:
             raise UserError(f"--lrs and --adamw-lr must be finite, 0 or more; got {lr}")
