@@ -43,6 +43,8 @@ NAMES = {
     "val/denoising_loss": "denoising loss on validation images",
     "val/projection_loss": "projection loss on validation images",
     "train/loss": "training loss",
+    "line_search/step_over_slope": "step of the line search over <G, D>",
+    "line_search/passes": "losses evaluated again per step",
     "step_ms": "time per step, ms",
     "optimizer_ms": "time in the optimizer, ms",
 }
