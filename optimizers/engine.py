@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.optim.optimizer import ParamsT
 
 from .checks import BadValue, closest, name_of
+from .exchange import finish_all
 from .layout import local_of
 from .line_search import Search, Trial, backtrack, gradients_aside
 from .matrices import blocks_in
@@ -193,18 +194,19 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _run(self, kind: type[Update]) -> tuple[list, list]:
         """Step the groups without a line search, or make the trials of the others; return updates and layouts."""
-        updates, layouts = [], []
+        updates, layouts, waiting = [], [], []
         for group, routes in zip(self.param_groups, self._plan.routes, strict=True):
             if bool(group.get("line_search")) != (kind is Trial):
                 continue
             rule = rule_now(group)
             for route in routes:
                 update = kind(group, route.indices, self.state, not self._stepped)
-                (route if rule is route.rule else Local(rule, route.indices, route.entries)).run(update)
+                waiting += (route if rule is route.rule else Local(rule, route.indices, route.entries)).run(update)
                 updates.append(update)
                 layouts.append(route.entries[0].layout)
             if "steps" in group:
                 group["steps"] += 1
+        finish_all(waiting)
         return updates, layouts
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -269,7 +271,7 @@ def _check(group: dict, rule: UpdateRule) -> None:
             )
         if rule.direct:
             try:
-                blocks_in(group, param)
+                blocks_in(group, param.shape)
             except ValueError as error:
                 raise BadValue(f"{name}: {error}") from None
 

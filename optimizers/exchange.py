@@ -12,9 +12,9 @@ If W is 1 (DDP), 1 and 3 are skipped; if R is 1 (FSDP2), 4 is. While a bucket is
 and the directions of the two before are on their way. Every rank posts the same collectives in the same order, whatever
 it owns. Messages are rows of equal length, one per matrix, of multiples of 16 bytes: NCCL copies others byte by byte.
 
-Packed signs stay packed until all have arrived: then one read of their flags shows whether a matrix has more zeros than
-its row has room for, and their planes follow. Shards are padded to the longest; if torch.chunk cuts evenly there is
-no padding.
+Packed signs stay packed until all of the step have arrived: then one read of their flags shows whether a matrix has
+more zeros than its row has room for, and their planes follow. Shards are padded to the longest (pieces.py); if
+torch.chunk cuts evenly there is no padding.
 """
 
 from collections.abc import Generator, Iterable
@@ -26,12 +26,12 @@ from math import prod
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import pad
 
 from . import wire
 from .codec import padded_entries
-from .layout import Layout, Shape
+from .layout import Layout
 from .matrices import Blocks
+from .pieces import Cut, Pieces, Shape
 from .routes import Entry, Route
 from .rule import Tensors, UpdateRule
 from .update import Update
@@ -48,7 +48,8 @@ class Bucket:
     """Matrices of one shape that are sent together to their owners, and their directions back.
 
     members: indices of the parameters, in the order of their owners in the grid. counts: (R, W), how many each rank of
-    the grid owns. shape, blocks, floats, row_dims: of their entries in the plan. piece: shape of a padded shard.
+    the grid owns. shape, blocks, floats, row_dims: whole, blocks and the others of their entries in the plan. pieces:
+    their shards.
     """
 
     members: list[int]
@@ -57,7 +58,12 @@ class Bucket:
     blocks: Blocks
     floats: int
     row_dims: int
-    piece: Shape
+    pieces: Pieces
+
+    @property
+    def entries(self) -> int:
+        """Entries of a padded shard."""
+        return prod(self.pieces.shape)
 
     @property
     def rows(self) -> list[int]:
@@ -67,7 +73,7 @@ class Bucket:
     @property
     def chunks(self) -> list[slice]:
         """Ranges of the members that are prepared, or applied, at once."""
-        size = max(1, _CHUNK // max(1, prod(self.piece)))
+        size = max(1, _CHUNK // max(1, self.entries))
         return [slice(start, min(start + size, len(self.members))) for start in range(0, len(self.members), size)]
 
 
@@ -75,16 +81,16 @@ def fill_buckets(entries: list[Entry], layout: Layout) -> list[Bucket]:
     """Group equal matrices; a bucket holds as many per owner as the limit allows, at least one."""
     alike: dict[tuple, dict[int | None, list[int]]] = {}
     for i, entry in enumerate(entries):
-        key = entry.shape, entry.blocks, entry.floats, entry.row_dims
+        key = entry.whole, entry.blocks, entry.floats, entry.row_dims
         alike.setdefault(key, {}).setdefault(entry.owner, []).append(i)
     buckets = []
     for (shape, blocks, floats, row_dims), by_owner in alike.items():
-        size = max(1, _LIMIT // max(1, prod(shape)))
+        size, pieces = max(1, _LIMIT // max(1, prod(shape))), Pieces(shape, layout.cuts)
         for start in range(0, max(map(len, by_owner.values())), size):
             owned = [[by_owner.get(rank, [])[start : start + size] for rank in row] for row in layout.grid]
             counts = [[len(mine) for mine in row] for row in owned]
             members = list(chain(*chain(*owned)))
-            buckets.append(Bucket(members, counts, shape, blocks, floats, row_dims, layout.padded_shard(shape)))
+            buckets.append(Bucket(members, counts, shape, blocks, floats, row_dims, pieces))
     return buckets
 
 
@@ -96,6 +102,8 @@ class PendingDirections:
     must follow. dtype: of the directions once they are read.
     """
 
+    route: "OwnerExchange"
+    update: Update
     bucket: Bucket
     rows: Tensor
     zeros: Tensor | None
@@ -115,24 +123,17 @@ class OwnerExchange(Route):
             groups[0] if groups else None for groups in (layout.shard_groups, layout.replica_groups)
         )
 
-    def run(self, update: Update) -> None:
-        pending: list[PendingDirections] = []
-        _overlap(self._carry(bucket, update, pending) for bucket in self.buckets)
-        if not pending:
-            return
-        # Every rank reads the same flags, as the owners sent the same to all.
-        flags = torch.stack([self.codec.overflow(each.rows) for each in pending]).tolist()  # the one sync
-        _overlap(self._send_zeros(each, update) for each, flag in zip(pending, flags, strict=True) if flag)
-        for each, flag in zip(pending, flags, strict=True):
-            if not flag:
-                self._finish(each, update)
+    def run(self, update: Update) -> list[PendingDirections]:
+        waiting: list[PendingDirections] = []
+        _overlap(self._carry(bucket, update, waiting) for bucket in self.buckets)
+        return waiting
 
     def add_traffic(self, traffic: wire.Traffic, rank: int) -> None:
         if rank not in self.layout.ranks:
             return
         replica, shard = self.layout.coordinate_of(rank)
         for bucket in self.buckets:
-            row, rows, entries = bucket.counts[replica], bucket.rows, prod(bucket.piece)
+            row, rows, entries = bucket.counts[replica], bucket.rows, bucket.entries
             mine, all_mine = [row[shard]] * len(row), [rows[replica]] * len(rows)
             shards = padded_entries(entries, self.to_owner_dtype) * self.to_owner_dtype.itemsize
             directions = self.codec.nbytes(entries, bucket.floats)
@@ -142,11 +143,12 @@ class OwnerExchange(Route):
             for chunk in bucket.chunks if self.rule.scales_refined else ():
                 size = 8 * (chunk.stop - chunk.start) * bucket.blocks.count
                 traffic.add_all_reduce("norms", size, self.layout.shards)
-            for chunk in bucket.chunks if self.rule.rows and self._cuts_rows(bucket) else ():
-                size = 8 * (chunk.stop - chunk.start) * prod(bucket.shape[: bucket.row_dims])
-                traffic.add_all_reduce("rows", size, self.layout.shards)
+            rows_here = prod(len(bucket.pieces.indices(shard, dim)) for dim in range(bucket.row_dims))
+            for chunk in bucket.chunks if self.rule.rows else ():
+                for cut, _ in self._cuts_of_columns(bucket):
+                    traffic.add_all_reduce("rows", 8 * (chunk.stop - chunk.start) * rows_here, cut.parts)
 
-    def _carry(self, bucket: Bucket, update: Update, pending: list[PendingDirections]) -> Generator:
+    def _carry(self, bucket: Bucket, update: Update, waiting: list[PendingDirections]) -> Generator:
         """Compute and send a bucket's directions, yielding while messages are in transit."""
         shards, dtype = self._prepare(bucket, update)  # (n, entries)
         counts = bucket.counts[self._replica]
@@ -157,15 +159,15 @@ class OwnerExchange(Route):
         del transit
         whole, directed = self._direct(bucket, update, shards)  # (k, *shape) both
         del shards
-        messages, zeros = self.codec.write(self._cut(bucket, directed), self._floats(bucket, whole, directed))
+        messages, zeros = self.codec.write(bucket.pieces.cut(directed), self._floats(bucket, whole, directed))
         del whole
         del directed
         rows = yield from self._send_to_all(bucket, messages, "directions")
-        received = PendingDirections(bucket, rows, zeros, dtype)
+        received = PendingDirections(self, update, bucket, rows, zeros, dtype)
         if zeros is None:
-            self._finish(received, update)
+            self.finish(received)
         else:  # small, so that a whole step's may stay in memory
-            pending.append(received)
+            waiting.append(received)
 
     def _prepare(self, bucket: Bucket, update: Update) -> tuple[Tensor, torch.dtype]:
         """Prepare all members; return the shards for my row's owners, (n, entries), and the dtype of directions."""
@@ -177,25 +179,19 @@ class OwnerExchange(Route):
             if chunk.start == 0:
                 dtype = shards[0].dtype
                 sent_in = self.to_owner_dtype if self._shard_group else dtype
-                rows = shards[0].new_empty(last - first, padded_entries(prod(bucket.piece), sent_in), dtype=sent_in)
+                rows = shards[0].new_empty(last - first, padded_entries(bucket.entries, sent_in), dtype=sent_in)
             mine = range(max(first, chunk.start), min(last, chunk.stop))
             if mine:
                 kept = [shards[i - chunk.start] for i in mine]
-                places = [rows[i - first, : prod(bucket.piece)].view(bucket.piece) for i in mine]
-                torch._foreach_copy_([self._unpadded(bucket, place) for place in places], kept)
+                places = [rows[i - first, : bucket.entries].view(bucket.pieces.shape) for i in mine]
+                torch._foreach_copy_([bucket.pieces.unpadded(self._shard, place) for place in places], kept)
         return rows, dtype
-
-    def _unpadded(self, bucket: Bucket, shards: Tensor) -> Tensor:
-        """Return this rank's part of padded shards (..., *piece)."""
-        dim = self.layout.dim - len(bucket.piece)
-        return shards.narrow(dim, 0, self.layout.shard_range(bucket.shape, self._shard)[1])
 
     def _direct(self, bucket: Bucket, update: Update, shards: Tensor) -> tuple[Tensor, Tensor]:
         """Return this rank's matrices and directions, (k, *shape), from the shards of all ranks, (W k, entries)."""
-        dim, count = self.layout.dim, bucket.counts[self._replica][self._shard]
-        pieces = shards[:, : prod(bucket.piece)].view(self.layout.shards, count, *bucket.piece)  # (W, k, *piece)
-        side_by_side = pieces.movedim(0, dim + 1).flatten(dim + 1, dim + 2)  # (k, ..., W x longest, ...)
-        whole = side_by_side.narrow(dim + 1, 0, bucket.shape[dim])
+        count = bucket.counts[self._replica][self._shard]
+        pieces = shards[:, : bucket.entries].view(self.layout.shards, count, *bucket.pieces.shape)  # (W, k, *piece)
+        whole = bucket.pieces.join(pieces)
         if not whole.numel():
             return whole, whole
         directions = [update.direct(stack) for stack in bucket.blocks.stacks(whole)]
@@ -209,14 +205,6 @@ class OwnerExchange(Route):
             return bucket.blocks.products(whole, directed)
         return bucket.blocks.norms(directed, torch.float64)
 
-    def _cut(self, bucket: Bucket, directed: Tensor) -> Tensor:
-        """Cut directions (k, *shape) into the pieces of the ranks of my row: (W, k, entries), padded with 1, a sign."""
-        dim, parts = self.layout.dim, self.layout.shards
-        missing = parts * bucket.piece[dim] - directed.shape[dim + 1]
-        even = pad(directed, [0, 0] * (directed.ndim - 2 - dim) + [0, missing], value=1.0) if missing else directed
-        pieces = even.unflatten(dim + 1, (parts, bucket.piece[dim])).movedim(dim + 1, 0)
-        return pieces.reshape(parts, len(directed), prod(bucket.piece))
-
     def _send_to_all(self, bucket: Bucket, messages: Tensor, kind: str) -> Generator[None, None, Tensor]:
         """Send messages (W, k, bytes), one per shard, to all ranks that hold that shard; return those of all owners."""
         row, rows = bucket.counts[self._replica], bucket.rows
@@ -228,19 +216,19 @@ class OwnerExchange(Route):
         yield
         return received.wait()
 
-    def _send_zeros(self, pending: PendingDirections, update: Update) -> Generator:
+    def send_zeros(self, pending: PendingDirections) -> Generator:
         """Finish a bucket with more zeros than its rows have room for: planes of all of them follow."""
         assert pending.zeros is not None
         planes = yield from self._send_to_all(pending.bucket, pending.zeros, "zeros")
-        self._finish(pending, update, planes)
+        self.finish(pending, planes)
 
-    def _finish(self, pending: PendingDirections, update: Update, zeros: Tensor | None = None) -> None:
+    def finish(self, pending: PendingDirections, zeros: Tensor | None = None) -> None:
         """Read the directions and apply them. zeros: planes, (n, bytes)."""
-        bucket = pending.bucket
+        bucket, update = pending.bucket, pending.update
         for chunk in bucket.chunks:
             rows, planes = pending.rows[chunk], None if zeros is None else zeros[chunk]
-            stack, floats = self.codec.read(rows, prod(bucket.piece), bucket.floats, pending.dtype, planes)
-            stack = self._unpadded(bucket, stack.unflatten(1, bucket.piece))
+            stack, floats = self.codec.read(rows, bucket.entries, bucket.floats, pending.dtype, planes)
+            stack = bucket.pieces.unpadded(self._shard, stack.unflatten(1, bucket.pieces.shape))
             if update.direct_rms is not None:
                 stack = self._blocks_here(bucket).scaled(stack, floats, update.direct_rms, bucket.blocks)
             stack = stack.contiguous()
@@ -264,21 +252,36 @@ class OwnerExchange(Route):
         """Multiply shards by the numbers (k, count) of their matrices."""
         return list(self._blocks_here(bucket).multiplied(torch.stack(shards), sizes))
 
-    def _cuts_rows(self, bucket: Bucket) -> bool:
-        return self.layout.dim >= bucket.row_dims
+    def _cuts_of_columns(self, bucket: Bucket) -> list[tuple[Cut, dist.ProcessGroup]]:
+        """Return the axes of the mesh that cut rows into shards, and the groups along them."""
+        cuts = zip(self.layout.cuts, self.layout.cut_groups, strict=True)
+        return [(cut, group) for cut, group in cuts if cut.dim >= bucket.row_dims]
 
     def _sum_rows(self, bucket: Bucket, sums: Tensors) -> Tensors:
         """Sum over the shards of each row."""
-        if not self._cuts_rows(bucket):
-            return sums
-        return list(wire.all_reduce(torch.stack(sums), self.layout.shard_groups, "rows"))
+        groups = [group for _, group in self._cuts_of_columns(bucket)]
+        return list(wire.all_reduce(torch.stack(sums), groups, "rows")) if groups else sums
 
     def _blocks_here(self, bucket: Bucket) -> Blocks:
         """Return the parts of a bucket's matrices that this rank holds."""
         if self.layout.shards == 1:
             return bucket.blocks
-        dim, (start, length) = self.layout.dim, self.layout.shard_range(bucket.shape, self._shard)
-        return bucket.blocks.shard((*bucket.shape[:dim], length, *bucket.shape[dim + 1 :]), dim, start)
+        pieces, shard = bucket.pieces, self._shard
+        shape = tuple(len(pieces.indices(shard, dim)) for dim in range(len(bucket.shape)))
+        return bucket.blocks.shard(shape, pieces.indices(shard, bucket.blocks.dim))
+
+
+def finish_all(waiting: list[PendingDirections]) -> None:
+    """Read and apply the packed directions of a step, of all routes, after one read of their flags."""
+    if not waiting:
+        return
+    device = waiting[0].rows.device
+    # Every rank reads the same flags, as the owners sent the same to all.
+    flags = torch.stack([each.route.codec.overflow(each.rows).to(device) for each in waiting]).tolist()  # the one sync
+    _overlap(each.route.send_zeros(each) for each, flag in zip(waiting, flags, strict=True) if flag)
+    for each, flag in zip(waiting, flags, strict=True):
+        if not flag:
+            each.route.finish(each)
 
 
 def _overlap(journeys: Iterable[Generator]) -> None:

@@ -1,25 +1,29 @@
 """The layout of a parameter's shards over ranks, read from the tensor and validated.
 
-A layout is a grid of ranks (R, W): R replicas, each cut into W shards along one dimension of the tensor.
+A layout is a grid of ranks (R, W): R replicas, each cut into W shards, along one dimension of the tensor or several.
 
     plain tensor, process_group     (ranks, 1)      replicated
-    DTensor, one Shard              (1, ranks)      sharded: FSDP2, tensor parallelism
-    DTensor, Replicate and Shard    (R, W)          hsdp
-    DTensor, anything else          no grid         gathered: several Shards (FSDP x TP), several replicated axes
+    DTensor, Shards                 (1, ranks)      sharded: FSDP2, tensor parallelism, or both
+    DTensor, Replicates and Shards  (R, W)          hsdp
     no other process needed         no layout       local
+
+Where the batch of a tensor of matrices is cut (experts), the grid is of the ranks that have the same part of it.
 """
 
 from dataclasses import dataclass, field
+from functools import cache
+from math import prod
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DeviceMesh, DTensor
 
 from .checks import BadValue
+from .pieces import Cut
 
 Groups = tuple[dist.ProcessGroup, ...]
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -28,25 +32,23 @@ class Layout:
 
     Attributes:
         ranks: global ranks that hold the parameter, in the order of the group or mesh.
-        grid: (R, W) global ranks, one row per replica, one column per shard. Empty for gathered.
-        dim: tensor dimension that is cut into W shards; 0 if W is 1.
-        placements: of the DTensor, for gathered.
-        shard_groups: groups along which the tensor is cut; in a grid at most one, whose rank s holds shard s.
-        replica_groups: groups whose ranks hold the same shard; in a grid at most one, whose rank r holds replica r.
+        grid: (R, W) global ranks, one row per replica, one column per shard.
+        cuts: the axes of the mesh that cut the tensor into W shards, in order.
+        cut_groups: the groups along these axes.
+        shard_groups: the group of a row, whose rank s holds shard s; none if W is 1.
+        replica_groups: the group of a column, whose rank r holds replica r; none if R is 1.
     """
 
     ranks: tuple[int, ...]
-    grid: tuple[tuple[int, ...], ...] = ()
-    dim: int = 0
-    placements: tuple = ()
+    grid: tuple[tuple[int, ...], ...]
+    cuts: tuple[Cut, ...] = ()
+    cut_groups: Groups = field(default=(), compare=False)
     shard_groups: Groups = field(default=(), compare=False)
     replica_groups: Groups = field(default=(), compare=False)
 
     @property
     def kind(self) -> str:
-        """replicated, sharded, hsdp or gathered."""
-        if not self.grid:
-            return "gathered"
+        """replicated, sharded or hsdp."""
         return "replicated" if self.shards == 1 else "sharded" if len(self.grid) == 1 else "hsdp"
 
     @property
@@ -63,16 +65,6 @@ class Layout:
         """Return the (replica, shard) that a global rank holds."""
         return next((replica, row.index(rank)) for replica, row in enumerate(self.grid) if rank in row)
 
-    def shard_range(self, shape: Shape, shard: int) -> tuple[int, int]:
-        """Return (start, length) of a shard along `dim`, as torch.chunk cuts: the last may be short or empty."""
-        longest = -(-shape[self.dim] // self.shards)
-        start = min(shard * longest, shape[self.dim])
-        return start, min(longest, shape[self.dim] - start)
-
-    def padded_shard(self, shape: Shape) -> Shape:
-        """Return the shape of the longest shard, to which all shards are padded on the wire."""
-        return (*shape[: self.dim], self.shard_range(shape, 0)[1], *shape[self.dim + 1 :])
-
 
 def layout_of(param: Tensor, plain: Layout | None, as_matrices: str | None) -> Layout | None:
     """Return the layout of a matrix parameter; None if this process needs no other rank for it.
@@ -83,27 +75,40 @@ def layout_of(param: Tensor, plain: Layout | None, as_matrices: str | None) -> L
         return plain
     _refuse_unusable(param)
     mesh, placements = param.device_mesh, cast(tuple[Any, ...], param.placements)
+    coordinate, first = cast(Any, mesh.get_coordinate()), first_of_matrix(param, as_matrices)
     axes = [axis for axis in range(mesh.ndim) if mesh.size(axis) > 1]
-    shard_axes = [axis for axis in axes if not placements[axis].is_replicate()]
-    replica_axes = [axis for axis in axes if axis not in shard_axes]
-    if not axes:
+    replica_axes = [axis for axis in axes if placements[axis].is_replicate()]
+    shard_axes = [axis for axis in axes if axis not in replica_axes and placements[axis].dim >= first]
+    if not replica_axes + shard_axes or not prod(local_of(param).shape[:first]):
         return None
-    if as_matrices == "batch" and shard_axes and all(placements[axis].dim < param.ndim - 2 for axis in shard_axes):
-        return None  # the batch is cut, each matrix is whole
-    ranks = tuple(mesh.mesh.flatten().tolist())
-    groups: dict[str, Any] = {
-        "shard_groups": _groups_of(mesh, shard_axes),
-        "replica_groups": _groups_of(mesh, replica_axes),
-    }
-    # FSDP over TP interleaves: neighbouring rows of a _StridedShard are on ranks that are not neighbours.
-    strided = any(getattr(placements[axis], "split_factor", 1) > 1 for axis in shard_axes)
-    grid = mesh.mesh.movedim(shard_axes[0], -1) if shard_axes else mesh.mesh.unsqueeze(-1)
-    grid = grid.reshape(-1, grid.shape[-1])  # (R, W)
-    ordered = all(line == sorted(line) for line in grid.tolist() + grid.mT.tolist())  # as groups number their ranks
-    if len(shard_axes) > 1 or len(replica_axes) > 1 or strided or not ordered:
-        return Layout(ranks, placements=placements, **groups)
-    dim = placements[shard_axes[0]].dim if shard_axes else 0
-    return Layout(ranks, tuple(map(tuple, grid.tolist())), dim, **groups)
+    batch_axes = [axis for axis in range(mesh.ndim) if axis not in replica_axes + shard_axes]
+    together = mesh.mesh.permute(batch_axes + replica_axes + shard_axes)[tuple(coordinate[axis] for axis in batch_axes)]
+    grid = together.reshape(-1, prod(mesh.size(axis) for axis in shard_axes))  # (R, W)
+    if any(line != sorted(line) for line in grid.tolist() + grid.mT.tolist()):
+        raise BadValue(
+            f"a parameter's mesh must number its ranks upwards along each axis, as torch's groups do; got {mesh}"
+        )
+    cuts, groups = [(placements[axis], mesh.size(axis)) for axis in shard_axes], _groups_of(mesh, shard_axes)
+    row, column = (grid == dist.get_rank()).nonzero()[0]
+    return Layout(
+        tuple(grid.flatten().tolist()),
+        tuple(map(tuple, grid.tolist())),
+        tuple(Cut(placement.dim, size, getattr(placement, "split_factor", 1)) for placement, size in cuts),
+        cut_groups=groups,
+        shard_groups=_one_group(groups, grid[row]),
+        replica_groups=_one_group(_groups_of(mesh, replica_axes), grid[:, column]),
+    )
+
+
+def first_of_matrix(param: Tensor, as_matrices: str | None) -> int:
+    """Return the first dimension that is not one of a batch of matrices."""
+    return param.ndim - 2 if as_matrices == "batch" else 0
+
+
+def whole_of(param: Tensor, layout: Layout | None, as_matrices: str | None) -> torch.Size:
+    """Return the shape of what the ranks of a layout hold together: this process's part of a batch, all else whole."""
+    shape, first = local_of(param).shape, first_of_matrix(param, as_matrices)
+    return shape[:first] + param.shape[first:] if layout else shape
 
 
 def _refuse_unusable(param: DTensor) -> None:
@@ -154,6 +159,18 @@ def _groups_of(mesh: DeviceMesh, axes: list[int]) -> Groups:
             f"the parameter's {mesh} must have process groups, but it has not been initialized; make it with "
             "torch.distributed.init_device_mesh"
         ) from error
+
+
+def _one_group(groups: Groups, ranks: Tensor) -> Groups:
+    """Return the group of ranks that several groups connect; all of these ranks must call it."""
+    return groups if len(groups) < 2 else (_group_of(dist.group.WORLD, tuple(ranks.tolist())),)
+
+
+@cache
+def _group_of(world: dist.ProcessGroup, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    if len(ranks) == dist.get_world_size(world):
+        return world
+    return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
 def local_of(tensor: Tensor) -> Tensor:

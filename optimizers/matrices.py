@@ -1,5 +1,6 @@
 """The matrices of a tensor: its division into matrices, and their scaling to a root mean square entry."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -115,17 +116,16 @@ class Blocks:
             if factor != 1:
                 block.mul_(factor)
 
-    def shard(self, shape: tuple[int, ...], dim: int, start: int) -> "Blocks":
-        """Return the parts of the matrices in a shard of this shape, which begins at `start` of tensor dimension `dim`.
+    def shard(self, shape: tuple[int, ...], indices: Sequence[int]) -> "Blocks":
+        """Return the parts of the matrices in a shard of this shape.
 
-        Parts of blocks that lie on other ranks have no rows or columns.
+        indices: which of the rows, or columns, that blocks are cut in the shard has, in order. Parts of blocks that lie
+        on other ranks have none.
         """
         if len(self.sizes) == 1:  # a batch has no blocks, and its matrices are cut equally
             entries = prod(shape) // max(1, self.batch)
             return Blocks(self.batch, 1, entries, 0, (1,))
-        if dim != self.dim:
-            return Blocks(1, shape[0], shape[1], self.dim, self.sizes)
-        bounds = [min(max(end - start, 0), shape[dim]) for end in accumulate(self.sizes, initial=0)]
+        bounds = [bisect_left(indices, end) for end in accumulate(self.sizes, initial=0)]
         sizes = tuple(end - begin for begin, end in pairwise(bounds))
         return Blocks(1, shape[0], shape[1], self.dim, sizes)
 
@@ -185,10 +185,10 @@ def _divided(length: int, split: Split, shown: str) -> tuple[int, ...]:
     return tuple(length // sum(split) * each for each in split)
 
 
-def blocks_in(group: dict, param: Tensor) -> Blocks:
-    """Return the matrices of a parameter of a param group."""
+def blocks_in(group: dict, shape: torch.Size) -> Blocks:
+    """Return the matrices of a tensor of this shape in a param group."""
     options = {name: group[name] for name in ("qkv_split", "qkv_dim", "as_matrices") if name in group}
-    return blocks_of(param.shape, **options)
+    return blocks_of(shape, **options)
 
 
 def row_dims(shape: tuple[int, ...], group: dict) -> int:

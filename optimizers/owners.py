@@ -15,14 +15,14 @@ from .routes import Entry
 
 
 def assign_owners(entries: list[Entry]) -> None:
-    """Give every matrix that is not gathered an owner among the ranks of its layout.
+    """Give every matrix an owner among the ranks of its layout.
 
     Owners are balanced by the floating-point operations of their orthogonalizations, over all param groups together:
     the costliest matrix first, each to the rank with the least so far.
     """
     sharing: dict[tuple[int, ...], list[Entry]] = defaultdict(list)
     for entry in entries:
-        if entry.layout and entry.layout.grid:
+        if entry.layout:
             sharing[entry.layout.ranks].append(entry)
     for matrices in sharing.values():
         # Shard by shard: equal matrices go to all replicas in turn, which each then have as much to pass on.

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from .checks import BadValue, name_of
 from .codec import codec_of
 from .exchange import OwnerExchange
-from .layout import Layout, layout_of, local_of, plain_layout
+from .layout import Layout, layout_of, plain_layout, whole_of
 from .matrices import blocks_in, row_dims
 from .owners import assign_owners, refuse_disagreement
-from .routes import Entry, Gathered, Local, Route
+from .routes import Entry, Local, Route
 from .rule import rule_of
 from .update import grad_dtype
 from .wire import Traffic
@@ -95,13 +95,14 @@ def _entry(group: dict, position: int, plain: Layout | None) -> Entry:
             entry.layout = layout_of(param, plain, group.get("as_matrices"))
         except ValueError as error:
             raise BadValue(f"{name}: {error}") from None
-        entry.blocks = blocks_in(group, param if entry.layout else local_of(param))
+        entry.whole = whole_of(param, entry.layout, group.get("as_matrices"))
+        entry.blocks = blocks_in(group, entry.whole)
         counts = entry.blocks.shape_counts.items()
         entry.flops = sum(count * rule.flops(m, n, group, param) for (m, n), count in counts)
         entry.grad_dtype = grad_dtype(param, group)
         entry.to_owner_dtype = rule.rounds_to(group, param) or entry.grad_dtype
         entry.codec = codec_of(rule.signs, group.get("wire_dtype"))
-        entry.floats, entry.row_dims = entry.blocks.count if rule.sends_floats else 0, row_dims(entry.shape, group)
+        entry.floats, entry.row_dims = entry.blocks.count if rule.sends_floats else 0, row_dims(entry.whole, group)
     return entry
 
 
@@ -113,10 +114,6 @@ def _routes(group: dict, entries: list[Entry]) -> list[Route]:
     routes: list[Route] = []
     for (layout, *_), indices in alike.items():
         mine = [entries[i] for i in indices]
-        if layout is None:
-            routes.append(Local(rule, indices, mine))
-        elif layout.grid:
-            routes.append(OwnerExchange(rule, indices, mine))
-        else:
-            routes.append(Gathered(rule, indices, mine, [group["params"][i] for i in indices]))
+        route = OwnerExchange if layout else Local
+        routes.append(route(rule, indices, mine))
     return routes

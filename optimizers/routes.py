@@ -4,7 +4,6 @@ A route serves parameters of one param group with one layout, bucket by bucket, 
 those of a few buckets. It knows layouts, never rules.
 
     Local            whole matrices in this process, or a rule without a direction: nothing is sent
-    Gathered         every rank gathers every matrix: for any DTensor, and the reference of the other routes
     OwnerExchange    each matrix has an owner among the ranks, which computes it for all (exchange.py)
 """
 
@@ -17,13 +16,11 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
 
 from . import wire
 from .elementwise import each
-from .matrices import Blocks, multiplied, norms_of, products_of, scaled, to_rms
+from .matrices import Blocks, multiplied, products_of, to_rms
 from .rule import Tensors, UpdateRule
 from .update import Update
 
@@ -36,17 +33,18 @@ _STACK_ENTRIES, _STACKS, _TOGETHER = 2**25, 20, 2
 class Entry:
     """One parameter of the plan; the fields after `rule` are of matrices, None for elementwise rules.
 
-    blocks: the matrices that it is treated as. layout: None if this process needs no other. owner: a global rank.
-    flops: of its direction. to_owner_dtype: of its shards sent to the owner. codec: of the direction sent back.
-    floats: the numbers sent with the direction, one per matrix, if the rule needs them. row_dims: the leading
-    dimensions that count rows of matrices.
+    layout: None if this process needs no other. whole: the shape of the tensor that the ranks of the layout hold
+    together. blocks: its matrices. owner: a global rank. flops: of its direction. to_owner_dtype: of its shards sent to
+    the owner. codec: of the direction sent back. floats: the numbers sent with the direction, one per matrix, if the
+    rule needs them. row_dims: the leading dimensions that count rows of matrices.
     """
 
     name: str
     shape: tuple[int, ...]
     rule: str
-    blocks: Any = None
     layout: Any = None
+    whole: tuple[int, ...] = ()
+    blocks: Any = None
     owner: int | None = None
     flops: float = 0.0
     grad_dtype: Any = None
@@ -57,7 +55,7 @@ class Entry:
 
     @property
     def route(self) -> str:
-        """local, replicated, sharded, hsdp or gathered."""
+        """local, replicated, sharded or hsdp."""
         return self.layout.kind if self.layout else "local"
 
     @property
@@ -69,7 +67,7 @@ class Entry:
     @property
     def direction_bytes(self) -> int:
         """Bytes of the whole direction in messages, if it has no zero; 0 if nothing is sent."""
-        return 0 if self.owner is None else self.codec.nbytes(prod(self.shape), self.floats)
+        return 0 if self.owner is None else self.codec.nbytes(prod(self.whole), self.floats)
 
 
 class Route:
@@ -85,8 +83,8 @@ class Route:
         self.rule, self.indices, self.entries = rule, indices, entries
         self.blocks = [entry.blocks for entry in entries]
 
-    def run(self, update: Update) -> None:
-        """Step the parameters."""
+    def run(self, update: Update) -> list[Any]:
+        """Step the parameters; return what `exchange.finish_all` has to do once all routes have run."""
         raise NotImplementedError
 
     def add_traffic(self, traffic: wire.Traffic, rank: int) -> None:
@@ -96,9 +94,10 @@ class Route:
 class Local(Route):
     """Steps in this process: equal matrices are stacked and computed in one batch."""
 
-    def run(self, update: Update) -> None:
+    def run(self, update: Update) -> list[Any]:
         if self.rule.whole_step:
-            return update.whole_step()
+            update.whole_step()
+            return []
         weights, sizes = update.weights, [weight.numel() for weight in update.weights]
         limit = max(_STACK_ENTRIES, sum(sizes) // _STACKS)
         alike = defaultdict(list)
@@ -113,6 +112,7 @@ class Local(Route):
             members, sizes = [*chain(*chosen)], []
             directions = self._direct(chosen, update, members, sizes)
             update.finish(members, directions, partial(self._rescale, chosen), partial(self._multiply, chosen, sizes))
+        return []
 
     def _direct(self, stacks: list[list[int]], update: Update, members: list[int], sizes: Tensors) -> Tensors:
         """Return directions; of a sized rule, append the numbers of each stack to `sizes`."""
@@ -146,118 +146,6 @@ class Local(Route):
             del mine
             results += split([function(stack) for stack in joined], blocks, shapes)
         return results
-
-
-class Gathered(Route):
-    """Every rank gathers and computes every matrix: for any DTensor, at the cost of every rank's time.
-
-    DTensor moves the data, so the bytes are computed from the shapes. Matrices are sent in their entry's
-    `to_owner_dtype`.
-    """
-
-    def __init__(self, rule: UpdateRule, indices: list[int], entries: list[Entry], params: list[DTensor]):
-        super().__init__(rule, indices, entries)
-        self.layout, self.to_owner_dtype = entries[0].layout, entries[0].to_owner_dtype
-        self._itemsize = params[0].element_size()
-        self._missing = [param.numel() - param.to_local().numel() for param in params]  # entries of other ranks
-        dims = [entry.row_dims for entry in entries]
-        self._across_columns = [_cut_beyond(first, param) for first, param in zip(dims, params, strict=True)]
-        self._rows = [prod(param.to_local().shape[:first]) for first, param in zip(dims, params, strict=True)]
-        alike = defaultdict(list)
-        for i, blocks in enumerate(self.blocks):
-            alike[tuple(blocks.shape_counts)].append(i)
-        sizes = [param.numel() for param in params]
-        self._stacks = [chunk for members in alike.values() for chunk in _chunks(members, sizes, _STACK_ENTRIES)]
-
-    def run(self, update: Update) -> None:
-        for members in self._stacks:
-            params, blocks = [update.params[i] for i in members], [self.blocks[i] for i in members]
-            shards = update.prepare(members)
-            dtype = shards[0].dtype
-            wholes = self._gather(params, members, [shard.to(self.to_owner_dtype) for shard in shards])
-            stacks = join(wholes, blocks)
-            del wholes
-            directed = [update.directions(stack, dtype) for stack in stacks]
-            sizes = [products_of(*pair) for pair in zip(stacks, directed, strict=True)] if self.rule.sized else []
-            update.finish(
-                members,
-                _cut(params, blocks, directed),
-                partial(self._rescale, params, members),
-                partial(_multiply, params, blocks, directed, sizes),
-                partial(self._sum_rows, members),
-            )
-
-    def add_traffic(self, traffic: wire.Traffic, rank: int) -> None:
-        """Count the bytes that this rank, as an example of all, gathers per step."""
-        if rank not in self.layout.ranks:
-            return
-        for members in self._stacks:
-            again = self.rule.scales_refined and self._hides_rows(members)
-            size = sum(self._missing[i] for i in members) * (self.to_owner_dtype.itemsize + again * self._itemsize)
-            traffic.add("gather", size, size)
-            for group in self.layout.shard_groups if self.rule.scales_refined and not again else ():
-                traffic.add_all_reduce("norms", 8 * len(members), dist.get_world_size(group))
-            for i in members if self.rule.rows else ():
-                for group in self._across_columns[i]:
-                    traffic.add_all_reduce("rows", 8 * self._rows[i], dist.get_world_size(group))
-
-    def _sum_rows(self, members: list[int], sums: Tensors) -> Tensors:
-        for i, mine in zip(members, sums, strict=True):
-            wire.all_reduce(mine, self._across_columns[i], "rows")
-        return sums
-
-    def _hides_rows(self, members: list[int]) -> bool:
-        """Return whether a tensor has several matrices: DTensor does not expose which of their rows a rank has."""
-        return any(self.blocks[i].count > 1 for i in members)
-
-    def _rescale(self, params: list[DTensor], members: list[int], directions: Tensors, rms: float) -> Tensors:
-        blocks, dtype = [self.blocks[i] for i in members], directions[0].dtype
-        if self._hides_rows(members):
-            stacks = join(self._gather(params, members, directions), blocks)
-            return _cut(params, blocks, [to_rms(stack, rms, dtype) for stack in stacks])
-        squares = torch.cat([norms_of(each.reshape(1, -1), torch.float64) for each in directions]).square()
-        norms = wire.all_reduce(squares, self.layout.shard_groups, "norms").sqrt().split(1)
-        wanted = rms * (blocks[0].rows * blocks[0].columns) ** 0.5
-        return [scaled(each[None], norm, wanted, dtype)[0] for each, norm in zip(directions, norms, strict=True)]
-
-    def _gather(self, params: list[DTensor], members: list[int], shards: Tensors) -> Tensors:
-        size = sum(self._missing[i] for i in members) * shards[0].element_size()
-        wire.count("gather", size, size)
-        return [
-            _dtensor(shard, param, param.placements).full_tensor() for shard, param in zip(shards, params, strict=True)
-        ]
-
-
-def _cut_beyond(dims: int, param: DTensor) -> tuple[dist.ProcessGroup, ...]:
-    """Return the groups along which a parameter is cut in dimensions after the first `dims`."""
-    axes = [axis for axis, each in enumerate(param.placements) if getattr(each, "dim", -1) >= dims]  # -1: a replica
-    return tuple(param.device_mesh.get_group(axis) for axis in axes)
-
-
-def _multiply(params: list[DTensor], blocks: list[Blocks], stacks: Tensors, sizes: Tensors, shards: Tensors) -> Tensors:
-    """Multiply shards by the numbers (b,) of the matrices of stacks, which all ranks have."""
-    spread = [size[:, None, None].expand(stack.shape).contiguous() for size, stack in zip(sizes, stacks, strict=True)]
-    # In float32 or wider, as `multiplied` does on other layouts.
-    precision = torch.promote_types(shards[0].dtype, torch.float32)
-    factors = [cut.to(precision) for cut in _cut(params, blocks, spread)]
-    return [(shard * factor).to(shard.dtype) for shard, factor in zip(shards, factors, strict=True)]
-
-
-def _dtensor(local: Tensor, param: DTensor, placements) -> DTensor:
-    """Return the DTensor of a parameter's shape of which this rank holds `local`."""
-    lie: dict[str, Any] = {"run_check": False, "shape": param.shape, "stride": param.stride()}
-    return DTensor.from_local(local, param.device_mesh, placements, **lie)
-
-
-def _cut(params: list[DTensor], blocks: list[Blocks], stacks: Tensors) -> Tensors:
-    """Return this rank's shards of the tensors in stacks (b, m, n) that all ranks have; nothing is sent."""
-    wholes = zip(split(stacks, blocks, [param.shape for param in params]), params, strict=True)
-    return [
-        _dtensor(whole, param, [Replicate()] * param.device_mesh.ndim)
-        .redistribute(placements=param.placements)
-        .to_local()
-        for whole, param in wholes
-    ]
 
 
 def join(tensors: Tensors, blocks: list[Blocks]) -> Tensors:

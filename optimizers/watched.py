@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .checks import BadValue, closest
 from .engine import RuleOptimizer
 from .layout import Layout, layout_of
-from .matrices import Blocks, blocks_of
+from .matrices import Blocks, blocks_in, blocks_of
 from .roles import roles_of
 from .rule import UpdateRule, rule_of
 
@@ -70,7 +70,7 @@ def _candidates(
     if isinstance(optimizer, RuleOptimizer):
         planned = zip(params, optimizer.plan.entries, strict=True)
         directed = [
-            Matrix(entry.name, param, group, entry.blocks, entry.layout)
+            Matrix(entry.name, param, group, blocks_in(group, param.shape), entry.layout)  # of all of a batch
             for (group, param), entry in planned
             if entry.blocks
         ]

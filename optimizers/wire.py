@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Shards to the owners of matrices, directions back, positions of zeros and NaN in them, norms, whole gathers.
-KINDS = ("to owners", "directions", "zeros", "norms", "gather")
+# Shards to the owners of matrices, directions back, planes of zeros and NaN in them, norms.
+KINDS = ("to owners", "directions", "zeros", "norms")
 
 
 @dataclass

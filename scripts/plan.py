@@ -12,8 +12,7 @@
 
 The model is built on the meta device, without memory, and sharded by torch's fully_shard over a fake process group; the
 plan is that of training on GPUs, with orthogonalizations in bfloat16. Memory is that of --rank, the one rank that this
-process simulates; rank 0 has the longest shards. Work and bytes are those of all ranks; under fsdp_tp, where every rank
-gathers everything, of one.
+process simulates; rank 0 has the longest shards. Work and bytes are those of all ranks.
 """
 
 import contextlib

@@ -41,7 +41,7 @@ LAYOUTS = {
     "2 fsdp": (2, {"sharded"}),
     "4 fsdp": (4, {"sharded"}),
     "2x2 hsdp": (4, {"hsdp"}),
-    "2x2 fsdp x tp": (4, {"gathered", "sharded"}),
+    "2x2 fsdp x tp": (4, {"sharded"}),
 }
 # Every pair of four layouts; the other two from and to one of them.
 PAIRS = [
