@@ -8,11 +8,14 @@ import torch
 import torch.distributed as dist
 from ranks import Ranks
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from common import UserError
 from nanoGPT.model import GPT, GPTConfig
 from optimizers import RuleOptimizer, build_optimizer, count_bytes
-from optimizers.layout import local_of
+from optimizers.layout import layout_of, local_of
 from optimizers.polar import flops
 from scripts.plan import Options, distribute, fake_group, gradient_traffic, main, parse_mesh, plan, planned, table
 
@@ -116,6 +119,16 @@ def test_work_of_gpt2_xl_on_8_replicas_matches_an_even_share():
     assert 1 <= column["balance"] < 1.01  # 192 matrices on 8 ranks, 24 each
     # Bits, and 144 bytes per matrix: 8 positions of zeros, its norm, and the flag of more.
     assert column["received"]["directions"]["mean"] == 7 / 8 * (48 * 12 * 1600**2 / 8 + 192 * 144)
+
+
+def test_layout_of_replicas_of_shards_of_parts_matches_the_mesh():
+    whole, placements = (8, 6), [Replicate(), _StridedShard(0, split_factor=2), Shard(0)]
+    with fake_group(8, 5):
+        mesh = init_device_mesh("cpu", (2, 2, 2))
+        lie = {"run_check": False, "shape": whole, "stride": (6, 1)}
+        found = layout_of(DTensor.from_local(torch.zeros(2, 6), mesh, placements, **lie), None, None)
+        groups = [dist.get_process_group_ranks(group) for group in found.groups]
+    assert (found.kind, found.grid, groups) == ("hsdp", ((0, 1, 2, 3), (4, 5, 6, 7)), [[4, 5, 6, 7], [1, 5]])
 
 
 def test_work_under_fsdp_and_tensor_parallelism_matches_an_eighth_of_the_whole():

@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -57,12 +58,13 @@ def peak_of_a_step(rule: str, layout: str, count: int) -> int:
     with contextlib.nullcontext() if layout == "local" else fake_group(RANKS, 0):
         group = dist.group.WORLD if layout == "ddp" else None
         with fake:
-            rows = SHAPE[0] // RANKS if layout == "fsdp" else SHAPE[0]
+            rows = SHAPE[0] // RANKS if "fsdp" in layout else SHAPE[0]
             wholes = [torch.empty(rows, SHAPE[1]) for _ in range(2 * count)]
-        if layout == "fsdp":
-            mesh = init_device_mesh("cpu", (RANKS,))
+        if "fsdp" in layout:
+            mesh = init_device_mesh("cpu", (2, RANKS // 2) if "tp" in layout else (RANKS,))
+            placements = [_StridedShard(0, split_factor=RANKS // 2), Shard(0)] if "tp" in layout else [Shard(0)]
             lie = {"run_check": False, "shape": SHAPE, "stride": (SHAPE[1], 1)}
-            wholes = [DTensor.from_local(each, mesh, [Shard(0)], **lie) for each in wholes]
+            wholes = [DTensor.from_local(each, mesh, placements, **lie) for each in wholes]
         params = [nn.Parameter(each) for each in wholes[:count]]
         optimizer = RuleOptimizer(params, rule, process_group=group, **options)
         for param, grad in zip(params, wholes[count:], strict=True):
@@ -74,7 +76,7 @@ def peak_of_a_step(rule: str, layout: str, count: int) -> int:
         return peak.peak
 
 
-@pytest.mark.parametrize("layout", ["local", "ddp", "fsdp"])
+@pytest.mark.parametrize("layout", ["local", "ddp", "fsdp", "fsdp x tp"])
 @pytest.mark.parametrize("rule", ["olion", "adamuon", "lion"])
 def test_peak_of_a_step_matches_that_of_a_few_matrices(monkeypatch, rule, layout):
     monkeypatch.setattr("optimizers.plan.refuse_disagreement", lambda *_: None)  # fake tensors cannot be compared
