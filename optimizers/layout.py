@@ -170,7 +170,7 @@ def _one_group(groups: Groups, ranks: Tensor) -> Groups:
 def _group_of(world: dist.ProcessGroup, ranks: tuple[int, ...]) -> dist.ProcessGroup:
     if len(ranks) == dist.get_world_size(world):
         return world
-    return dist.new_group(list(ranks), use_local_synchronization=True)
+    return cast(dist.ProcessGroup, dist.new_group(list(ranks), use_local_synchronization=True))
 
 
 def local_of(tensor: Tensor) -> Tensor:
