@@ -245,8 +245,8 @@ def test_room_for_labels_matches_the_longest_of_all_panels():
 def test_looks_are_one_a_rule_and_stay_for_unknown_rules():
     assert len({style.color for style in figure.STYLES.values()}) == len(figure.STYLES)
     assert figure.style_of("OLion") == figure.STYLES["olion"]
-    assert figure.style_of("polargrad") == figure.style_of("polargrad")
-    assert figure.style_of("polargrad").label == "polargrad"
+    assert figure.style_of("mine") == figure.style_of("mine")
+    assert figure.style_of("mine").label == "mine"
 
 
 @pytest.mark.parametrize(
