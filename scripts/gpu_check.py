@@ -186,7 +186,7 @@ def products(device: torch.device) -> Rows:
     for m in (1024, 2048, 4096, 8192) if device.type == "cuda" else (128,):
         x = torch.randn(1, m, m, device=device, dtype=torch.bfloat16)
         yield f"{m}: torch", "ms", _milliseconds(lambda x=x: x @ x.mT, device)
-        kernel = symmetric._launcher()
+        kernel = symmetric._launcher(device)
         if kernel:
             halved = partial(kernel, x, x.mT, None, 0.0, 1.0)
             yield f"{m}: kernel", "ms", _milliseconds(halved, device)
