@@ -22,6 +22,7 @@ from torchtitan.components import checkpoint as titan
 from torchtitan.config import Checkpoint
 
 from common import Diverged, UserError, one_line, warn
+from common.checkpoint import cause
 from common.launch import on_main, process_rank
 from common.manifest import MANIFEST, Damaged, read_manifest, verify_manifest, write_manifest
 from common.runlog import write_end
@@ -113,7 +114,7 @@ class Checkpointer(titan.CheckpointManager):
         except CheckpointException as error:  # of torch, on all ranks
             raise UserError(
                 f"checkpoint {checkpoint_id} must be of this model and optimizer, and of plain values; it cannot be "
-                f"loaded: {_cause(error)}"
+                f"loaded: {cause(error)[:300]}"
             ) from error
         self.states[titan.MODEL].load_state_dict(state_dict)
 
@@ -130,17 +131,9 @@ class Checkpointer(titan.CheckpointManager):
 
 def _not_saved(path: str, error: CheckpointException) -> str:
     return (
-        f"a checkpoint cannot be written to {path}: {_cause(error)}; earlier ones are untouched: fix that, and the "
-        "same command with --job.resume continues from them"
+        f"a checkpoint cannot be written to {path}: {cause(error)[:300]}; earlier ones are untouched: fix that, and "
+        "the same command with --job.resume continues from them"
     )
-
-
-def _cause(error: CheckpointException) -> str:
-    """Return the first rank's failure in one line: torch's own message contains all tracebacks."""
-    cause: BaseException = next(iter(error.failures.values()))[0]
-    while cause.__context__ is not None and not isinstance(cause, OSError | UserError):
-        cause = cause.__context__  # torch hides a full disk behind an assertion about file positions
-    return one_line(cause)[:300]
 
 
 class PlainPlanner(DefaultLoadPlanner):

@@ -78,7 +78,7 @@ def save(
         on_main(lambda: _refuse_missing(partial))
         final = on_main(lambda: finish(partial, step, contents, checksums))
     except FAILURES as error:
-        reason = f"{_cause(error)} ({free_space(folder)})"
+        reason = f"{cause(error)} ({free_space(folder)})"
         if partial is not None:
             on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
         raise CheckpointError(
@@ -122,7 +122,7 @@ def load(
                 optimizer.state.clear()
             if isinstance(error, CheckpointError):
                 raise
-            reason = _cause(error)
+            reason = cause(error)
             damaged.append(f"{path}: {reason}")
             on_main(lambda path=path, reason=reason: warn(f"checkpoint {path} is damaged and skipped: {reason}"))
             continue
@@ -261,7 +261,8 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
+    """Return the root cause of a failed save or load, in one line: torch's message has the tracebacks of all ranks."""
     return one_line(_first_error(error))
 
 

@@ -48,13 +48,18 @@ class Lion(RuleOptimizer):
         super().__init__(**given(locals()))
 
 
-def prepare(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
-    """Return the sign of the mix with the old average, then move the average."""
+def mix_old(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
+    """Return the mix with the old average, then move the average."""
     mix_weight, decay = group["betas"]
     averages = [average.to(grad.dtype) for average, grad in zip(state["momentum"], grads, strict=True)]
-    directions = sign(mix(grads, averages, mix_weight))
+    mixed = mix(grads, averages, mix_weight)
     update_ema(state["momentum"], grads, decay)
-    return directions
+    return mixed
+
+
+def prepare(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
+    """Return the sign of the mix."""
+    return sign(mix_old(grads, state, group))
 
 
 register(

@@ -13,9 +13,10 @@ from torch.optim.optimizer import ParamsT
 
 from .checks import BadValue
 from .engine import ProcessGroup, RuleOptimizer
+from .lion import mix_old, prepare
 from .options import Fraction, NonNegative, declared_by, given
 from .polar import POLAR, Form, orthogonalize_group
-from .rule import Tensors, UpdateRule, mix, register, sign, update_ema
+from .rule import UpdateRule, register
 
 
 class LionMuon(RuleOptimizer):
@@ -67,23 +68,9 @@ class LionMuon(RuleOptimizer):
         super().__init__(**given(locals()))
 
 
-def prepare(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
-    """Return the mix with the old average, then move the average."""
-    mix_weight, decay = group["betas"]
-    averages = [average.to(grad.dtype) for average, grad in zip(state["momentum"], grads, strict=True)]
-    mixed = mix(grads, averages, mix_weight)
-    update_ema(state["momentum"], grads, decay)
-    return mixed
-
-
 def factor(group: dict, m: int, n: int) -> float:
     """Return the factor of an orthogonalized (m, n) matrix."""
     return group["scale"] * sqrt(max(m, n))
-
-
-def prepare_between(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
-    """Return the sign of the mix."""
-    return sign(prepare(grads, state, group))
 
 
 def check(group: dict) -> None:
@@ -93,15 +80,13 @@ def check(group: dict) -> None:
     POLAR["check"](group)
 
 
-BETWEEN = UpdateRule(
-    "lionmuon", {}, ("momentum",), prepare=prepare_between, factor=lambda group, m, n: group["sign_scale"]
-)
+BETWEEN = UpdateRule("lionmuon", {}, ("momentum",), prepare=prepare, factor=lambda group, m, n: group["sign_scale"])
 register(
     UpdateRule(
         name="lionmuon",
         **declared_by(LionMuon),
         state=("momentum",),
-        prepare=prepare,
+        prepare=mix_old,
         direct=orthogonalize_group,
         factor=factor,
         period="period",

@@ -18,7 +18,7 @@ from .engine import ProcessGroup, RuleOptimizer
 from .options import Fraction, NonNegative, declared_by, given
 from .polar import POLAR, Form, orthogonalize_group
 from .qdwh import qdwh
-from .rule import Tensors, UpdateRule, ema, register, sign, sign_of
+from .rule import Tensors, UpdateRule, ema, register, sign, signed
 
 Order = Literal["momentum_first", "polar_first"]
 
@@ -160,14 +160,8 @@ def _register(constructor: type[RuleOptimizer]) -> None:
     variants = {
         ("momentum_first", False): named,
         ("polar_first", False): last,
-        ("momentum_first", True): replace(
-            named, direct=lambda stack, group: sign_of(polar(stack, group)), sized=False, signs=True, rms="scale"
-        ),
-        ("polar_first", True): replace(
-            last,
-            sized=False,
-            refine=signs_of_average,
-        ),
+        ("momentum_first", True): signed(replace(named, sized=False), rms="scale"),
+        ("polar_first", True): replace(last, sized=False, refine=signs_of_average),
     }
     register(replace(named, variant=lambda group: variants[group["order"], group["signed"]]))
 

@@ -7,9 +7,10 @@ arXiv 1802.04434, algorithms 1 and 2.
 import torch
 from torch.optim.optimizer import ParamsT
 
+from .adamuon import prepare  # the sign of the averaged gradient
 from .engine import ProcessGroup, RuleOptimizer
 from .options import Fraction, NonNegative, declared_by, given
-from .rule import Tensors, UpdateRule, register, sign, update_ema
+from .rule import UpdateRule, register
 
 
 class Signum(RuleOptimizer):
@@ -43,11 +44,6 @@ class Signum(RuleOptimizer):
         process_group: ProcessGroup | None = None,
     ):
         super().__init__(**given(locals()))
-
-
-def prepare(grads: Tensors, state: dict[str, Tensors], group: dict) -> Tensors:
-    """Return the sign of the averaged gradient."""
-    return sign(update_ema(state["momentum"], grads, group["momentum"]))
 
 
 register(
