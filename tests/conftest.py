@@ -7,13 +7,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import random
 import signal
+from contextlib import ExitStack
 
 import numpy
 import pytest
 import torch
 
+from tests.warm import warm_python
+
 # A shell's background job ignores Ctrl-C, and so would every program that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # pytest-xdist's workers use the same
+        starting = ExitStack()
+        os.environ["WARM_PYTHON"] = starting.enter_context(warm_python())
+        config.add_cleanup(starting.close)
 
 
 def pytest_collection_modifyitems(items):

@@ -116,7 +116,9 @@ class Ranks:
 
 def spawn(function: Callable, arguments: tuple, size: int) -> None:
     """Run function(rank, *arguments) once in each of `size` new processes; raises what the first failing one raised."""
-    torch.multiprocessing.spawn(_run_and_leave, (function, arguments), nprocs=size)
+    torch.multiprocessing.start_processes(
+        _run_and_leave, (function, arguments), nprocs=size, start_method=_context.get_start_method()
+    )
 
 
 def _run_and_leave(rank: int, function: Callable, arguments: tuple) -> None:

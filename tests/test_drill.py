@@ -2,10 +2,11 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -13,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.slow
 def test_quick_drill_holds_in_every_section(tmp_path):
     record = tmp_path / "drill.json"
-    command = [sys.executable, "-m", "scripts.drill", "--quick", "--record", str(record)]
+    command = [warm.python(), "-m", "scripts.drill", "--quick", "--record", str(record)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert record.exists(), done.stderr[-3000:]
     results = json.loads(record.read_text())

@@ -3,11 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from checkouts import copy_checkout
+
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = (
@@ -30,7 +31,7 @@ def checkout(tmp_path) -> Path:
 
 
 def bash(checkout: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
-    settings = os.environ | {"PYTHON": sys.executable, "WANDB_MODE": "disabled", **environment}
+    settings = os.environ | {"PYTHON": warm.python(), "WANDB_MODE": "disabled", **environment}
     return subprocess.run(["bash", *command], cwd="/", env=settings, capture_output=True, text=True)
 
 
@@ -105,7 +106,7 @@ def test_script_of_fine_tuning_pretrains_once_and_starts_from_that_run(checkout)
 
 
 def test_torchrun_matches_the_exit_status_of_the_rank_that_failed(checkout):
-    torchrun = [sys.executable, "-m", "common.torchrun", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    torchrun = [warm.python(), "-m", "common.torchrun", "--standalone", "--nproc-per-node", "2", "--no-python"]
     done = subprocess.run([*torchrun, "sh", "-c", "exit 3"], cwd=checkout, capture_output=True, text=True)
     assert done.returncode == 3  # run.sh takes it for a diverged run
     assert "Traceback" not in done.stderr

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -18,6 +17,7 @@ from common.config import parse_config
 from nanoGPT import data, prepare
 from nanoGPT.prepare import Prepare
 from nanoGPT.train import Config
+from tests import warm
 
 END = "<|endoftext|>"
 
@@ -219,7 +219,7 @@ def test_prepare_refuses_a_fraction_or_workers_out_of_range(tmp_path):
 
 
 def test_command_refuses_a_missing_source_in_one_line(tmp_path):
-    command = [sys.executable, "-m", "nanoGPT.prepare", "nowhere.txt", "--out", str(tmp_path / "c")]
+    command = [warm.python(), "-m", "nanoGPT.prepare", "nowhere.txt", "--out", str(tmp_path / "c")]
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 1

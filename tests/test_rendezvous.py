@@ -3,7 +3,6 @@
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import torch.distributed as dist
 
 from common import UserError, launch
 from common.rendezvous import read_environment, refuse_taken_port
+from tests import warm
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,7 +97,7 @@ def test_a_rank_takes_port_0_for_a_free_one(variables, rank):
 
 @pytest.mark.slow
 def test_torchrun_refuses_a_port_that_another_program_has_in_one_line(taken_port):
-    torchrun = [sys.executable, "-m", "common.torchrun", "--nproc-per-node", "2", "--master-port", str(taken_port)]
+    torchrun = [warm.python(), "-m", "common.torchrun", "--nproc-per-node", "2", "--master-port", str(taken_port)]
     command = [*torchrun, "--no-python", "true"]
     quiet = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True)

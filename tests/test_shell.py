@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from checkouts import copy_checkout
 
+from tests import warm
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("common", "nanoGPT", "optimizers", "scripts")
 QUICK = ("--steps", "2", "--eval.windows", "4", "--data.batch_size", "2", "--wandb", "disabled")
@@ -21,7 +23,7 @@ def checkout(tmp_path) -> Path:
 
 
 def bash(checkout: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
-    settings = os.environ | {"PYTHON": sys.executable, **environment}
+    settings = os.environ | {"PYTHON": warm.python(), **environment}
     return subprocess.run(["bash", *command], cwd="/", env=settings, capture_output=True, text=True)
 
 
@@ -101,7 +103,7 @@ def test_run_script_stops_at_the_first_failure(checkout):
 
 def test_run_script_passes_sigterm_on_and_leaves_after_the_checkpoint(checkout):
     command = ["bash", str(checkout / "nanoGPT/run.sh"), "--wandb", "disabled", "--eval.windows", "4"]
-    environment = os.environ | {"PYTHON": sys.executable, "OPTIMIZERS": "olion muon"}
+    environment = os.environ | {"PYTHON": warm.python(), "OPTIMIZERS": "olion muon"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     metrics = "runs/nanogpt/stdlib/*/metrics.jsonl"
     while process.poll() is None and not any(path.read_text().count("\n") > 1 for path in checkout.glob(metrics)):

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from SIT.prepare import Convert, Encode
 from SIT.sample import Options
 from SIT.sampling import sample
 from SIT.train import Config
+from tests import warm
 
 TINY = ("--model.depth", "2", "--model.width", "16", "--model.n_head", "2", "--model.projector_width", "16")
 QUICK = (*TINY, "--steps", "2", "--data.batch_size", "4", "--eval.images", "8", "--eval.preview_steps", "2")
@@ -32,7 +32,7 @@ def checkout(tmp_path) -> Path:
 
 
 def run_script(checkout: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    settings = os.environ | {"PYTHON": sys.executable, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", **environment}
+    settings = os.environ | {"PYTHON": warm.python(), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", **environment}
     command = ["bash", str(checkout / "SIT/run.sh"), *arguments]
     return subprocess.run(command, cwd="/", env=settings, capture_output=True, text=True)
 

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from common.runlog import read_metrics
 from nanoGPT import train as training
 from nanoGPT.data import load
 from nanoGPT.train import Config
+from tests import warm
 
 EVEN = """
 steps = 12
@@ -50,7 +50,7 @@ def run_module(module: str, *arguments: str, ranks: int = 1, check: bool = True)
     if ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", module]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, *launcher, *arguments]
+    command = [warm.python(), *launcher, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stderr
     return done
@@ -80,6 +80,7 @@ KILLED_AT_STEP_6 = """
 import os, signal, sys
 from nanoGPT import train as training
 from interruptions import dying
+from tests import warm
 training.accumulate_gradient = dying(training.accumulate_gradient, 6, lambda: os.kill(os.getpid(), signal.SIGKILL))
 training.main()
 """
@@ -87,7 +88,7 @@ training.main()
 
 def kill_9(config: Path, *arguments: str) -> None:
     """Train in a process of its own that kill -9 ends in its seventh step."""
-    command = [sys.executable, "-c", KILLED_AT_STEP_6, *command_line(config, *arguments)]
+    command = [warm.python(), "-c", KILLED_AT_STEP_6, *command_line(config, *arguments)]
     paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": paths}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -136,7 +137,7 @@ def test_two_ranks_match_one_process_at_the_same_global_batch(tiny):
 
 
 def test_sigterm_saves_a_checkpoint_that_resume_continues(tiny):
-    command = [sys.executable, "-m", "nanoGPT.train", *command_line(tiny, "--steps", "2000")]
+    command = [warm.python(), "-m", "nanoGPT.train", *command_line(tiny, "--steps", "2000")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     metrics = tiny.parent / "runs" / "default"
     while process.poll() is None and not any(

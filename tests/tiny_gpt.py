@@ -1,10 +1,10 @@
 """A corpus and a GPT that train in seconds."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 from scripts.drill import tiny
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
@@ -22,7 +22,7 @@ every = 4
 def write_corpus(folder: Path) -> Path:
     """Prepare a text below this folder; returns the folder of its tokens."""
     text, corpus = tiny.write_text(folder / "text.txt", functions=2000), folder / "tokens"
-    command = [sys.executable, "-m", "nanoGPT.prepare", str(text), "--out", str(corpus)]
+    command = [warm.python(), "-m", "nanoGPT.prepare", str(text), "--out", str(corpus)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return corpus
 
