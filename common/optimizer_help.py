@@ -12,13 +12,10 @@ SET_ELSEWHERE = ("params", "lr", "weight_decay", "qkv_split", "qkv_dim", "as_mat
 @cache
 def options_help() -> str:
     """Return every option of the optimizer classes with its line of documentation, one paragraph each."""
-    classes = dict(sorted(_classes().items()))
     described: dict[tuple[str, str], list[str]] = {}
-    for name, (options, docs) in classes.items():
+    for name, (options, _) in sorted(_classes().items()):
         for option in options:
-            # "Others: as in `OLion`"
-            doc = docs.get(option) or next((d[option] for _, d in classes.values() if option in d), "")
-            described.setdefault((option, doc), []).append(name)
+            described.setdefault((option, _doc(name, option)), []).append(name)
     lines = [f"{option} ({', '.join(names)}): {doc}" for (option, doc), names in sorted(described.items())]
     return "\n\n".join(["Options of the rule, each as --optimizer.options.NAME VALUE, written as in TOML:", *lines])
 
@@ -35,7 +32,10 @@ def rule_names() -> tuple[str, ...]:
 
 @cache
 def _classes() -> dict[str, tuple[list[str], dict[str, str]]]:
-    """Return {rule: (options, {option: documentation})} of the classes that declare a rule's options."""
+    """Return {rule: (options, {option: documentation})} of the classes that declare a rule's options.
+
+    A rule's name is its class's attribute `rule`.
+    """
     found = {}
     for path in FOLDER.glob("*.py"):
         text = path.read_text(encoding="utf-8")
@@ -43,8 +43,22 @@ def _classes() -> dict[str, tuple[list[str], dict[str, str]]]:
             if isinstance(node, ast.ClassDef) and [ast.unparse(base) for base in node.bases] == ["RuleOptimizer"]:
                 (start,) = (each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__")
                 options = [each.arg for each in start.args.args[1:] if each.arg not in SET_ELSEWHERE]
-                found[node.name.lower()] = options, _docs_in(ast.get_docstring(node) or "")
+                found[_rule_in(node)] = options, _docs_in(ast.get_docstring(node) or "")
     return found
+
+
+def _rule_in(node: ast.ClassDef) -> str:
+    """Return the string that a class assigns to `rule`."""
+    assigned = (each for each in node.body if isinstance(each, ast.Assign) and ast.unparse(each.targets[0]) == "rule")
+    return next(ast.literal_eval(each.value) for each in assigned)
+
+
+def _doc(rule: str, option: str) -> str:
+    """Return an option's line in the docstring of its class, or of the class named by "Others: as in `OLion`."."""
+    _, docs = _classes()[rule]
+    if option in docs or "Others" not in docs:
+        return docs.get(option, "")
+    return _doc(docs["Others"].split("`")[1].lower(), option)
 
 
 def _docs_in(docstring: str) -> dict[str, str]:

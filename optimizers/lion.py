@@ -26,6 +26,7 @@ class Lion(RuleOptimizer):
         betas: (b1, b2), the weight of M in the mix and its decay.
         weight_decay: decoupled, multiplied by lr.
         scale: size of D.
+        Others: as in `OLion`.
 
     Raises ValueError, when built, for values out of range.
 

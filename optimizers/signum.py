@@ -24,6 +24,7 @@ class Signum(RuleOptimizer):
         momentum: decay of M; 0 is signSGD.
         weight_decay: decoupled, multiplied by lr.
         scale: size of D.
+        Others: as in `OLion`.
 
     Raises ValueError, when built, for values out of range.
 

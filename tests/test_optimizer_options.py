@@ -169,6 +169,13 @@ def test_help_lists_every_option_of_every_rule():
     assert listed in GPTOptimizerConfig.__doc__ and listed in OptimizerConfig.__doc__
 
 
+def test_help_of_an_inherited_option_matches_the_class_that_its_docstring_names():
+    lines = {line.split(": ")[0]: line for line in options_help().split("\n\n")}
+    floor = next(line for names, line in lines.items() if names.startswith("eps (") and "olion" in names)
+    assert "floor of the Frobenius norm" in floor and "lionmuon" in floor and "polargrad" in floor
+    assert lines["scale (polargrad, polarsgdm)"].endswith("RMS of D with `signed`.")
+
+
 # --- Registered rules
 
 
