@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Shards to the owners of matrices, directions back, planes of zeros and NaN in them, norms.
-KINDS = ("to owners", "directions", "zeros", "norms")
+# Shards to the owners of matrices, directions back, planes of zeros and NaN in them, norms, sums of squares per row.
+KINDS = ("to owners", "directions", "zeros", "norms", "rows")
 
 
 @dataclass

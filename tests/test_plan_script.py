@@ -74,6 +74,13 @@ def test_bytes_of_a_column_match_the_most_and_the_mean_of_gloo_ranks(ranks4):
     assert column["received"]["all"] == {"busiest": max(found), "mean": sum(found) / 4}
 
 
+def test_kinds_of_a_column_match_its_total():
+    with fake_group(4, 0):
+        column = planned(laid_out("tp=4", "normuon", "meta")[1], parse_mesh("tp=4"), torch.float32)
+    mean = {kind: found["mean"] for kind, found in column["received"].items()}
+    assert mean["rows"] > 0 and mean.pop("all") == pytest.approx(sum(mean.values()))
+
+
 def planned_for(model: str, mesh: str, **options) -> dict:
     return plan(Options(model=model, mesh=mesh, **options))
 
