@@ -154,7 +154,10 @@ def check_steps(settings: "JobConfig") -> None:
 def check_schedule(schedule: "LRScheduler", steps: int) -> None:
     """Raise ConfigError for a schedule with rates below 0 or above the peak, or a warm-up that never ends."""
     if not 0 <= schedule.warmup_steps <= steps:
-        raise ConfigError(f"lr_scheduler.warmup_steps must be between 0 and {steps} steps; got {schedule.warmup_steps}")
+        raise ConfigError(
+            f"lr_scheduler.warmup_steps must be between 0 and {steps} steps; got {schedule.warmup_steps}; "
+            "set --lr_scheduler.warmup_steps, for instance to a tenth of them"
+        )
     for name in ("decay_ratio", "min_lr_factor"):
         value = getattr(schedule, name)
         if value is not None and not 0 <= value <= 1:

@@ -83,6 +83,8 @@ def build_optimizer(
     if rest == "adamw" and rest_lr is not None:
         raise BadValue(f"rest_lr needs a rest other than adamw, got {rest_lr}; set adamw_lr")
     views = _views(uses, params, qkv_split or {}, as_matrices, split=bool(rule and rule.direct))
+    if rule:
+        _refuse_undeclared(views, rule.name, rule.defaults)
     adamw = {"rule": "adamw", "lr": lr if adamw_lr is None else adamw_lr, "betas": adamw_betas, "eps": adamw_eps}
     tables = {"rule": rule_named(rest).name, "lr": adamw["lr"] if rest_lr is None else rest_lr}
     others = _groups_of_rest(uses, params, adamw, adamw if rest == "adamw" else tables, weight_decay)
@@ -102,6 +104,17 @@ def check_name(name: str) -> None:
         package(name)
     else:
         rule_named(name)
+
+
+def _refuse_undeclared(views: dict[str, tuple], rule: str, declared: Mapping) -> None:
+    """Raise ValueError for a matrix seen by an option that its rule does not declare."""
+    for name, view in views.items():
+        for option, value in view:
+            if option not in declared:
+                raise BadValue(
+                    f"{name} needs {option}={value!r}, an option that {rule} does not declare; add it to the rule's "
+                    "defaults, as OLion does"
+                )
 
 
 def _groups_of_views(views: dict[str, tuple], params: dict[str, nn.Parameter]) -> Groups:

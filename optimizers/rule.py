@@ -120,6 +120,8 @@ def register(rule: UpdateRule) -> UpdateRule:
         raise BadValue(
             f"rule {rule.name!r} scales matrices to {rule.rms!r}; give it a direct, and that option a default"
         )
+    if rule.rows and (rule.direct is None or rule.refine is None):
+        raise BadValue(f"rule {rule.name!r} has rows, read by refine from directions; give it a direct and a refine")
     if rule.sized and (rule.direct is None or rule.rms or rule.signs):
         raise BadValue(f"rule {rule.name!r} is sized; give it a direct, and neither rms nor signs")
     if (rule.rms or rule.whole_step) and rule.factor:

@@ -204,6 +204,20 @@ def test_a_direction_that_is_no_sign_refuses_in_the_first_step_on_one_process(re
     assert torch.equal(before[0], parameters[0])
 
 
+def test_a_matrix_seen_by_an_option_that_its_rule_lacks_refuses_with_the_option(registry):
+    prepare, direct = (lambda grads, *_: grads), (lambda stack, group: stack)
+    register(UpdateRule(name="bare", defaults={"lr": 0.1, "weight_decay": 0.0}, prepare=prepare, direct=direct))
+    with pytest.raises(ValueError, match=r"^0\.weight needs as_matrices='flatten', an option that bare does not"):
+        build_optimizer(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4)), "bare", lr=0.1, as_matrices="flatten")
+
+
+def test_numbers_per_row_without_directions_or_their_reader_refuse(registry):
+    fields = {"defaults": {"lr": 0.1, "weight_decay": 0.0}, "rows": ("v",), "prepare": lambda grads, *_: grads}
+    for lacking in ({"refine": lambda directions, *_: directions}, {"direct": lambda stack, group: stack}):
+        with pytest.raises(ValueError, match=r"give it a direct and a refine$"):
+            register(UpdateRule(name="incomplete", **fields, **lacking))
+
+
 def test_a_rule_without_kinds_refuses_values_of_another_type_than_its_defaults(registry):
     register(
         UpdateRule(
