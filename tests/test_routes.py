@@ -21,6 +21,7 @@ from optimizers.polar import flops
 
 STEPS, LR, DECAY = 10, 0.05, 0.1
 POLAR_FIRST = "polargrad, polar first"
+# Rules with a `direct`, whose matrices are sent; RULES has the elementwise ones too. BUFFERS counts a rule's state.
 MATRIX_RULES = ("olion", "muon", "adamuon", "normuon", "lionmuon", "curvature", "polargrad", POLAR_FIRST, "polarsgdm")
 RULES = (*MATRIX_RULES, "lion", "signum", "adamw")
 BUFFERS = {"adamuon": 2, "adamw": 2}  # of a parameter's size; 1 in the other rules
