@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +25,6 @@ from nanoGPT import train as training
 from nanoGPT.model import GPT, GPTConfig
 from nanoGPT.sample import Sample, sample
 from nanoGPT.train import Config
-from tests import warm
 from tests.ranks import Ranks, spawn
 from tests.tiny_sit_run import random_model
 
@@ -219,7 +219,7 @@ def test_killed_rank_ends_the_job_and_resume_goes_on_with_fewer(tiny):
     arguments = [str(tiny), "--out", str(out), "--steps", "5000", "--parallel.mode", "fsdp"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "nanoGPT.train"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [warm.python(), *launcher, *arguments]
+    command = [sys.executable, *launcher, *arguments]  # whose children are the ranks
     job = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     while job.poll() is None and not list(out.glob("default/*/checkpoints/step-*")):
         time.sleep(0.02)
