@@ -9,12 +9,13 @@ import torch.distributed as dist
 from ranks import Ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from common import UserError
 from nanoGPT.model import GPT, GPTConfig
-from optimizers import RuleOptimizer, build_optimizer, count_bytes
+from optimizers import OLion, RuleOptimizer, build_optimizer, count_bytes
 from optimizers.layout import layout_of, local_of
 from optimizers.polar import flops
 from scripts.plan import Options, distribute, fake_group, gradient_traffic, main, parse_mesh, plan, planned, table
@@ -72,6 +73,16 @@ def test_bytes_of_a_column_match_the_most_and_the_mean_of_gloo_ranks(ranks4):
     with fake_group(4, 0):
         column = planned(laid_out("hsdp=2x2", "olion", "meta")[1], parse_mesh("hsdp=2x2"), torch.float32)
     assert column["received"]["all"] == {"busiest": max(found), "mean": sum(found) / 4}
+
+
+def test_bytes_of_one_matrix_match_the_arithmetic_of_the_readme():
+    with fake_group(4, 0):
+        with torch.device("meta"):
+            model = nn.Linear(128, 512, bias=False)
+        fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
+        owner, other = (OLion(model.parameters(), ns_dtype=torch.float32).plan.traffic(rank) for rank in (0, 1))
+    assert (owner.received, other.sent) == ({"to owners": 3 * 65_536}, {"to owners": 65_536})
+    assert (owner.sent, other.received) == ({"directions": 3 * 2_080}, {"directions": 2_080})
 
 
 def test_kinds_of_a_column_match_its_total():
