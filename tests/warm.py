@@ -31,7 +31,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-READ_ON_IMPORT = ("HF_", "LC_", "OMP_", "PYTHON")  # prefixes of variables
+READ_ON_IMPORT = ("HF_", "LC_", "OMP_", "PYTHON")  # prefixes of variables, but for these:
+NOT_READ = ("PYTHON", "PYTHONPATH")  # the run scripts' interpreter; folders, which the fork adds
 LIBRARIES = (
     "datasets",
     "matplotlib.pyplot",
@@ -75,7 +76,7 @@ def python() -> str:
 
 def _settings() -> dict[str, str]:
     read = {name: value for name, value in os.environ.items() if name.startswith(READ_ON_IMPORT)}
-    return {name: value for name, value in read.items() if name != "PYTHONPATH"}  # which the fork adds
+    return {name: value for name, value in read.items() if name not in NOT_READ}
 
 
 # In a program's place: a small process that its starter sees.
