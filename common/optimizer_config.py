@@ -60,7 +60,7 @@ class OptimizerConfig:
         lr = self.tuned_lr.get(self.name) if self.lr is None else self.lr
         if lr is None:
             raise ConfigError(
-                f"{self.name} needs a learning rate and optimizer.tuned_lr has none; set one with --optimizer.lr"
+                f"{self.name} needs a learning rate and optimizer.tuned_lr has none; set --optimizer.lr or that"
             )
         return lr
 

@@ -1,7 +1,7 @@
 """Routes: computation of a rule's direction, which needs whole matrices, from the shards of this process.
 
 A route serves parameters of one param group with one layout, bucket by bucket, so that the temporaries of a step are
-those of a few buckets. It knows layouts, never rules.
+those of a few buckets. It knows layouts, and a rule only by the fields of `UpdateRule`.
 
     Local            whole matrices in this process, or a rule without a direction: nothing is sent
     OwnerExchange    each matrix has an owner among the ranks, which computes it for all (exchange.py)
