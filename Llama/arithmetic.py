@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 
 from common import BadValue
-from common.launch import main_guard
+from common.guard import main_guard
 from common.options import parse_options
 from common.whole import locked, written_aside
 

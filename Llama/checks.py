@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common import UserError, gpu
+from common import gpu
 from common.config import ConfigError
 from Llama.cpu import CPU, on_cpu
 from Llama.model import FLAVORS, Llama, Shape
@@ -41,27 +41,6 @@ def check_data(settings: "JobConfig") -> None:
         raise ConfigError(f"fine_tuning.template must be one of {names}; got {settings.fine_tuning.template!r}")
     if settings.fine_tuning.packing and not is_fine_tuning(settings):
         raise ConfigError("fine_tuning.packing needs instructions; texts are always packed: leave it out")
-
-
-def environment() -> tuple[int, int]:
-    """Return rank and world size from torchrun's variables; (0, 1) without them.
-
-    Raises UserError for a variable that is not a number, or is missing: this process would wait for others forever.
-    """
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
-    given = {name: os.environ[name] for name in names if name in os.environ}
-    if not given:
-        return 0, 1
-    for name in names:
-        if not given.get(name, "").isdecimal():
-            raise UserError(
-                f"torchrun sets {', '.join(names)}, each a number; {name} is {given.get(name, 'missing')!r} and "
-                f"{next(iter(given))} is set: start with torchrun (bash Llama/run.sh), or unset them all"
-            )
-    rank, ranks = int(given["RANK"]), int(given["WORLD_SIZE"])
-    if rank >= ranks:
-        raise UserError(f"RANK must be below WORLD_SIZE {ranks}; got {rank}: start with torchrun (bash Llama/run.sh)")
-    return rank, ranks
 
 
 def is_fine_tuning(settings: "JobConfig") -> bool:

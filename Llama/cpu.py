@@ -5,6 +5,8 @@ import os
 import platform
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from unittest import mock
 
 import torch
@@ -16,21 +18,25 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 from common.launch import peak_memory_mb
 
 
-def adapt_torchtitan() -> None:
-    """Make torchtitan importable without triton, and let it use the CPU if there is no GPU that it can use."""
+@contextmanager
+def importing_torchtitan() -> Iterator[None]:
+    """Make torchtitan importable without triton, and let it choose the CPU if there is no GPU that it can use."""
     if importlib.util.find_spec("triton") is None:  # part of torch's CUDA builds; others do not use it
         # The only module that imports triton, for mixtures of experts, which no Llama here has.
         kernels = types.ModuleType("torchtitan.models.moe.kernels")
         kernels.generate_permute_indices = None
         sys.modules.setdefault(kernels.__name__, kernels)
-    if on_cpu():
-        with (
-            mock.patch("torch._utils._get_available_device_type", lambda: "cpu"),
-            mock.patch("torch._utils._get_device_module", lambda device_type: CPU),
-            # Importing flex attention would load the compiler in every process, which takes seconds.
-            mock.patch("torch.compile", lambda function, **options: function),
-        ):
-            import torchtitan.tools.utils  # noqa: F401  (chooses the device on import)
+    if not on_cpu():
+        yield
+        return
+    with (
+        mock.patch("torch._utils._get_available_device_type", lambda: "cpu"),
+        mock.patch("torch._utils._get_device_module", lambda device_type: CPU),
+        # Importing flex attention would load the compiler in every process, which takes seconds.
+        mock.patch("torch.compile", lambda function, **options: function),
+    ):
+        yield
+        import torchtitan.tools.utils  # noqa: F401  (chooses the device on import)
 
 
 def on_cpu() -> bool:

@@ -15,14 +15,12 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 
 from common import UserError, one_line
-from common.launch import main_guard
+from common.guard import main_guard
+from common.json_files import read_object
 from common.options import parse_options
-from Llama import weights
-from Llama.hf import read_json
 
 TASKS = Path(__file__).with_name("tasks")
 # The metric of tasks that have several. gsm8k: the last number is the answer; its other metric needs the "####" of its
@@ -56,6 +54,8 @@ def plan(tasks: tuple[str, ...]) -> dict[int, list[str]]:
 
 def hf_folder(model: Path) -> Path:
     """Return a folder of Hugging Face weights: the model itself, or the export of its newest checkpoint."""
+    from Llama import weights  # here: torchtitan takes seconds to import, and --help does not need it
+
     found, is_hf = weights.find_weights(model)
     if is_hf:
         return model
@@ -70,7 +70,7 @@ def hf_folder(model: Path) -> Path:
 def has_template(folder: Path) -> bool:
     """Return whether a tokenizer has a chat template."""
     config = folder / "tokenizer_config.json"
-    return (folder / "chat_template.jinja").is_file() or "chat_template" in read_json(config)
+    return (folder / "chat_template.jinja").is_file() or "chat_template" in read_object(config, {}, "restore it")
 
 
 def ask(model: Path, folder: Path, shots: int, tasks: list[str], options: Options) -> dict[str, float]:
@@ -78,10 +78,11 @@ def ask(model: Path, folder: Path, shots: int, tasks: list[str], options: Option
 
     Raises UserError for a missing task, data set or model file.
     """
+    import torch
     from lm_eval.__main__ import cli_evaluate
 
     chat, results = has_template(folder), model / "eval" / f"{shots}-shot.json"
-    context = read_json(folder / "config.json").get("max_position_embeddings")
+    context = read_object(folder / "config.json", {}, "restore it").get("max_position_embeddings")
     if not isinstance(context, int) or context < 2:
         raise UserError(f"{folder / 'config.json'} must have max_position_embeddings, a number; has {context!r:.40}")
     # An absolute path is never looked up on the Hub. Training starts every text with the begin-of-text token.

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from common import BadValue, progress
 from common.corpus import (
@@ -30,11 +29,11 @@ from common.corpus import (
     pieces,
     split_files,
 )
-from common.launch import main_guard
+from common.guard import main_guard
+from common.json_files import read_object
 from common.options import parse_options
 from common.whole import locked, written_aside
 from Llama import arithmetic
-from Llama.hf import read_json
 
 BEGIN, END = "<s>", "</s>"  # Llama-2's names
 META = "meta.json"
@@ -96,7 +95,7 @@ def is_up_to_date(folder: Path, request: dict) -> bool:
         return False
     if not (folder / META).is_file():
         raise BadValue(f"{folder} must be new, or made by Llama.prepare; it has no {META}: choose another --out")
-    meta = read_json(folder / META)
+    meta = read_object(folder / META, {}, "restore it")
     for key in ("source", "vocab_size", "val_fraction", "document_length"):
         if meta.get(key) != request[key]:
             raise BadValue(
@@ -135,6 +134,8 @@ def write_texts(path: Path, spans: list[FileSpan], length: int) -> int:
 
 def write_tokenizer(folder: Path, documents: Iterator[str], vocab_size: int) -> int:
     """Train a byte-level BPE and write it in Hugging Face's format; returns its size."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # here: --help does not need them
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -31,10 +31,10 @@ from torchtitan.tools.logging import init_logger
 import Llama.spec  # noqa: F401  (registers the TrainSpec)
 from common import UserError, gpu, launch
 from common.config import refuse_changes, to_dict
-from common.rendezvous import refuse_taken_port
+from common.rendezvous import read_environment, refuse_taken_port
 from common.runlog import END, move_aside
 from Llama.checkpoints import Checkpointer
-from Llama.checks import environment, fit_precision
+from Llama.checks import fit_precision
 from Llama.config import JobConfig, parse_config
 from Llama.cpu import on_cpu
 from Llama.metrics import name_of, record_of
@@ -126,7 +126,7 @@ def set_gradient_sync(model: nn.Module, is_last: bool, sync: str) -> None:
 
 def main() -> None:
     """Read the configuration and train."""
-    rank, _ = environment()
+    rank, *_ = read_environment()
     gpu.count()  # raises UserError for GPUs that torch cannot use
     gpu.set_allocator()
     os.environ.setdefault("MASTER_ADDR", "localhost")

@@ -7,29 +7,14 @@ An export holds config.json, model*.safetensors, the tokenizer and, of a fine-tu
 start from Hugging Face weights, a run or one of its checkpoints: --checkpoint.initial_load_path.
 """
 
-import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-import torch.distributed.checkpoint as dcp
 import tyro
-from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from common import UserError
-from common.launch import main_guard
-from common.manifest import Damaged
+from common.guard import main_guard
 from common.options import parse_options
-from common.tensor_reader import TensorReader
-from common.whole import written_aside
-from Llama.checkpoints import FOLDER, newest_checkpoint, verify
-from Llama.hf import DTYPES, Adapter, check_config, hf_config, read_json, stored_tensors
-from Llama.model import FLAVORS, Shape, weights_on_meta
-from Llama.templates import FINE_TUNING, TEMPLATES, Template
-from Llama.tokenizer import Tokenizer, export_tokenizer
 
 
 @dataclass(frozen=True)
@@ -42,6 +27,34 @@ class Options:
     """Step of the checkpoint; None: the newest."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Dtype of the exported weights."""
+
+
+def options() -> Options:
+    """Read the command line."""
+    return parse_options(Options, "python -m Llama.weights", __doc__)
+
+
+if __name__ == "__main__":  # --help and errors before the imports below, which take seconds
+    main_guard(options)
+
+import os
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from common import UserError
+from common.manifest import Damaged
+from common.tensor_reader import TensorReader
+from common.whole import written_aside
+from Llama.checkpoints import FOLDER, newest_checkpoint, verify
+from Llama.hf import DTYPES, Adapter, check_config, hf_config, read_json, stored_tensors
+from Llama.model import FLAVORS, Shape, weights_on_meta
+from Llama.templates import FINE_TUNING, TEMPLATES, Template
+from Llama.tokenizer import Tokenizer, export_tokenizer
 
 
 def find_weights(path: Path) -> tuple[Path, bool]:
@@ -176,7 +189,7 @@ def write_hf(
 
 
 def main() -> None:
-    export(parse_options(Options, "python -m Llama.weights", __doc__))
+    export(options())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import Llama.cpu
 from common import UserError
 from common.config import ConfigError
 from common.optimizer_config import OptimizerConfig
-from Llama.checks import environment
 from Llama.config import JobConfig, parse_config
 from Llama.sections import NOT_READ, flat
 from optimizers import build_optimizer
@@ -156,25 +155,6 @@ def test_profile_shorter_than_its_parts_refuses(monkeypatch):
         ConfigError, match=r"profile_freq must be profiler_warmup \+ profiler_active, 4 steps, or more; got 3"
     ):
         parse_config([STDLIB, "--profiling.enable_profiling", "--profiling.profile_freq", "3"])
-
-
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({"WORLD_SIZE": "2"}, "RANK is 'missing' and WORLD_SIZE is set: start with torchrun"),
-        ({"RANK": "0"}, "LOCAL_RANK is 'missing'"),
-        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "x", "MASTER_PORT": "1"}, "WORLD_SIZE is 'x'"),
-        ({"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "RANK must be below WORLD_SIZE 2"),
-    ],
-)
-def test_half_of_torchruns_variables_refuse_at_once(variables, message, monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    assert environment() == (0, 1)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=message):
-        environment()
 
 
 def test_large_model_without_gpus_refuses_with_its_memory_and_the_small_command(monkeypatch):

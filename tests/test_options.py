@@ -25,6 +25,10 @@ PROGRAMS = (
     "SIT.prepare",
     "nanoGPT.train",
     "SIT.train",
+    "Llama.arithmetic",
+    "Llama.evaluate",
+    "Llama.prepare",
+    "Llama.weights",
     "scripts.figures",
     "scripts.sweep",
     "scripts.ablation",
@@ -83,7 +87,8 @@ for program in sys.argv[1:]:
         runpy.run_module(program, run_name="__main__")
     except SystemExit as end:
         assert not end.code
-heavy = {"torch", "matplotlib", "datasets", "transformers", "sklearn", "PIL", "tiktoken"} & set(sys.modules)
+heavy = {"torch", "torchtitan", "matplotlib", "datasets", "transformers", "tokenizers", "sklearn", "PIL", "tiktoken"}
+heavy &= set(sys.modules)
 assert not heavy, heavy
 """
     ran = subprocess.run([sys.executable, "-c", code, *PROGRAMS], cwd=ROOT, capture_output=True, text=True)
@@ -106,7 +111,7 @@ def test_a_config_matches_its_command_line_with_hyphens_or_underscores():
     assert first == second and (first.log_every, first.data.batch_size) == (3, 7)
 
 
-@pytest.mark.parametrize("package", ["nanoGPT", "SIT"])
+@pytest.mark.parametrize("package", ["nanoGPT", "SIT", "Llama"])
 def test_ctrl_c_while_a_program_imports_is_one_line(package):
     code = f"import {package}, time; print(flush=True); time.sleep(60)"
     process = subprocess.Popen(
