@@ -90,6 +90,7 @@ register(
         prepare=prepare,
         direct=direct,
         refine=refine,
+        refined=("second_moment",),
         rms="scale",
         **POLAR,
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Literal
 
 import torch.distributed as dist
 from torch import nn
@@ -13,6 +14,7 @@ from .engine import RuleOptimizer, refuse_unknown
 from .guests import GUESTS, Guest, package
 from .roles import DECAYED, Use, match, outline, refuse_unmatched, uses_of
 from .rule import rule_named
+from .to_owners import send_to_owners
 
 # Each optimizer's configuration in the OLion paper (arXiv 2602.01105), where it differs from the default.
 # The paper's Lion mixes with the new average, betas (0.95, 0.98): 0.95 x 0.98 = 0.931 before the old one.
@@ -41,6 +43,7 @@ def build_optimizer(
     as_matrices: str | Mapping[str, str] | None = None,
     roles: Mapping[str, str] | None = None,
     process_group: dist.ProcessGroup | None = None,
+    gradients: Literal["all_reduced", "to_owners"] = "all_reduced",
     **options,
 ) -> RuleOptimizer | Guest:
     """Build one optimizer for a whole model: rule `name` on its matrices, AdamW on the rest.
@@ -65,6 +68,8 @@ def build_optimizer(
             two dimensions; see `blocks_of`. Without effect on elementwise rules.
         roles: {name pattern: role}, overruling the model's own; see `roles_of`.
         process_group: the ranks that hold the same plain tensors and gradients, and share the work.
+        gradients: under DistributedDataParallel, the ranks that get the gradient of a matrix: all_reduced, all of them,
+            or to_owners, its owner alone, which halves the bytes and keeps momentum there; see `to_owners.py`.
         options: of the rule, over the paper's configuration (`PAPER`), over its defaults.
 
     Raises ValueError for unknown names, options and roles, and for a model without trainable parameters.
@@ -76,6 +81,11 @@ def build_optimizer(
     options = {"weight_decay": weight_decay, **PAPER.get(name, {}), **options}
     if rule:
         refuse_unknown(options, rule.defaults, name)
+    if gradients not in ("all_reduced", "to_owners"):
+        raise BadValue(f"gradients must be 'all_reduced' or 'to_owners'; got {gradients!r}")
+    if gradients == "to_owners" and not rule:
+        raise BadValue(f"gradients='to_owners' needs a rule of this package, got {name}; leave 'all_reduced'")
+    outer = getattr(model, "_orig_mod", model)
     model, process_group = _unwrapped(model, process_group)
     uses, params = uses_of(model, roles), dict(model.named_parameters())
     if not uses:
@@ -95,7 +105,10 @@ def build_optimizer(
     groups = _groups_of_views(views, params) + others
     classes = {getattr(each, "rule", None): each for each in RuleOptimizer.__subclasses__()}
     constructor = classes.get(name, partial(RuleOptimizer, rule=name))
-    return constructor(groups, lr=lr, process_group=process_group, **options)
+    optimizer = constructor(groups, lr=lr, process_group=process_group, **options)
+    if gradients == "to_owners":
+        send_to_owners(optimizer, outer)
+    return optimizer
 
 
 def check_name(name: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim.optimizer import ParamsT
 
+from . import owned
 from .checks import BadValue, closest, name_of
 from .exchange import finish_all
 from .layout import local_of
@@ -17,8 +18,7 @@ from .line_search import Search, Trial, backtrack, gradients_aside
 from .matrices import blocks_in
 from .options import checked, outline
 from .plan import Plan, make_plan
-from .routes import Local
-from .rule import RULES, UpdateRule, rule_named, rule_now
+from .rule import RULES, UpdateRule, rule_named, rule_now, rule_of
 from .state import fill, fingerprint, new_state, refitted, refuse_resized, refuse_unfit, saved_buffers
 from .update import Update
 
@@ -51,6 +51,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     """
 
     _stepped = False  # the first step checks that signs are signs
+    _to_owners = False  # whether the gradients of matrices reach their owners only
     line_search: Search | None = None  # of the last step
 
     rule: str | None = None  # a subclass's own
@@ -69,8 +70,32 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _begin(self, process_group: ProcessGroup | None, ask: bool = True) -> None:
         self._process_group = process_group
         self._seen = self._fingerprints()
-        self._plan = make_plan(self.param_groups, process_group, ask)
+        self._plan = self._planned(ask)
         self._agreed = True
+
+    def _planned(self, ask: bool = True) -> Plan:
+        return make_plan(self.param_groups, self._process_group, ask, self._to_owners)
+
+    def keep_at_owners(self) -> None:
+        """Expect the gradients of plain matrices on their owners only, and keep the momenta there; see `to_owners.py`.
+
+        A collective of the process group. Raises ValueError for a line search and for DTensors.
+        """
+        self._to_owners = True
+        self._plan = self._planned()
+        self._place_state()
+
+    def _wholes(self, param: Tensor, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: owned.whole(param, buffer, self._process_group) for name, buffer in buffers.items()}
+
+    def _place_state(self) -> None:
+        """Keep each buffer that only `prepare` reads on the rank that prepares, where the plan says so."""
+        params = [(group, param) for group in self.param_groups for param in group["params"]]
+        for (group, param), entry in zip(params, self._plan.entries, strict=True):
+            if entry.owner_only and entry.owner is not None:
+                refined, buffers = rule_of(group).refined, self.state[param]
+                for name in [each for each in buffers if each not in refined]:
+                    buffers[name] = owned.at_owner(param, buffers[name], entry.owner, self._process_group)
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group, complete its options from its rule's defaults, check it, and make its state.
@@ -97,7 +122,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         try:
             _check(group, rule)
             if built:
-                self._plan = make_plan(self.param_groups, self._process_group)
+                self._plan = self._planned()
         except ValueError:
             self.param_groups.pop()
             raise
@@ -107,6 +132,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         for param in group["params"]:
             self.state[param] = new_state(param, group, rule)
         if built:
+            self._place_state()  # other owners, perhaps
             self._seen.append([(param, fingerprint(param)) for param in group["params"]])
 
     def __setstate__(self, state: dict) -> None:
@@ -116,6 +142,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         """
         super().__setstate__(state)
         if not hasattr(self, "_plan"):
+            if any(owned.is_held(param, each) for param, buffers in self.state.items() for each in buffers.values()):
+                raise BadValue(
+                    "an optimizer to copy must have its whole state, got one whose gradients go to owners; copy its "
+                    "state by torch.distributed.checkpoint"
+                )
             self._begin(None, ask=False)
 
     # --- changed parameters
@@ -145,11 +176,14 @@ class RuleOptimizer(torch.optim.Optimizer):
                     refuse_resized(group, i, buffers, rule)
                 else:
                     buffers = self.state.get(former[g, i], {}) if (g, i) in former else {}
+                if self._to_owners:
+                    buffers = self._wholes(param, buffers)
                 fits = buffers and all(buffers[name].shape == param.shape for name in rule.state)
                 state[param] = refitted(buffers, param, group, rule) if fits else new_state(param, group, rule)
         entries = self._plan.entries
         self.state, self._seen = state, seen
-        self._plan = make_plan(self.param_groups, self._process_group, ask=False)
+        self._plan = self._planned(ask=False)
+        self._place_state()
         self._agreed = self._agreed and self._plan.entries == entries
 
     def _fingerprints(self) -> list[list[tuple[Tensor, tuple]]]:
@@ -182,7 +216,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._follow()
         if not self._agreed:  # messages have changed: all ranks must agree
-            self._plan, self._agreed = make_plan(self.param_groups, self._process_group), True
+            self._plan, self._agreed = self._planned(), True
         if self.searches and closure and loss is not None:
             trials, layouts = self._run(Trial)
             if trials:
@@ -199,9 +233,9 @@ class RuleOptimizer(torch.optim.Optimizer):
             if bool(group.get("line_search")) != (kind is Trial):
                 continue
             rule = rule_now(group)
-            for route in routes:
-                update = kind(group, route.indices, self.state, not self._stepped)
-                waiting += (route if rule is route.rule else Local(rule, route.indices, route.entries)).run(update)
+            for route in (each.of(rule) for each in routes):
+                update = kind(group, route.indices, self.state, not self._stepped, route.rule)
+                waiting += route.run(update)
                 updates.append(update)
                 layouts.append(route.entries[0].layout)
             if "steps" in group:
@@ -231,11 +265,16 @@ class RuleOptimizer(torch.optim.Optimizer):
         ]
         for group in loaded:
             _check(group, rule_named(group["rule"]))
-        refuse_unfit(self.param_groups, self.state, buffers_of)
+        owned.refuse_missing(buffers_of, self._process_group)
+        buffers_of = {param: self._wholes(param, buffers) for param, buffers in buffers_of.items()}
+        required = {param: owned.outline(param, self.state[param]) for param in buffers_of}
+        refuse_unfit(self.param_groups, required, buffers_of)
         self.__setstate__({"state": self.state, "param_groups": loaded})
-        self._plan = make_plan(self.param_groups, self._process_group, ask=False)  # for the loaded options
+        self._plan = self._planned(ask=False)  # for the loaded options
+        self._place_state()
         for param, buffers in buffers_of.items():
-            fill(self.state[param], buffers)
+            mine = owned.here(param, self.state[param])
+            fill(mine, {name: buffer for name, buffer in buffers.items() if name in mine})
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

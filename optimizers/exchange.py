@@ -22,7 +22,7 @@ above 4 W m. No matrix of a transformer has such a shape; Llama-2-7B on 8 ranks 
 """
 
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from math import prod
@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import wire
-from .codec import padded_entries
+from .codec import codec_of, padded_entries
 from .layout import Layout
 from .matrices import Blocks
 from .pieces import Cut, Pieces, Shape
@@ -121,11 +121,21 @@ class OwnerExchange(Route):
         super().__init__(rule, indices, entries)
         self.to_owner_dtype, self.codec = entries[0].to_owner_dtype, entries[0].codec
         self.layout = layout = entries[0].layout
+        self._owner_only, self._between = entries[0].owner_only, None
         self.buckets = fill_buckets(entries, layout)
         self._replica, self._shard = layout.coordinate_of(dist.get_rank())
         self._shard_group, self._replica_group = (
             groups[0] if groups else None for groups in (layout.shard_groups, layout.replica_groups)
         )
+
+    def of(self, rule: UpdateRule) -> Route:
+        if rule is self.rule or not self._owner_only:
+            return super().of(rule)
+        if self._between is None:  # an elementwise rule's signs, which only the owner can compute
+            sent = replace(rule, direct=lambda stack, group: stack, signs=True)
+            entries = [replace(entry, codec=codec_of(signs=True, dtype=None), floats=0) for entry in self.entries]
+            self._between = OwnerExchange(sent, self.indices, entries)
+        return self._between
 
     def run(self, update: Update) -> list[PendingDirections]:
         waiting: list[PendingDirections] = []
@@ -174,19 +184,24 @@ class OwnerExchange(Route):
             waiting.append(received)
 
     def _prepare(self, bucket: Bucket, update: Update) -> tuple[Tensor, torch.dtype]:
-        """Prepare all members; return the shards for my row's owners, (n, entries), and the dtype of directions."""
+        """Prepare members; return the shards for my row's owners, (n, entries), and the dtype of directions.
+
+        All members, as their state is on every rank, unless only the owner has it.
+        """
         first = sum(bucket.rows[: self._replica])
         last = first + bucket.rows[self._replica]
         rows, dtype = torch.empty(0), torch.float32
         for chunk in bucket.chunks:  # there is one
-            shards = update.prepare(bucket.members[chunk])
-            if chunk.start == 0:
-                dtype = shards[0].dtype
-                sent_in = self.to_owner_dtype if self._shard_group else dtype
-                rows = shards[0].new_empty(last - first, padded_entries(bucket.entries, sent_in), dtype=sent_in)
             mine = range(max(first, chunk.start), min(last, chunk.stop))
+            prepared = mine if self._owner_only else range(chunk.start, chunk.stop)
+            shards = update.prepare([bucket.members[i] for i in prepared]) if prepared else []
+            if chunk.start == 0:
+                dtype = update.dtype_of(bucket.members[0]) if self._owner_only else shards[0].dtype
+                sent_in = self.to_owner_dtype if self._shard_group else dtype
+                width, device = padded_entries(bucket.entries, sent_in), update.weights[bucket.members[0]].device
+                rows = torch.empty(last - first, width, dtype=sent_in, device=device)
             if mine:
-                kept = [shards[i - chunk.start] for i in mine]
+                kept = [shards[i - prepared.start] for i in mine]
                 places = [rows[i - first, : bucket.entries].view(bucket.pieces.shape) for i in mine]
                 torch._foreach_copy_([bucket.pieces.unpadded(self._shard, place) for place in places], kept)
         return rows, dtype

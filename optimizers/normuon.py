@@ -84,6 +84,7 @@ register(
         prepare=prepare,
         direct=direct,
         refine=refine,
+        refined=("row_second_moment",),
         rms="scale",
         **POLAR,
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from .checks import BadValue, name_of
 from .codec import codec_of
@@ -71,14 +72,18 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(groups: list[dict], process_group: dist.ProcessGroup | None, ask: bool = True) -> Plan:
-    """Plan a step over param groups.
+def make_plan(
+    groups: list[dict], process_group: dist.ProcessGroup | None, ask: bool = True, to_owners: bool = False
+) -> Plan:
+    """Plan a step over param groups. to_owners: whether gradients of plain matrices reach their owners only.
 
     Every rank of the layouts' groups must call it, unless it does not `ask` whether they agree. Raises ValueError,
     naming the parameter, for a layout that is not supported, and on every rank where the ranks disagree.
     """
     plain = plain_layout(process_group)
-    by_group = [[_entry(group, position, plain) for position in range(len(group["params"]))] for group in groups]
+    by_group = [
+        [_entry(group, position, plain, to_owners) for position in range(len(group["params"]))] for group in groups
+    ]
     entries = list(chain(*by_group))
     if ask and entries:
         first = next(param for group in groups for param in group["params"])
@@ -87,7 +92,7 @@ def make_plan(groups: list[dict], process_group: dist.ProcessGroup | None, ask: 
     return Plan(entries, [_routes(group, mine) for group, mine in zip(groups, by_group, strict=True)])
 
 
-def _entry(group: dict, position: int, plain: Layout | None) -> Entry:
+def _entry(group: dict, position: int, plain: Layout | None, to_owners: bool) -> Entry:
     param, name, rule = group["params"][position], name_of(group, position), rule_of(group)
     entry = Entry(name, tuple(param.shape), rule.name)
     if rule.direct:
@@ -103,6 +108,13 @@ def _entry(group: dict, position: int, plain: Layout | None) -> Entry:
         entry.to_owner_dtype = rule.rounds_to(group, param) or entry.grad_dtype
         entry.codec = codec_of(rule.signs, group.get("wire_dtype"))
         entry.floats, entry.row_dims = entry.blocks.count if rule.sends_floats else 0, row_dims(entry.whole, group)
+        entry.owner_only = to_owners and entry.layout is not None
+        if entry.owner_only and (isinstance(param, DTensor) or group.get("line_search")):
+            got = "a line search, which needs it on all" if group.get("line_search") else "a DTensor"
+            raise BadValue(
+                f"{name}: a gradient that its owner alone gets must be of a plain tensor and without a line search; "
+                f"got {got}; leave gradients='all_reduced'"
+            )
     return entry
 
 

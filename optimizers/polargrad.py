@@ -156,7 +156,7 @@ def _register(constructor: type[RuleOptimizer]) -> None:
     """Register a constructor's rule with its variants: two orders, signed or not."""
     shared: dict[str, Any] = {**declared_by(constructor), **POLAR, "state": ("momentum",), "check": check}
     named = UpdateRule(str(constructor.rule), prepare=average, direct=polar, sized=True, **shared)
-    last = replace(named, prepare=copies, refine=average_factors)
+    last = replace(named, prepare=copies, refine=average_factors, refined=("momentum",))
     variants = {
         ("momentum_first", False): named,
         ("polar_first", False): last,

@@ -23,8 +23,10 @@ from torch.distributed.tensor import DTensor
 
 from . import measures
 from .checks import BadValue, closest
+from .elsewhere import Elsewhere
 from .engine import RuleOptimizer
 from .measures import POINTS
+from .owned import here
 from .rule import UpdateRule
 from .watched import Matrix, choose
 
@@ -144,11 +146,14 @@ def _measured(matrix: Matrix, buffers: Mapping[str, Any], turn: int, quantities:
     param, sizes = matrix.param, _sizes(quantities)
     precision = torch.promote_types(param.dtype, torch.float32)
     weight = _whole(param).to(precision)
-    grad = torch.full_like(weight, torch.nan) if param.grad is None else _whole(param.grad).to(precision)
-    state = {name: _whole(buffer) for name, buffer in buffers.items() if isinstance(buffer, Tensor)}
     ranks = matrix.layout.ranks if matrix.layout else ()
+    measuring = matrix.owner if matrix.owner is not None else ranks[turn % len(ranks)] if ranks else None
+    grad = torch.full_like(weight, torch.nan)
+    if param.grad is not None and not isinstance(param.grad, Elsewhere):
+        grad = _whole(param.grad).to(precision)
+    state = {name: _whole(each) for name, each in here(param, buffers).items() if isinstance(each, Tensor)}
     row = torch.zeros(sum(sizes.values()), dtype=torch.float64, device=weight.device)
-    if not ranks or ranks[turn % len(ranks)] == dist.get_rank():
+    if measuring is None or measuring == dist.get_rank():
         found = _compute(matrix, weight, grad, state, quantities)
         unknown = row.new_full((POINTS,), torch.nan)
         row = torch.cat([found.get(name, unknown[:size]).reshape(size).to(row.dtype) for name, size in sizes.items()])

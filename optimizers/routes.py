@@ -36,7 +36,8 @@ class Entry:
     layout: None if this process needs no other. whole: the shape of the tensor that the ranks of the layout hold
     together. blocks: its matrices. owner: a global rank. flops: of its direction. to_owner_dtype: of its shards sent to
     the owner. codec: of the direction sent back. floats: the numbers sent with the direction, one per matrix, if the
-    rule needs them. row_dims: the leading dimensions that count rows of matrices.
+    rule needs them. row_dims: the leading dimensions that count rows of matrices. owner_only: whether the owner alone
+    gets the gradient.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Entry:
     codec: Any = None
     floats: int = 0
     row_dims: int = 0
+    owner_only: bool = False
 
     @property
     def route(self) -> str:
@@ -62,6 +64,7 @@ class Entry:
     def outline(self) -> str:
         """The properties that determine the messages between ranks about it."""
         sent = f"{self.to_owner_dtype} to owners, directions in {self.codec}"
+        sent += ", gradients to owners" if self.owner_only else ""
         return f"{self.name} {self.shape} as {self.blocks}, {self.rule}, {self.route}, {sent}"
 
     @property
@@ -82,6 +85,10 @@ class Route:
     def __init__(self, rule: UpdateRule, indices: list[int], entries: list[Entry]):
         self.rule, self.indices, self.entries = rule, indices, entries
         self.blocks = [entry.blocks for entry in entries]
+
+    def of(self, rule: UpdateRule) -> "Route":
+        """Return the route of a step by this rule: an elementwise one of the same group needs no other rank."""
+        return self if rule is self.rule else Local(rule, self.indices, self.entries)
 
     def run(self, update: Update) -> list[Any]:
         """Step the parameters; return what `exchange.finish_all` has to do once all routes have run."""

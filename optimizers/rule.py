@@ -48,6 +48,7 @@ class UpdateRule:
             is sent with the direction.
         signs: whether `direct` returns only -1, 0, 1 and NaN, which are then sent at one bit per entry.
         refine: (directions, state, group) -> directions. Elementwise, on this rank's shards; may write to directions.
+        refined: names of the buffers that `refine` keeps, and `prepare` does not.
         rms: the size of an update: the root mean square entry to which each whole matrix of refined directions is
             scaled, or the name of the option that holds it.
         factor: or as a number, (group, m, n) -> factor of the direction of an (m, n) matrix, before `refine`; m and n
@@ -73,6 +74,7 @@ class UpdateRule:
     sized: bool = False
     signs: bool = False
     refine: Callable[[Tensors, dict[str, Tensors], dict], Tensors] | None = None
+    refined: tuple[str, ...] = ()
     rms: str | float | None = None
     factor: Callable[[dict, int, int], float] | None = None
     flops: Callable[[int, int, dict, Tensor], float] = lambda m, n, group, param: 2 * m * n * min(m, n)

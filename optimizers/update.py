@@ -12,7 +12,7 @@ from .checks import BadValue
 from .elementwise import each
 from .layout import local_of
 from .matrices import row_dims, to_rms
-from .rule import Tensors, rule_now
+from .rule import Tensors, UpdateRule, rule_now
 
 
 class Update:
@@ -33,8 +33,9 @@ class Update:
         indices: list[int],
         state: dict[Tensor, dict[str, Tensor]],
         check_signs: bool = False,
+        rule: UpdateRule | None = None,
     ):
-        self.rule, self.group, self._state = rule_now(group), group, state
+        self.rule, self.group, self._state = rule or rule_now(group), group, state
         self._check_signs = check_signs and self.rule.signs
         self.params = [group["params"][i] for i in indices]
         self.weights = [local_of(param) for param in self.params]
@@ -47,6 +48,12 @@ class Update:
         assert self.rule.prepare
         grads = [gradient_of(self.params[i], self.group) for i in members]
         return self.rule.prepare(grads, self._buffers(members), self.group)
+
+    def dtype_of(self, member: int) -> torch.dtype:
+        """Return the dtype of a parameter's prepared tensor, also where the gradient is on another rank."""
+        param = self.params[member]
+        dtype = grad_dtype(param, self.group)
+        return dtype if param.grad is None else torch.promote_types(param.grad.dtype, dtype)
 
     def direct(self, stack: Tensor) -> Tensor:
         """Return the directions of whole matrices, (b, m, n) -> (b, m, n)."""

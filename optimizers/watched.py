@@ -25,6 +25,7 @@ class Matrix:
     group: dict
     blocks: Blocks
     layout: Layout | None
+    owner: int | None = None  # of its gradient and momentum, where no other rank has them
 
     @property
     def rule(self) -> UpdateRule | None:
@@ -70,7 +71,14 @@ def _candidates(
     if isinstance(optimizer, RuleOptimizer):
         planned = zip(params, optimizer.plan.entries, strict=True)
         directed = [
-            Matrix(entry.name, param, group, blocks_in(group, param.shape), entry.layout)  # of all of a batch
+            Matrix(
+                entry.name,
+                param,
+                group,
+                blocks_in(group, param.shape),  # of all of a batch
+                entry.layout,
+                entry.owner if entry.owner_only else None,
+            )
             for (group, param), entry in planned
             if entry.blocks
         ]

@@ -5,20 +5,23 @@
     print(traffic.received)      # {"to owners": ..., "directions": ...}, bytes that this rank received
 
 Nothing is counted outside such a block. Bytes that a rank sends to itself are not counted; an all-reduce of b bytes
-over W ranks counts 2 (W - 1) / W b each way, the bytes of a ring.
+over W ranks counts 2 (W - 1) / W b each way, the bytes of a ring; a reduce to one rank counts those of a chain that
+ends there, b out of each other rank.
 """
 
 import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Shards to the owners of matrices, directions back, planes of zeros and NaN in them, norms, sums of squares per row.
-KINDS = ("to owners", "directions", "zeros", "norms", "rows")
+# Shards to the owners of matrices, directions back, planes of zeros and NaN in them, norms, sums of squares per row;
+# gradients, where this package reduces them (to_owners.py).
+KINDS = ("to owners", "directions", "zeros", "norms", "rows", "gradients")
 
 
 @dataclass
@@ -52,6 +55,10 @@ class Traffic:
     def add_all_reduce(self, kind: str, size: int, ranks: int) -> None:
         """Count an all-reduce of `size` bytes."""
         self.add(kind, ring_bytes(size, ranks), ring_bytes(size, ranks))
+
+    def add_reduce(self, kind: str, size: int, me: int, to: int, ranks: int) -> None:
+        """Count a reduce of `size` bytes to group rank `to`: a chain of all ranks, from the one after it to it."""
+        self.add(kind, size * (me != to), size * (me != (to + 1) % ranks))
 
 
 _counting: list[Traffic] = []  # the open blocks of count_bytes, of the whole process
@@ -115,6 +122,21 @@ def all_reduce(values: Tensor, groups: Iterable[dist.ProcessGroup], kind: str) -
             traffic.add_all_reduce(kind, values.nbytes, dist.get_world_size(group))
         dist.all_reduce(values, group=group)
     return values
+
+
+def start_all_reduce(values: Tensor, group: dist.ProcessGroup, kind: str) -> dist.Work:
+    """Start to sum over a group, in place."""
+    for traffic in _counting:
+        traffic.add_all_reduce(kind, values.nbytes, dist.get_world_size(group))
+    return cast(dist.Work, dist.all_reduce(values, group=group, async_op=True))
+
+
+def reduce(values: Tensor, to: int, group: dist.ProcessGroup, kind: str) -> dist.Work:
+    """Start to sum over a group on the global rank `to`, in place; other ranks' values become meaningless."""
+    for traffic in _counting:
+        ranks = dist.get_process_group_ranks(group)
+        traffic.add_reduce(kind, values.nbytes, dist.get_rank(group), ranks.index(to), len(ranks))
+    return cast(dist.Work, dist.reduce(values, to, group=group, async_op=True))
 
 
 def ring_bytes(size: int, ranks: int) -> int:

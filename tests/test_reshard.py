@@ -1,4 +1,4 @@
-"""One small model under DDP, FSDP2, HSDP and FSDP x TP: trained as in one process; checkpoints load across layouts.
+"""One small model in each layout: trained as in one process; checkpoints load across layouts.
 
 Everything is in float64, so that a difference is an error and not rounding: a sum in another order is 1e-16 off, and
 hardly flips a sign.
@@ -38,15 +38,20 @@ WIDTH, HIDDEN, VOCABULARY = 10, 18, 13  # nothing divides by 4
 LAYOUTS = {
     "1 process": (1, {"local"}),
     "2 ddp": (2, {"replicated"}),
+    "4 owners": (4, {"replicated"}),
     "2 fsdp": (2, {"sharded"}),
     "4 fsdp": (4, {"sharded"}),
     "2x2 hsdp": (4, {"hsdp"}),
     "2x2 fsdp x tp": (4, {"sharded"}),
 }
-# Every pair of four layouts; the other two from and to one of them.
+# Every pair of four layouts; the others from and to one or two of them.
 PAIRS = [
     *itertools.product(("1 process", "2 ddp", "4 fsdp", "2x2 hsdp"), repeat=2),
     *itertools.permutations(("4 fsdp", "2 fsdp"), 2),
+    *itertools.permutations(("4 owners", "1 process"), 2),
+    *itertools.permutations(("4 owners", "2x2 hsdp"), 2),
+    ("2 ddp", "4 owners"),
+    ("4 owners", "4 owners"),
     *itertools.permutations(("4 fsdp", "2x2 fsdp x tp"), 2),
 ]
 FORMS = {"plain": StateDictOptions(), "flattened": StateDictOptions(flatten_optimizer_state_dict=True)}
@@ -94,7 +99,7 @@ def mesh_of(layout: str) -> DeviceMesh:
 def build(layout: str, lr: float = 0.02, width: int = WIDTH) -> tuple[nn.Module, RuleOptimizer]:
     torch.manual_seed(0)
     model = Tiny(width).double()
-    if layout.endswith("ddp"):
+    if layout.endswith(("ddp", "owners")):
         model = DistributedDataParallel(model)
     elif layout.endswith("fsdp x tp"):
         parallelize_module(model, mesh_of(layout)["inner"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
@@ -103,7 +108,8 @@ def build(layout: str, lr: float = 0.02, width: int = WIDTH) -> tuple[nn.Module,
         for module in (model.up, model.down):
             fully_shard(module, mesh=mesh_of(layout))
         fully_shard(model, mesh=mesh_of(layout))
-    return model, build_optimizer(model, "olion", lr=lr, adamw_lr=lr / 2)
+    gradients = "to_owners" if layout.endswith("owners") else "all_reduced"
+    return model, build_optimizer(model, "olion", lr=lr, adamw_lr=lr / 2, gradients=gradients)
 
 
 def train(layout: str, model: nn.Module, optimizer: RuleOptimizer, steps: range) -> list[float]:
@@ -197,8 +203,8 @@ def losses_of_twins(layout: str) -> list[list[float]]:
     model, optimizer = build(layout)
     train(layout, model, optimizer, range(SAVED))
     forms = [*FORMS.values(), StateDictOptions(full_state_dict=True)]
-    if layout.endswith("tp"):
-        forms.pop()  # torch 2.13 cannot cut a whole tensor into uneven _StridedShards
+    if layout.endswith(("tp", "owners")):
+        forms.pop()  # torch 2.13 can neither cut a whole tensor into uneven _StridedShards nor gather from one rank
     pairs = [build(layout, lr=1.0) for _ in ("state_dict", *forms)]
     (_, through_torch), *through_dcp = pairs
     through_torch.load_state_dict(copy.deepcopy(optimizer.state_dict()))
