@@ -270,7 +270,7 @@ def text(content):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         *[(text(each), "manifest") for each in ("", "[]", "null", "5", '"x"', "{}", '{"manifest": 5, "sha256": 6}')],
         (text("[" * 100_000), "cannot be read"),
@@ -286,14 +286,14 @@ def text(content):
         (rewritten(lambda m: m.update(tensors={"model.0.weight": 5})), "tensors"),
     ],
 )
-def test_load_of_a_manifest_of_another_shape_warns_and_matches_the_checkpoint_before(tmp_path, capsys, spoil, said):
+def test_load_of_a_manifest_of_another_shape_warns_and_matches_the_checkpoint_before(tmp_path, capsys, spoil, message):
     newest, _, expected = two_checkpoints(tmp_path)
     spoil(newest)
     fresh, fresh_optimizer = build(seed=1)
     assert load(tmp_path, fresh, fresh_optimizer) == {"step": 1, "of": "one"}
     assert everything(fresh, fresh_optimizer) == expected
     warning = capsys.readouterr().err
-    assert warning.count("\n") == 1 and "step-00000002 is damaged" in warning and said in warning
+    assert warning.count("\n") == 1 and "step-00000002 is damaged" in warning and message in warning
     assert read_extra(tmp_path) == {"step": 1, "of": "one"}
 
 

@@ -203,15 +203,15 @@ def test_import_does_not_load_torch_or_tyro():
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("steps = " + "9" * 5000, "not a readable TOML file"),
         ("lrs = " + "[" * 10_000 + "]" * 10_000, "not a readable TOML file"),
         ('folder = "a\\u0000b"', "key 'folder' must be text without NUL"),
     ],
 )
-def test_file_that_python_cannot_hold_is_refused_in_one_line(write, content, said):
-    with pytest.raises(ConfigError, match=said) as caught:
+def test_file_that_python_cannot_hold_is_refused_in_one_line(write, content, message):
+    with pytest.raises(ConfigError, match=message) as caught:
         parse_config(Config, [write("a.toml", content)])
     assert "\n" not in str(caught.value)
 
@@ -224,7 +224,7 @@ def test_loop_of_links_is_refused_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("was", "now", "said"),
+    ("was", "now", "message"),
     [
         (
             {"betas": [0.9, 0.98]},
@@ -235,11 +235,11 @@ def test_loop_of_links_is_refused_in_one_line(tmp_path):
         ({}, {"scale": 0.1}, "optimizer.options.scale of the checkpoint, none; got 0.1"),
     ],
 )
-def test_a_changed_table_is_refused_by_the_entry_that_differs(was, now, said):
+def test_a_changed_table_is_refused_by_the_entry_that_differs(was, now, message):
     configs = [{"steps": 3, "optimizer": {"name": "olion", "options": options}} for options in (was, now)]
     refuse_changes(configs[0], configs[0], ["optimizer"])
     refuse_changes(*configs, ["steps", "optimizer.name"])
-    with pytest.raises(UserError, match=f"^--resume needs the {said}"):
+    with pytest.raises(UserError, match=f"^--resume needs the {message}"):
         refuse_changes(*configs, ["optimizer"])
 
 

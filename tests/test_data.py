@@ -214,7 +214,7 @@ def test_load_refuses_a_missing_and_an_empty_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("{", "must be JSON"),
         ("[]", "must hold an object"),
@@ -227,10 +227,10 @@ def test_load_refuses_a_missing_and_an_empty_file(tmp_path):
         ({"files": {"train.bin": {"tokens": 9}}}, "files.train.bin.text_bytes as a whole number, got none"),
     ],
 )
-def test_read_meta_refuses_a_damaged_file(tmp_path, content, said):
+def test_read_meta_refuses_a_damaged_file(tmp_path, content, message):
     good = {"tokenizer": "bytes", "vocab_size": 257, "dtype": "uint16", "files": {}}
     (tmp_path / "meta.json").write_text(json.dumps(good | content) if isinstance(content, dict) else content)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         data.read_meta(tmp_path)
     assert "\n" not in str(caught.value)
 

@@ -305,29 +305,28 @@ def test_runs_are_found_under_parents_and_globs_but_not_where_moved_aside(tmp_pa
 def test_runs_of_different_lengths_are_warned_of_and_tabulated_with_their_last_step(tmp_path, monkeypatch, capsys):
     runs = make_run(tmp_path, values=(3.0, 2.0, 1.0)), make_run(tmp_path, "muon", values=(3.0, 2.0))
     run_main(monkeypatch, *runs, "--out", tmp_path / "a.png")
-    told = capsys.readouterr()
-    rows = cells_of(told.out.split("\n\n")[0])
+    printed = capsys.readouterr()
+    rows = cells_of(printed.out.split("\n\n")[0])
     assert [row[2] for row in rows] == ["last step", "-" * 9, "20", "10"]
-    (warning,) = told.err.splitlines()
+    (warning,) = printed.err.splitlines()
     assert "muon-lr0.001-s1 at step 10, olion-lr0.001-s1 at step 20" in warning
     run_main(monkeypatch, runs[0], make_run(tmp_path, seed=2), "--out", tmp_path / "a.png")
-    told = capsys.readouterr()
-    assert "last step" not in told.out and told.err == ""
+    printed = capsys.readouterr()
+    assert "last step" not in printed.out and printed.err == ""
 
 
 @pytest.mark.parametrize("limits", [("nan", "1"), ("0", "inf"), ("2", "1"), ("1", "1")])
 def test_limits_that_no_axis_has_refuse_in_one_line(limits, tmp_path, monkeypatch, capsys):
-    refused(
-        monkeypatch, capsys, make_run(tmp_path), "--ylim", *limits, "--out", tmp_path / "a.png", said="finite numbers"
-    )
+    run = make_run(tmp_path)
+    refused(monkeypatch, capsys, run, "--ylim", *limits, "--out", tmp_path / "a.png", message="finite numbers")
 
 
-def refused(monkeypatch, capsys, *arguments, said):
+def refused(monkeypatch, capsys, *arguments, message):
     with pytest.raises(SystemExit) as exit_:
         run_main(monkeypatch, *arguments)
     error = capsys.readouterr().err.splitlines()[-1]
     assert exit_.value.code == 1
-    assert error.startswith("error: ") and str(said) in error, error
+    assert error.startswith("error: ") and str(message) in error, error
 
 
 DAMAGED_JSON = ["", "[]", "null", "5", '"a"', "{", "[" * 100_000, "1" * 5_000, "\xff"]
@@ -337,7 +336,7 @@ DAMAGED_JSON = ["", "[]", "null", "5", '"a"', "{", "[" * 100_000, "1" * 5_000, "
 def test_damaged_config_refuses_in_one_line_and_names_the_file(text, tmp_path, monkeypatch, capsys):
     run = make_run(tmp_path)
     (run / "config.json").write_bytes(text.encode("latin-1"))
-    refused(monkeypatch, capsys, run, "--out", tmp_path / "a.png", said=run / "config.json")
+    refused(monkeypatch, capsys, run, "--out", tmp_path / "a.png", message=run / "config.json")
 
 
 @pytest.mark.parametrize(
@@ -347,13 +346,13 @@ def test_damaged_line_of_metrics_refuses_in_one_line_and_names_the_file(text, tm
     run = make_run(tmp_path)
     whole = (run / "metrics.jsonl").read_bytes().splitlines()[0]
     (run / "metrics.jsonl").write_bytes(b"\n".join([whole, text.encode("latin-1"), whole]) + b"\n")
-    refused(monkeypatch, capsys, run, "--out", tmp_path / "a.png", said=run / "metrics.jsonl")
+    refused(monkeypatch, capsys, run, "--out", tmp_path / "a.png", message=run / "metrics.jsonl")
 
 
 def test_losses_that_are_no_numbers_refuse_and_nan_is_a_gap(tmp_path, monkeypatch, capsys):
     assert recorded.values_of([{"a": 1}, {"a": float("nan")}, {}], "a") == [1, None, None]
     run = make_run(tmp_path, values=(3.0, "low", 1.0))
-    refused(monkeypatch, capsys, run, "--out", tmp_path / "a.png", said="val/loss")
+    refused(monkeypatch, capsys, run, "--out", tmp_path / "a.png", message="val/loss")
 
 
 @pytest.mark.parametrize(
@@ -361,7 +360,7 @@ def test_losses_that_are_no_numbers_refuse_and_nan_is_a_gap(tmp_path, monkeypatc
 )
 def test_damaged_record_refuses_in_one_line_and_names_the_file(text, tmp_path, monkeypatch, capsys):
     (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
-    refused(monkeypatch, capsys, tmp_path / "a.json", said=tmp_path / "a.json")
+    refused(monkeypatch, capsys, tmp_path / "a.json", message=tmp_path / "a.json")
 
 
 @pytest.mark.parametrize("path", ["points", "config", "name"])
@@ -375,7 +374,7 @@ def test_record_with_a_damaged_run_refuses_in_one_line(path, tmp_path, monkeypat
         elif path == "config" and isinstance(damaged, dict):
             continue
         (tmp_path / "b.json").write_text(json.dumps({**record, "runs": [run]}))
-        refused(monkeypatch, capsys, tmp_path / "b.json", said=tmp_path / "b.json")
+        refused(monkeypatch, capsys, tmp_path / "b.json", message=tmp_path / "b.json")
 
 
 def test_titles_are_plain_words():
@@ -412,4 +411,6 @@ def test_steps_to_a_given_loss_match_the_first_validation_at_it(tmp_path, monkey
 
 def test_steps_to_an_optimizer_that_is_not_drawn_refuses_in_one_line(tmp_path, monkeypatch, capsys):
     make_run(tmp_path)
-    refused(monkeypatch, capsys, tmp_path, "--out", tmp_path / "a.png", "--steps-to", "muon", said="(olion); got muon")
+    refused(
+        monkeypatch, capsys, tmp_path, "--out", tmp_path / "a.png", "--steps-to", "muon", message="(olion); got muon"
+    )

@@ -73,8 +73,8 @@ def test_bfloat16_is_taken_where_the_gpu_has_it(name, major, card, capsys):
     for word in ("auto", "bfloat16", "auto"):
         assert parallel.precision(word, A_GPU) == (torch.bfloat16 if has else torch.float16)
     assert parallel.precision("float32", A_GPU) == torch.float32
-    said = capsys.readouterr().err
-    assert said == ("" if has else "warning: Tesla T4 has no bfloat16: computing in float16\n")
+    printed = capsys.readouterr().err
+    assert printed == ("" if has else "warning: Tesla T4 has no bfloat16: computing in float16\n")
     assert polar.default_dtype(SimpleNamespace(device=GPU, dtype=torch.float32)) == (
         torch.bfloat16 if has else torch.float32
     )

@@ -20,7 +20,7 @@ def test_an_object_of_the_shape_comes_back_equal(tmp_path, change):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "must be JSON"),
         (b'{"step": 3', "must be JSON"),
@@ -40,13 +40,13 @@ def test_an_object_of_the_shape_comes_back_equal(tmp_path, change):
         ({"title": 3}, "title as text, got 3"),
     ],
 )
-def test_anything_else_is_refused_in_one_line(tmp_path, content, said):
+def test_anything_else_is_refused_in_one_line(tmp_path, content, message):
     path = tmp_path / "x.json"
     path.write_bytes(json.dumps(GOOD | content).encode() if isinstance(content, dict) else content)
     with pytest.raises(UserError) as caught:
         read_object(path, SHAPE, "make it again")
-    message = str(caught.value)
-    assert said in message and str(path) in message and message.endswith("make it again") and "\n" not in message
+    printed = str(caught.value)
+    assert message in printed and str(path) in printed and printed.endswith("make it again") and "\n" not in printed
 
 
 def test_a_missing_file_is_refused_in_one_line(tmp_path):
@@ -61,7 +61,7 @@ def test_metrics_match_the_written_lines_without_a_half_written_last_one(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b'{"step": 1}\n{"ste\n{"step": 3}\n', "line 2 must be JSON"),
         (b'{"step": 1}\n[]\n{"step": 3}\n', "line 2 must hold an object"),
@@ -70,11 +70,11 @@ def test_metrics_match_the_written_lines_without_a_half_written_last_one(tmp_pat
         ('{"step": 1, "note": "\u00fc"}\n'.encode("utf-16"), "UTF-8"),
     ],
 )
-def test_damaged_metrics_are_refused_in_one_line(tmp_path, content, said):
+def test_damaged_metrics_are_refused_in_one_line(tmp_path, content, message):
     (tmp_path / METRICS_FILE).write_bytes(content)
-    if said is None:
+    if message is None:
         assert read_metrics(tmp_path)[0]["step"] == 1
         return
     with pytest.raises(UserError) as caught:
         read_metrics(tmp_path)
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)

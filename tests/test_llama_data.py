@@ -160,7 +160,7 @@ def test_rows_of_a_mixed_folder_match_its_tables_in_order(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ('{"content": "x"}', r"b\.jsonl, row 2 must have its text under the key 'text', has the keys content"),
         ('{"text": ', r"b\.jsonl, row 2 must be JSON, is not"),
@@ -169,10 +169,10 @@ def test_rows_of_a_mixed_folder_match_its_tables_in_order(tmp_path, capsys):
         (r'{"text": "\ud800"}', r"b\.jsonl, row 2: the text must be valid Unicode, has half a surrogate pair"),
     ],
 )
-def test_rows_that_are_not_text_refuse_with_file_and_row(tmp_path, row, said):
+def test_rows_that_are_not_text_refuse_with_file_and_row(tmp_path, row, message):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' * 3)
     (tmp_path / "b.jsonl").write_text('{"text": "x"}\n' + row + "\n")
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         open_source("text", str(tmp_path), "train")
     assert "\n" not in str(caught.value)
 

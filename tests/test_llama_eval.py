@@ -176,7 +176,7 @@ def test_arithmetic_problems_with_examples_match_a_conversation_about_other_prob
 
 def test_each_task_of_the_paper_matches_half_of_the_answers_being_right(tuned, tmp_path, monkeypatch, capsys):
     """lm-eval's own tasks and ours, on rows as the sources have them, and a model that answers as MathInstruct does."""
-    said = {
+    answers = {
         "eggs": "She sells 9 eggs for 2 dollars each, 9 * 2 = 18 dollars.\nThe answer is 18.",
         "hens": "There are 3 hens and the answer is 4.",
         "half": r"Since $x=3$, half of it follows. The answer is $\frac{1}{2}$.",
@@ -215,8 +215,8 @@ def test_each_task_of_the_paper_matches_half_of_the_answers_being_right(tuned, t
         return str(tmp_path / "download")
 
     def generate_until(self, requests, **_):
-        asked = [max(said, key=lambda word: request.args[0].rfind(f"{word}?")) for request in requests]
-        return [said[word] for word in asked]
+        asked = [max(answers, key=lambda word: request.args[0].rfind(f"{word}?")) for request in requests]
+        return [answers[word] for word in asked]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(datasets.DownloadManager, "download", download)

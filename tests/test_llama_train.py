@@ -244,8 +244,8 @@ def test_ranks_that_were_started_otherwise_refuse_before_the_first_step(folder):
     with Ranks(2) as ranks:
         for key, value in [("debug__seed", 3), ("validation__freq", 1), ("optimizer__lr", 0.5)]:
             settings = [quick(folder, ranks=2, **{"job__group": "unlike", **more}) for more in ({}, {key: value})]
-            for said in ranks(_refused_unlike, settings):
-                assert f"all ranks must have the same config.{key.replace('__', '.')}; got " in said
+            for message in ranks(_refused_unlike, settings):
+                assert f"all ranks must have the same config.{key.replace('__', '.')}; got " in message
     assert not (folder / "runs/unlike").exists()
 
 
@@ -320,8 +320,8 @@ def _stopped(settings: JobConfig) -> None:
 def test_weights_that_are_not_finite_are_not_saved_and_refuse_on_all_ranks(folder):
     settings = {"job__group": "poisoned", "optimizer__name": "adamw", "metrics__log_freq": 100, "training__steps": 4}
     with Ranks(2) as ranks:  # the steps between logged ones are not looked at otherwise
-        said = ranks(_poisoned, quick(folder, ranks=2, lr_scheduler__total_steps=4, **settings))
-    assert all("training needs finite weights and momentum, and after step 2 they are not" in line for line in said)
+        messages = ranks(_poisoned, quick(folder, ranks=2, lr_scheduler__total_steps=4, **settings))
+    assert all("training needs finite weights and momentum, and after step 2 they are not" in each for each in messages)
     run = run_of(folder, "poisoned", "adamw")
     assert {path.name for path in (run / "checkpoint").iterdir()} == {"step-1"}  # the last finite one
     verify_manifest(run / "checkpoint/step-1")
@@ -391,8 +391,8 @@ def test_damaged_newest_checkpoint_is_passed_over_and_named(folder, tmp_path, ca
     DAMAGES[damage](newest)
     capsys.readouterr()
     assert find_step(newest.parent) == 1
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"checkpoint {newest} is damaged and skipped" in said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and f"checkpoint {newest} is damaged and skipped" in printed
     with pytest.raises(UserError, match=r"a checkpoint must be undamaged; none in .* is"):
         find_step(newest.parent, 2)
     shutil.rmtree(newest.with_name("step-1"))
@@ -478,8 +478,8 @@ def test_diverged_run_and_missing_tokenizer_refuse_on_all_ranks_and_leave_the_ru
             ({"model__hf_assets_path": "nowhere"}, "model.hf_assets_path must hold tokenizer.json"),
             ({"job__group": "diverged", "optimizer__lr": 1e30}, "training needs finite losses and gradients, and step"),
         ]:
-            for said in ranks(_refused, quick(folder, ranks=2, **{"job__group": "alone"} | settings)):
-                assert error in said
+            for message in ranks(_refused, quick(folder, ranks=2, **{"job__group": "alone"} | settings)):
+                assert error in message
     assert (run / "metrics.jsonl").read_text() == before
     assert Diverged.exit_status == 3  # run.sh takes it for a diverged run
 

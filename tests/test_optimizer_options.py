@@ -262,20 +262,20 @@ def test_parameters_of_eight_bits_twice_or_instead_of_a_model_refuse(name):
         "once": lambda: RULES[name]([weight, weight]),
         "nn.Module": lambda: build_optimizer([weight], name, lr=0.1),
     }
-    for said, build in refused.items():
-        with pytest.raises(ValueError, match=said) as caught:
+    for message, build in refused.items():
+        with pytest.raises(ValueError, match=message) as caught:
             build()
         assert "\n" not in str(caught.value)
 
 
 def test_groups_without_params_non_tensors_and_other_optimizers_are_refused_in_one_line():
-    for call, said in [
+    for call, message in [
         (lambda: OLion([{"lr": 1e-3}]), "must be a dict with params"),
         (lambda: roles_of(None), r"torch\.nn\.Module"),
         (lambda: orthogonalize([[1.0]]), "must be a tensor"),
         (lambda: orthogonalize(torch.ones(2, 4), eps=math.nan), "eps must be finite"),
         (lambda: Probe(None), "must have an optimizer"),
     ]:
-        with pytest.raises(ValueError, match=said) as caught:
+        with pytest.raises(ValueError, match=message) as caught:
             call()
         assert "\n" not in str(caught.value)

@@ -59,7 +59,7 @@ def test_options_match_the_command_line_with_hyphens_or_underscores(words):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--cout", "2"], "Unrecognized options: --cout, 2; the nearest is --count; --help lists all"),
         (["--top_kk", "2"], "the nearest is --top-k"),
@@ -71,10 +71,10 @@ def test_options_match_the_command_line_with_hyphens_or_underscores(words):
         (["extra"], "Unrecognized options: extra"),
     ],
 )
-def test_a_mistake_on_the_command_line_refuses_in_one_line(words, said, capsys):
+def test_a_mistake_on_the_command_line_refuses_in_one_line(words, message, capsys):
     with pytest.raises(UserError) as refusal:
         parse_options(Options, "program", None, words)
-    assert said in str(refusal.value) and "\n" not in str(refusal.value) and "--- " not in str(refusal.value)
+    assert message in str(refusal.value) and "\n" not in str(refusal.value) and "--- " not in str(refusal.value)
     assert capsys.readouterr() == ("", "")
 
 

@@ -225,10 +225,10 @@ def test_killed_rank_ends_the_job_and_resume_goes_on_with_fewer(tiny):
         time.sleep(0.02)
     ranks = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
-    said = job.communicate()[1]
+    printed = job.communicate()[1]
     assert job.returncode != 0
-    assert said.count("error: rank ") == 1 and "Traceback" not in said.partition("error: rank ")[0]
-    assert "the same command with --resume continues from the last checkpoint" in said
+    assert printed.count("error: rank ") == 1 and "Traceback" not in printed.partition("error: rank ")[0]
+    assert "the same command with --resume continues from the last checkpoint" in printed
 
     reached = max(int(path.name[5:]) for path in (run_folder(out) / "checkpoints").glob("step-*"))
     train(0, tiny, "one process", out, "--steps", str(reached + 2), "--resume")
@@ -237,18 +237,18 @@ def test_killed_rank_ends_the_job_and_resume_goes_on_with_fewer(tiny):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"mode": "hsdp", "shard": 3}, "parallel.shard must divide the number of ranks, 4; got 3"),
         ({"mode": "fsdp", "shard": 2}, "parallel.shard needs mode hsdp; got 2 with fsdp"),
         ({"mode": "hsdp", "shard": -1}, "shard must be 0 or more; got -1"),
     ],
 )
-def test_impossible_layout_refuses_in_one_line(arguments, said):
+def test_impossible_layout_refuses_in_one_line(arguments, message):
     process = Process(0, 0, 4, torch.device("cpu"), local_world_size=4)
     with pytest.raises(UserError) as refusal:
         distribute(GPT(GPTConfig(1, 1, 8, 8, 64)), ParallelConfig(**arguments), process, torch.float32)
-    assert said in str(refusal.value) and "\n" not in str(refusal.value)
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_hsdp_on_machines_of_unequal_size_refuses_their_rank_count():

@@ -56,7 +56,7 @@ def test_environment_matches_the_launchers_variables(variables, values, found):
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 also needs RANK, MASTER_ADDR, MASTER_PORT in the environment"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2 also needs MASTER_ADDR, MASTER_PORT in the environment"),
@@ -70,9 +70,9 @@ def test_environment_matches_the_launchers_variables(variables, values, found):
         ),
     ],
 )
-def test_environment_refuses_incomplete_or_impossible_variables(variables, values, said):
+def test_environment_refuses_incomplete_or_impossible_variables(variables, values, message):
     variables(**values)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         launch.start("cpu")
 
 

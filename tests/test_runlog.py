@@ -206,7 +206,7 @@ def test_a_resumed_run_goes_on_with_a_warning_where_its_history_is_missing(tmp_p
     log = start(tmp_path, resume_step=3)
     log.log(4, {"train/loss": 1.0})
     log.finish()
-    assert "warning" in (said := capsys.readouterr().err) and "metrics.jsonl" in said and said.count("\n") == 1
+    assert "warning" in (printed := capsys.readouterr().err) and "metrics.jsonl" in printed and printed.count("\n") == 1
     assert [line["step"] for line in read_metrics(tmp_path)] == [4]
 
 

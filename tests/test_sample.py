@@ -89,7 +89,7 @@ def test_sample_at_a_vanishing_temperature_matches_the_likeliest(run, temperatur
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("option", "message"),
     [
         ({"top_k": -1}, "top_k must be 0 or more; got -1"),
         ({"temperature": math.nan}, "temperature must be 0 or more; got nan"),
@@ -98,8 +98,8 @@ def test_sample_at_a_vanishing_temperature_matches_the_likeliest(run, temperatur
         ({"seed": 2**70}, r"--seed must be below 2\*\*64"),
     ],
 )
-def test_sample_refuses_an_option_out_of_its_range(run, option, said):
-    with pytest.raises(UserError, match=said):
+def test_sample_refuses_an_option_out_of_its_range(run, option, message):
+    with pytest.raises(UserError, match=message):
         sample(Sample(run[0], device="cpu", **option))
 
 

@@ -61,7 +61,7 @@ def test_run_script_writes_into_images_if_asked(checkout, recorder):
 
 
 @pytest.mark.parametrize(
-    ("knobs", "said"),
+    ("knobs", "message"),
     [
         ({"NGPU": "x[$(touch executed)]"}, "NGPU must be a whole number, 1 or more; got 'x[$(touch executed)]'"),
         ({"NNODES": "x[$(touch executed)]"}, "NNODES must be a whole number, 1 or more; got 'x[$(touch executed)]'"),
@@ -76,11 +76,11 @@ def test_run_script_writes_into_images_if_asked(checkout, recorder):
     ],
 )
 @pytest.mark.parametrize("experiment", ["nanoGPT", "SIT", "Llama"])
-def test_run_script_refuses_a_knob_in_one_line_and_executes_nothing(tmp_path, experiment, knobs, said):
+def test_run_script_refuses_a_knob_in_one_line_and_executes_nothing(tmp_path, experiment, knobs, message):
     done = bash(ROOT, str(ROOT / experiment / "run.sh"), PYTHON="/bin/false", **knobs)
     assert done.returncode == 1 and done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {said}")
+    assert line.startswith(f"error: {message}")
     assert not (ROOT / "executed").exists()
 
 

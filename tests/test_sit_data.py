@@ -492,8 +492,8 @@ def test_a_corrupt_file_is_to_be_removed_and_made_again(tmp_path):
         path = next((tmp_path / folder).rglob("9.*"))
         content = path.read_bytes()
         empty(path)
-        said = rf"{folder}/class0/9.*: remove it, then run `python -m SIT\.prepare {command}` again"
-        with pytest.raises(latents.Corrupt, match=said):
+        message = rf"{folder}/class0/9.*: remove it, then run `python -m SIT\.prepare {command}` again"
+        with pytest.raises(latents.Corrupt, match=message):
             for step in range(10):
                 draw(Latents(tmp_path, flips=True), step=step)
         path.write_bytes(content)

@@ -162,7 +162,7 @@ def test_fid_hands_the_images_of_a_npz_to_torch_fidelity(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arrays", "said"),
+    ("arrays", "message"),
     [
         ({"mu": np.zeros(3), "arr_0": np.zeros((3, 4, 4, 3), np.uint8)}, "is ADM's reference"),
         ({"x": np.zeros(3)}, "arr_0"),
@@ -170,10 +170,10 @@ def test_fid_hands_the_images_of_a_npz_to_torch_fidelity(tmp_path, monkeypatch):
         ({"arr_0": np.zeros((3, 4, 4, 3))}, "must hold images .* float64"),
     ],
 )
-def test_fid_refuses_a_npz_of_something_else(tmp_path, monkeypatch, arrays, said):
+def test_fid_refuses_a_npz_of_something_else(tmp_path, monkeypatch, arrays, message):
     monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace(calculate_metrics=None))
     np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         fid(tmp_path / "a.npz", tmp_path / "a.npz")
     (tmp_path / "a.npz").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"must be a \.npz of images"):
@@ -201,5 +201,5 @@ def test_fid_refuses_without_torch_fidelity_or_a_reference(tmp_path, monkeypatch
 def test_evaluation_skips_runs_of_latents_if_asked_and_measures_nothing_without_others(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text('{"config": {"data": {"kind": "latents"}}}')
-    said = evaluate_digits(evaluate.Options((tmp_path,), skip_latents=True))
-    assert said == f"no run of digits to measure in {tmp_path}"
+    printed = evaluate_digits(evaluate.Options((tmp_path,), skip_latents=True))
+    assert printed == f"no run of digits to measure in {tmp_path}"

@@ -169,7 +169,7 @@ def test_folder_that_is_no_run_refuses_in_one_line(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--count", "0"], "count must be 1 or more; got 0"),
         (["--batch-size", "-3"], "batch_size must be 1 or more; got -3"),
@@ -183,13 +183,13 @@ def test_folder_that_is_no_run_refuses_in_one_line(model, tmp_path):
         (["--guidance", "2", "--interval", "0.8", "0.2"], "a guidance interval must be 0 <= low <= high <= 1"),
     ],
 )
-def test_bad_option_ends_the_program_with_one_line(run, monkeypatch, capsys, arguments, said):
+def test_bad_option_ends_the_program_with_one_line(run, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(sys, "argv", ["SIT.sample", str(run), "--device", "cpu", *arguments])
     with pytest.raises(SystemExit) as ended:
         launch.main_guard(program.main)
     assert ended.value.code == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: ") and said in last
+    assert last.startswith("error: ") and message in last
 
 
 @pytest.mark.parametrize(

@@ -191,12 +191,12 @@ def test_sigterm_saves_a_checkpoint_that_resume_continues(tiny, tmp_path, monkey
 
 def test_resume_refuses_another_experiment(tiny):
     train(tiny, "--steps", "2")
-    for argument, value, said in (
+    for argument, value, message in (
         ("--ema", "0.5", "ema of the checkpoint, 0.9; got 0.5"),
         ("--objective.path", "cosine", "objective.path of the checkpoint, linear; got cosine"),
         ("--optimizer.modulation", "adamw", "optimizer.modulation of the checkpoint, matrix; got adamw"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             train(tiny, "--resume", argument, value)
 
 
@@ -397,7 +397,7 @@ def test_float16_skips_what_its_loss_scale_overflows_and_matches_float32_after(t
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--optimizer.name", "olio"], "did you mean 'olion'?"),
         (["--optimizer.name", "muon", "--optimizer.options.betas", "[0.9, 0.95]"], "muon has no option 'betas'"),
@@ -418,10 +418,10 @@ def test_float16_skips_what_its_loss_scale_overflows_and_matches_float32_after(t
         (["--model.width", "10"], "width must be a multiple of n_head (2) and 4, got 10"),
     ],
 )
-def test_bad_input_refuses_in_one_line(tiny, tmp_path, arguments, said):
+def test_bad_input_refuses_in_one_line(tiny, tmp_path, arguments, message):
     with pytest.raises((UserError, ValueError)) as refusal:
         train(tiny, *arguments)
-    assert said in str(refusal.value) and "\n" not in str(refusal.value)
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
     assert not (tmp_path / "runs").exists()
 
 

@@ -40,10 +40,10 @@ def slurm(folder: Path, *arguments: str, **variables: str) -> subprocess.Complet
 
 
 def test_each_node_runs_the_script_with_its_rank_and_one_rendezvous(tmp_path):
-    said = slurm(tmp_path, "run.sh", "a.toml", "--note", "two words")
-    assert (said.returncode, said.stderr) == (0, "")
+    ran = slurm(tmp_path, "run.sh", "a.toml", "--note", "two words")
+    assert (ran.returncode, ran.stderr) == (0, "")
     port = 20_000 + 123_457 % 12_000
-    assert said.stdout.splitlines() == [
+    assert ran.stdout.splitlines() == [
         "srun --kill-on-bad-exit=1",
         *(f"node {i} of 3 meets at node07:{port}, olion muon: a.toml --note two words" for i in range(3)),
     ]
@@ -62,8 +62,8 @@ def test_node_that_fails_fails_the_job(tmp_path):
     ],
 )
 def test_a_call_outside_a_job_refuses_in_one_line(tmp_path, arguments, variables, message):
-    said = slurm(tmp_path, *arguments, **variables)
-    assert said.returncode == 1 and message in said.stderr and said.stderr.count("\n") == 1
+    ran = slurm(tmp_path, *arguments, **variables)
+    assert ran.returncode == 1 and message in ran.stderr and ran.stderr.count("\n") == 1
     assert not (tmp_path / "ran").exists()
 
 

@@ -172,7 +172,7 @@ def test_drawing_only_trains_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, message",
     [
         (["--set", "steps"], "key=value"),
         (["--set", "optimizer.lr=1"], "not swept"),
@@ -180,11 +180,11 @@ def test_drawing_only_trains_nothing(monkeypatch):
         (["--draw-only"], "must hold a run of small"),
     ],
 )
-def test_unusable_arguments_refuse_in_one_line(monkeypatch, capsys, arguments, said):
+def test_unusable_arguments_refuse_in_one_line(monkeypatch, capsys, arguments, message):
     with pytest.raises(SystemExit) as exit_:
         run_sweep(monkeypatch, *arguments)
     error = capsys.readouterr().err
-    assert exit_.value.code == 1 and said in error and error.count("\n") == 1
+    assert exit_.value.code == 1 and message in error and error.count("\n") == 1
     assert not Path("calls.jsonl").exists()
 
 

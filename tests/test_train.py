@@ -269,7 +269,7 @@ def test_finished_file_holds_the_last_validation(tiny):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--optimizer.name", "olio"], "did you mean 'olion'?"),
         (["--optimizer.name", "muon", "--optimizer.options.betas", "[0.9, 0.95]"], "muon has no option 'betas'"),
@@ -295,10 +295,10 @@ def test_finished_file_holds_the_last_validation(tiny):
         (["--optimizer.tuned_lr.oilon", "1e-3"], "did you mean 'olion'?"),
     ],
 )
-def test_bad_input_refuses_in_one_line(tiny, arguments, said):
+def test_bad_input_refuses_in_one_line(tiny, arguments, message):
     with pytest.raises((UserError, ValueError, OSError)) as refusal:
         train(tiny, *arguments)
-    assert said in str(refusal.value)
+    assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert not (tiny.parent / "runs").exists()
 
