@@ -61,7 +61,7 @@ def is_readable(path: Path) -> bool:
 
 
 def split_files(root: Path, files: list[Path], val_fraction: float) -> dict[str, list[FileSpan]]:
-    """Split files by a hash of each path, so that added files move no other; a single file into head and tail."""
+    """Split files by a hash of each path, so that added files do not move others; a single file into head and tail."""
     if len(files) == 1:
         cut = tail_start(files[0], val_fraction)
         return {"train": [(files[0], 0, cut)], "val": [(files[0], cut, None)]}

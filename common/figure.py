@@ -30,7 +30,7 @@ STYLES = {
     "adamw": Style("AdamW", "#2B2B2B", "v"),
 }
 PAPERS = tuple(STYLES)  # the five that the OLion paper compares
-# Their kin, of Tol's and Okabe and Ito's sets: eleven colours cannot all stay 27 apart, so the markers tell them too.
+# Related rules, in Tol's and Okabe and Ito's colours: eleven cannot all differ by 27, so markers distinguish them too.
 STYLES |= {
     "normuon": Style("NorMuon", "#56B4E9", "<"),
     "lionmuon": Style("LionMuon", "#7A9A01", "p"),

@@ -62,7 +62,7 @@ def peak_flops(name: str) -> float | None:
             return peak
     from torchtitan.tools import utils  # here: takes seconds, and only GPUs need it
 
-    # Without lspci, whose output it prefers to the name, and without its warnings.
+    # Without lspci, whose output torchtitan prefers to the name, and without torchtitan's warnings.
     with mock.patch.object(utils.subprocess, "run", side_effect=FileNotFoundError), mock.patch.object(utils, "logger"):
         peak = utils.get_peak_flops(name)
     return None if peak == A100_PEAK and "A100" not in name else peak

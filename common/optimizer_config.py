@@ -32,7 +32,7 @@ class OptimizerConfig:
     rest: str = "adamw"
     """Rule of embeddings and head: adamw, polarsgdm or another registered rule; vectors stay with AdamW."""
     rest_lr: float | None = None
-    """Peak learning rate of `rest`, where that is another than adamw; None: `adamw_lr`."""
+    """Peak learning rate of `rest` if that is not adamw; None: `adamw_lr`."""
     weight_decay: float = 0.1
     """Decoupled weight decay of every tensor of two or more dimensions."""
     options: dict[str, Any] = field(default_factory=dict)

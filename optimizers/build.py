@@ -120,7 +120,7 @@ def check_name(name: str) -> None:
 
 
 def _refuse_undeclared(views: dict[str, tuple], rule: str, declared: Mapping) -> None:
-    """Raise ValueError for a matrix seen by an option that its rule does not declare."""
+    """Raise ValueError if a matrix needs an option (`qkv_split`, ...) that its rule does not declare."""
     for name, view in views.items():
         for option, value in view:
             if option not in declared:
@@ -131,7 +131,7 @@ def _refuse_undeclared(views: dict[str, tuple], rule: str, declared: Mapping) ->
 
 
 def _groups_of_views(views: dict[str, tuple], params: dict[str, nn.Parameter]) -> Groups:
-    """Return a param group of each way to see matrices."""
+    """Return the param groups of matrices: one for each combination of `qkv_split`, `qkv_dim` and `as_matrices`."""
     return [
         {"params": [(name, params[name]) for name in views if views[name] == view], **dict(view)}
         for view in sorted(set(views.values()), key=str)
@@ -141,7 +141,7 @@ def _groups_of_views(views: dict[str, tuple], params: dict[str, nn.Parameter]) -
 def _groups_of_rest(
     uses: dict[str, Use], params: dict[str, nn.Parameter], adamw: dict, tables: dict, weight_decay: float
 ) -> Groups:
-    """Return the param groups of what is no matrix: tables of two dimensions, other decayed tensors, the others."""
+    """Return the param groups of all other tensors: two-dimensional tables, other decayed ones, those without decay."""
     members: dict[tuple[bool, bool], list] = {(True, True): [], (False, True): [], (False, False): []}
     for name, use in uses.items():
         if use.role != "matrix":

@@ -37,7 +37,7 @@ _GPU_CHUNK = 2**28
 class Codec:
     """Writes pieces of directions, shards of equal size, as rows of bytes, multiples of 16.
 
-    A row is what a codec makes of the entries, then a float64 for each matrix of the tensor, if any.
+    A row holds the encoded entries, then the floats sent with them: one float64 per matrix, if the rule needs it.
     """
 
     def nbytes(self, entries: int, floats: int) -> int:

@@ -107,9 +107,9 @@ def expectations(s: Tensor, power: float) -> Tensor:
 def _descend(matrices: Tensor, power: float, iterations: int) -> Tensor:
     """Solve S E(S'S) = G from matrix products alone: G (batch, m, n) of Frobenius norm 1, E as in `expectations`.
 
-    It is the gradient of a convex function of S, descended from the best multiple of G. E is smooth in the eigenvalues
-    of S S', so a quadratic of them takes its place, through 0, half of and the whole of the bound ||S S'||_F on the
-    largest: one step costs as much as one of Newton-Schulz, and less for p = 4, where E is linear.
+    S minimizes a convex function, by gradient descent from the best multiple of G. E is smooth in the eigenvalues of
+    S S' and is replaced by a quadratic polynomial that agrees with it at 0, at the bound ||S S'||_F on the largest, and
+    at half of that. One step costs as much as one of Newton-Schulz, and less for p = 4, where E is linear.
     """
     wide = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
     square, q = wide @ wide.mT, power / 2 - 1

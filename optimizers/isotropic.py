@@ -26,14 +26,14 @@ class Curvature(RuleOptimizer):
         D = U diag(s) V', scaled to RMS `scale`;    sigma_i proportional to s_i E[rho^(p-2) zeta_i^2]
 
     zeta is uniform on the unit sphere and rho = ||diag(s) zeta||. The larger p, the more even s: p = 2 is the gradient
-    itself; Muon's flat spectrum is of no p.
+    itself; no p gives Muon's flat spectrum.
 
     Args:
         params: tensors of shape (m, n), named tensors or param groups.
         lr: step size; D has RMS `scale`.
         momentum: decay of M.
         nesterov: whether to look one step ahead.
-        power: p, from 2 to 4; 2.05 to 2.5 were measured of GPT-2's layers.
+        power: p, from 2 to 4; 2.05 to 2.5 were measured on GPT-2's layers.
         iterations: steps of the solver by matrix products, each as expensive as one of Newton-Schulz; 0 takes an SVD.
         eps: floor of the Frobenius norm that each matrix is divided by.
         scale: RMS of D.
@@ -76,7 +76,7 @@ def direct(stack: Tensor, group: dict) -> Tensor:
 
 
 def check(group: dict) -> None:
-    """Refuse a power outside the model's range."""
+    """Raise ValueError for a power outside the model's range."""
     curvature.check(group["power"], group["iterations"])
 
 

@@ -31,7 +31,7 @@ class LionMuon(RuleOptimizer):
         params: tensors of shape (m, n), named tensors or param groups.
         lr: step size.
         betas: (b1, b2), the weight of M in the mix and its decay.
-        period: P, the steps from one orthogonalization to the next; 1 orthogonalizes always.
+        period: P, the steps from one orthogonalization to the next; 1 orthogonalizes at every step.
         sign_scale: size of the entries of D at steps of signs.
         scale: RMS of D at orthogonalized steps, for matrices of full rank.
         Others: as in `OLion`.
@@ -74,7 +74,7 @@ def factor(group: dict, m: int, n: int) -> float:
 
 
 def check(group: dict) -> None:
-    """Refuse a period below 1 and what every orthogonalization refuses."""
+    """Raise ValueError for a period below 1, and for options that no orthogonalization takes."""
     if group["period"] < 1:
         raise BadValue(f"period must be a whole number of steps, 1 or more; got {group['period']}")
     POLAR["check"](group)

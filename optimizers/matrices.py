@@ -22,11 +22,11 @@ class Blocks:
 
     Attributes:
         batch, rows, columns: the shape that the tensor is reshaped to.
-        dim: cut are 0, the rows, or 1, the columns.
+        dim: the dimension that is cut: 0, the rows, or 1, the columns.
         sizes: rows, or columns, of each block; they add up to the whole.
 
-    The methods take k such tensors at once, (k, *shape). Their order of matrices is block by block, of each block the
-    whole batch.
+    The methods take k such tensors at once, (k, *shape). Matrices are in the order of their blocks, and within a block
+    in that of the batch.
     """
 
     batch: int
@@ -119,8 +119,8 @@ class Blocks:
     def shard(self, shape: tuple[int, ...], indices: Sequence[int]) -> "Blocks":
         """Return the parts of the matrices in a shard of this shape.
 
-        indices: which of the rows, or columns, that blocks are cut in the shard has, in order. Parts of blocks that lie
-        on other ranks have none.
+        indices: of the whole's rows (columns, if `dim` is 1) that the shard holds, in order. A block of which it holds
+        none has size 0.
         """
         if len(self.sizes) == 1:  # a batch has no blocks, and its matrices are cut equally
             entries = prod(shape) // max(1, self.batch)
@@ -143,7 +143,7 @@ def blocks_of(shape: torch.Size, qkv_split: Split = 1, qkv_dim: int = 0, as_matr
 
     qkv_split: k equal blocks, or blocks in proportion: a (48 r, c) weight split by (32, 8, 8) is matrices of 32 r,
         8 r and 8 r rows, one below the other. Numbers of heads are such proportions.
-    qkv_dim: split are 0, the rows, or 1, the columns, as of Hugging Face's Conv1D, whose weight is (in, out).
+    qkv_dim: the dimension to split: 0, the rows, or 1, the columns (Hugging Face's Conv1D stores (in, out)).
     as_matrices: for more than two dimensions: "batch" (leading dimensions count matrices) or "flatten" (the trailing
         dimensions are one, as for a convolution's (out, in, height, width)).
     """

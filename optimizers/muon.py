@@ -43,9 +43,9 @@ class Muon(RuleOptimizer):
             betas=(momentum, momentum), if with `nesterov`.
         line_search: "armijo" makes lr the largest step a of a search for f(X - a D) <= f(X) - armijo_c a <g, D>, whose
             slope <g, D> is, without momentum, the nuclear norm of g times the factor. `step` then needs a closure, as
-            torch.optim.LBFGS does; weights decay after the search; `optimizer.line_search` says what came of it.
-        armijo_c: share of the slope's promise that a step must keep.
-        shrink: ratio of a step to the one tried before; above 0.
+            torch.optim.LBFGS does; weights decay after the search; `optimizer.line_search` holds the result.
+        armijo_c: c, the fraction of the decrease predicted by the slope that a step must reach.
+        shrink: ratio of each step tried to the one before; above 0.
         Others: as in `OLion`.
 
     Raises ValueError, when built, for values out of range and tensors that are not matrices.
@@ -96,7 +96,7 @@ def factor(group: dict, m: int, n: int) -> float:
 
 
 def check(group: dict) -> None:
-    """Refuse a search that would try one step for ever, and what every orthogonalization refuses."""
+    """Raise ValueError for a search that would not end, and for options that no orthogonalization takes."""
     if group["shrink"] == 0:
         raise BadValue("shrink must be above 0 and below 1, got 0; 0.5 is usual")
     POLAR["check"](group)

@@ -25,7 +25,7 @@ def assign_owners(entries: list[Entry]) -> None:
         if entry.layout:
             sharing[entry.layout.ranks].append(entry)
     for matrices in sharing.values():
-        # Shard by shard: equal matrices go to all replicas in turn, which each then have as much to pass on.
+        # Column by column of the grid: equal matrices go to the replicas in turn, so that all forward equally many.
         ranks = chain(*zip(*matrices[0].layout.grid, strict=True))
         loads = [(0.0, order, rank) for order, rank in enumerate(ranks)]  # a heap
         for entry in sorted(matrices, key=lambda entry: -entry.flops):

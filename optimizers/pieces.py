@@ -25,9 +25,9 @@ class Cut(NamedTuple):
 
 
 class Pieces:
-    """The shards of tensors of a shape.
+    """The pieces of tensors of one shape: their shards, padded to the longest.
 
-    shape: of a piece, the longest shard.
+    shape: of a piece.
     """
 
     def __init__(self, whole: Shape, cuts: tuple[Cut, ...]):
@@ -41,7 +41,7 @@ class Pieces:
         self._tensors: dict[tuple, Tensor] = {}
 
     def indices(self, shard: int, dim: int) -> tuple[int, ...]:
-        """Return which of the whole's indices along a dimension a shard has."""
+        """Return the indices of the whole tensor, along a dimension, that a shard holds."""
         return self._parts[dim][self._part_of(shard, dim)]
 
     def unpadded(self, shard: int, pieces: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ def default_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _has_bfloat16(device: torch.device) -> bool:
-    # "cuda" is also the device of dry runs, in builds without it. A T4 has it by emulation alone.
+    # "cuda" is also the device of dry runs, in builds without CUDA. A T4 only emulates bfloat16.
     if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
         return True
     return torch.cuda.get_device_properties(device).major >= 8
@@ -253,7 +253,7 @@ def orthogonalize_group(stack: Tensor, group: dict) -> Tensor:
 
 
 def _group_flops(m: int, n: int, group: dict, param: Tensor) -> float:
-    form = "plain" if group["ns_form"] in _EXACT_FORMS else group["ns_form"]  # as many, and only the order matters
+    form = "plain" if group["ns_form"] in _EXACT_FORMS else group["ns_form"]  # an estimate: owners need only the order
     dtype = group["ns_dtype"] or default_dtype(param)
     return flops(m, n, group["ns_steps"], form, group["ns_coefficients"], dtype, param.device)
 

@@ -146,7 +146,7 @@ def signs_of_average(directions: Tensors, state: dict[str, Tensors], group: dict
 
 
 def check(group: dict) -> None:
-    """Refuse a negative number of steps and what every orthogonalization refuses."""
+    """Raise ValueError for a negative number of steps, and for options that no orthogonalization takes."""
     if not 0 <= group["inner_steps"] < 100:
         raise BadValue(f"inner_steps must be a whole number from 0 to 99, got {group['inner_steps']}; 2 is usual")
     POLAR["check"](group)

@@ -64,7 +64,7 @@ class Update:
         return directions
 
     def directions(self, stack: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return `direct`'s in `dtype` (None: the stack's), at their size unless that is the RMS of refined ones."""
+        """Return a stack's directions in `dtype` (None: its own), scaled unless the rule scales refined directions."""
         directions = to_rms(self.direct(stack), self.direct_rms, dtype or stack.dtype)
         factor = self.factor(*stack.shape[1:])
         return directions if factor == 1 else directions.mul_(factor)
@@ -81,11 +81,11 @@ class Update:
         multiply: Callable[[Tensors], Tensors],
         sum_rows: Callable[[Tensors], Tensors] = lambda sums: sums,
     ) -> None:
-        """Refine the shards of directions, and step against them the weights that have a gradient.
+        """Refine the shards of directions, and step the weights that have a gradient against them.
 
         rescale: scales refined shards, so that the whole matrices have a root mean square entry.
         multiply: multiplies refined shards by the numbers of a sized rule.
-        sum_rows: adds what shards of the same rows hold, one number per row.
+        sum_rows: sums numbers per row over the shards of that row.
         """
         if self.rule.refine:
             buffers = self._buffers(members)

@@ -75,7 +75,7 @@ def _candidates(
                 entry.name,
                 param,
                 group,
-                blocks_in(group, param.shape),  # of all of a batch
+                blocks_in(group, param.shape),  # those of a whole batch
                 entry.layout,
                 entry.owner if entry.owner_only else None,
             )

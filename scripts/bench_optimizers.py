@@ -38,7 +38,7 @@ class Options:
     dtype: Literal["float32", "bfloat16", "both"] = "both"
     """Precision of our orthogonalizations; torch.optim.Muon's is always bfloat16."""
     device: str = "auto"
-    """torch's name of it; auto takes a GPU if there is one."""
+    """Device to compute on, by torch's name; auto takes a GPU if there is one."""
     record: Annotated[Path | None, tyro.conf.arg(name="json")] = None
     """Also write the numbers here."""
 

@@ -34,9 +34,9 @@ class Options:
     repeats: int = 9
     """Timed rounds."""
     threads: int | None = None
-    """torch's threads on a CPU. Default: torch's own choice."""
+    """Number of torch's threads on a CPU. Default: torch's choice."""
     device: str = "auto"
-    """torch's name of it; auto takes a GPU if there is one."""
+    """Device to compute on, by torch's name; auto takes a GPU if there is one."""
     record: Annotated[Path | None, tyro.conf.arg(name="json")] = None
     """Also write the numbers here."""
 

@@ -43,7 +43,7 @@ def blocks_of(matrix: Tensor) -> Tensor:
 
 
 def basis(start: Tensor, end: Tensor, dial: float) -> Tensor:
-    """Return an orthogonal matrix between two of them."""
+    """Return an orthogonal matrix between two orthogonal matrices."""
     return orthogonalize((1 - dial) * start + dial * end, form="svd", dtype=start.dtype)
 
 
