@@ -24,7 +24,6 @@ above 4 W m. No matrix of a transformer has such a shape; Llama-2-7B on 8 ranks 
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from math import prod
 
 import torch
@@ -32,70 +31,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import wire
+from .buckets import Bucket, fill_buckets
 from .codec import codec_of, padded_entries
-from .layout import Layout
-from .matrices import Blocks
-from .pieces import Cut, Pieces, Shape
+from .pieces import Cut
 from .routes import Entry, Route
 from .rule import Tensors, UpdateRule
 from .update import Update
-
-# Entries of a bucket per owner: past one 4096 x 4096 matrix a larger batch is no faster, and smaller buckets leave more
-# to overlap.
-_LIMIT = 2**24
-# Entries that a rank prepares, or reads and applies, at once: a step's temporaries are a few times as large.
-_CHUNK = 2**25
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Matrices of one shape that are sent together to their owners, and their directions back.
-
-    members: indices of the parameters, in the order of their owners in the grid. counts: (R, W), how many each rank of
-    the grid owns. shape, blocks, floats, row_dims: whole, blocks and the others of their entries in the plan. pieces:
-    their shards.
-    """
-
-    members: list[int]
-    counts: list[list[int]]
-    shape: Shape
-    blocks: Blocks
-    floats: int
-    row_dims: int
-    pieces: Pieces
-
-    @property
-    def entries(self) -> int:
-        """Entries of a padded shard."""
-        return prod(self.pieces.shape)
-
-    @property
-    def rows(self) -> list[int]:
-        """The number of matrices that the ranks of each row of the grid own."""
-        return [sum(row) for row in self.counts]
-
-    @property
-    def chunks(self) -> list[slice]:
-        """Ranges of the members that are prepared, or applied, at once."""
-        size = max(1, _CHUNK // max(1, self.entries))
-        return [slice(start, min(start + size, len(self.members))) for start in range(0, len(self.members), size)]
-
-
-def fill_buckets(entries: list[Entry], layout: Layout) -> list[Bucket]:
-    """Group equal matrices; a bucket holds as many per owner as the limit allows, at least one."""
-    alike: dict[tuple, dict[int | None, list[int]]] = {}
-    for i, entry in enumerate(entries):
-        key = entry.whole, entry.blocks, entry.floats, entry.row_dims
-        alike.setdefault(key, {}).setdefault(entry.owner, []).append(i)
-    buckets = []
-    for (shape, blocks, floats, row_dims), by_owner in alike.items():
-        size, pieces = max(1, _LIMIT // max(1, prod(shape))), Pieces(shape, layout.cuts)
-        for start in range(0, max(map(len, by_owner.values())), size):
-            owned = [[by_owner.get(rank, [])[start : start + size] for rank in row] for row in layout.grid]
-            counts = [[len(mine) for mine in row] for row in owned]
-            members = list(chain(*chain(*owned)))
-            buckets.append(Bucket(members, counts, shape, blocks, floats, row_dims, pieces))
-    return buckets
 
 
 @dataclass
@@ -249,9 +190,9 @@ class OwnerExchange(Route):
             stack, floats = self.codec.read(rows, bucket.entries, bucket.floats, pending.dtype, planes)
             stack = bucket.pieces.unpadded(self._shard, stack.unflatten(1, bucket.pieces.shape))
             if update.direct_rms is not None:
-                stack = self._blocks_here(bucket).scaled(stack, floats, update.direct_rms, bucket.blocks)
+                stack = bucket.shard_blocks(self._shard).scaled(stack, floats, update.direct_rms, bucket.blocks)
             stack = stack.contiguous()
-            self._blocks_here(bucket).multiply_(stack, [update.factor(m, n) for m, n in bucket.blocks.shapes])
+            bucket.shard_blocks(self._shard).multiply_(stack, [update.factor(m, n) for m, n in bucket.blocks.shapes])
             update.finish(
                 bucket.members[chunk],
                 list(stack),
@@ -262,14 +203,14 @@ class OwnerExchange(Route):
 
     def _rescale(self, bucket: Bucket, shards: Tensors, rms: float) -> Tensors:
         """Scale shards of matrices, whose norms are all-reduced."""
-        blocks, stack = self._blocks_here(bucket), torch.stack(shards)
+        blocks, stack = bucket.shard_blocks(self._shard), torch.stack(shards)
         squares = blocks.norms(stack, torch.float64).square()  # (k, count)
         norms = wire.all_reduce(squares, self.layout.shard_groups, "norms").sqrt()
         return list(blocks.scaled(stack, norms, rms, bucket.blocks))
 
     def _multiply(self, bucket: Bucket, sizes: Tensor, shards: Tensors) -> Tensors:
         """Multiply shards by the numbers (k, count) of their matrices."""
-        return list(self._blocks_here(bucket).multiplied(torch.stack(shards), sizes))
+        return list(bucket.shard_blocks(self._shard).multiplied(torch.stack(shards), sizes))
 
     def _cuts_of_columns(self, bucket: Bucket) -> list[tuple[Cut, dist.ProcessGroup]]:
         """Return the axes of the mesh that cut rows into shards, and the groups along them."""
@@ -280,14 +221,6 @@ class OwnerExchange(Route):
         """Sum over the shards of each row."""
         groups = [group for _, group in self._cuts_of_columns(bucket)]
         return list(wire.all_reduce(torch.stack(sums), groups, "rows")) if groups else sums
-
-    def _blocks_here(self, bucket: Bucket) -> Blocks:
-        """Return the parts of a bucket's matrices that this rank holds."""
-        if self.layout.shards == 1:
-            return bucket.blocks
-        pieces, shard = bucket.pieces, self._shard
-        shape = tuple(len(pieces.indices(shard, dim)) for dim in range(len(bucket.shape)))
-        return bucket.blocks.shard(shape, pieces.indices(shard, bucket.blocks.dim))
 
 
 def finish_all(waiting: list[PendingDirections]) -> None:

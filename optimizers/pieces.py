@@ -31,7 +31,7 @@ class Pieces:
     """
 
     def __init__(self, whole: Shape, cuts: tuple[Cut, ...]):
-        self._whole, self._cuts = whole, cuts
+        self._whole, self.cuts = whole, cuts
         self._axes = [[axis for axis, cut in enumerate(cuts) if cut.dim == dim] for dim in range(len(whole))]
         self._parts = [
             _parts(size, tuple(cuts[axis] for axis in axes)) for size, axes in zip(whole, self._axes, strict=True)
@@ -52,7 +52,7 @@ class Pieces:
 
     def join(self, pieces: Tensor) -> Tensor:
         """Return wholes (k, *whole) of the pieces of all shards (W, k, *shape)."""
-        axes = [cut.parts for cut in self._cuts]
+        axes = [cut.parts for cut in self.cuts]
         pieces = pieces.reshape(*axes, *pieces.shape[1:])
         order, k = [len(axes)], pieces.shape[len(axes)]
         for dim, mine in enumerate(self._axes):
@@ -68,7 +68,7 @@ class Pieces:
 
     def cut(self, wholes: Tensor) -> Tensor:
         """Return the pieces of all shards (W, k, entries) of wholes (k, *whole), padded with 1, a sign."""
-        axes, k = [cut.parts for cut in self._cuts], len(wholes)
+        axes, k = [cut.parts for cut in self.cuts], len(wholes)
         order, sizes = [], [k]
         for dim, (parts, longest) in enumerate(zip(self._parts, self.shape, strict=True)):
             missing = len(parts) * longest - self._whole[dim]
@@ -85,10 +85,10 @@ class Pieces:
     def _part_of(self, shard: int, dim: int) -> int:
         """Return the number of a shard's part among those of a dimension."""
         number, part, weight = shard, 0, 1
-        for axis in reversed(range(len(self._cuts))):
-            number, place = divmod(number, self._cuts[axis].parts)
+        for axis in reversed(range(len(self.cuts))):
+            number, place = divmod(number, self.cuts[axis].parts)
             if axis in self._axes[dim]:
-                part, weight = part + place * weight, weight * self._cuts[axis].parts
+                part, weight = part + place * weight, weight * self.cuts[axis].parts
         return part
 
     def _tensor(self, key: tuple, values: tuple[int, ...], device: torch.device) -> Tensor:

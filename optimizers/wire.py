@@ -75,12 +75,6 @@ def count_bytes() -> Iterator[Traffic]:
         _counting[:] = [each for each in _counting if each is not traffic]  # equal ones may be nested
 
 
-def count(kind: str, sent: int, received: int) -> None:
-    """Add to every open block."""
-    for traffic in _counting:
-        traffic.add(kind, sent, received)
-
-
 class Pending:
     """Rows in transit: `wait` returns them once received."""
 

@@ -115,7 +115,7 @@ def test_a_search_without_a_closure_is_refused_in_one_line():
 
 
 def searched_in_shards(group: bool) -> tuple[Tensor, float, float, int]:
-    """Two steps on four ranks, each with the same data; the whole weight and what came of the second search."""
+    """Two steps on four ranks, each with the same data; the whole weight and the result of the second search."""
     a, b, start = quadratic()
     if group:
         weight, options = nn.Parameter(start.clone()), {"process_group": torch.distributed.group.WORLD}
