@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from common import UserError, config, launch
-from common.parallel import clip_gradient, cut_batch, distribute, move_or_shard, precision, synchronizing
+from common.parallel import clip_gradient, cut_batch, destination, distribute, move_or_shard, precision, synchronizing
 from common.read_ahead import read_ahead
 from common.run import Run, execute
 from optimizers import Probe, RuleOptimizer, build_optimizer
-from optimizers.build import check_name
+from optimizers.build import Gradients, check_name
 from optimizers.layout import local_of
 from SIT import data
 from SIT.encoders import Encoder, load_encoder
@@ -62,7 +62,7 @@ def train(settings: Config, process: launch.Process) -> bool:
     decode = open_decoder(kind, vae, channels, process.device, scaling) if settings.eval.preview else None
     launch.seed_all(settings.seed)  # last before the weights, which then depend only on the seed
     model, average, network = build_model(settings, items["train"], encoder, process)
-    optimizer = build(settings.optimizer, model, network)
+    optimizer = build(settings.optimizer, model, network, destination(settings.parallel, process))
     roles = tensor_roles(model, settings.optimizer.modulation)
     watch = Probe(optimizer, model=model, roles=roles, **settings.probe.options())
     scaler = torch.amp.GradScaler(process.device.type, enabled=precision(settings.dtype, process) == torch.float16)
@@ -174,11 +174,14 @@ def build_model(
     return model, move_or_shard(average, settings.parallel, process, dtype), network
 
 
-def build(settings: SiTOptimizerConfig, model: SiT, network: nn.Module) -> RuleOptimizer:
+def build(
+    settings: SiTOptimizerConfig, model: SiT, network: nn.Module, gradients: Gradients = "all_reduced"
+) -> RuleOptimizer:
     """Build the optimizer; the rule refuses unknown options."""
     blocks = {"*.attn.qkv.weight": 3} if settings.split_qkv else None
     roles = tensor_roles(model, settings.modulation)
-    return build_optimizer(network, settings.name, qkv_split=blocks, roles=roles, **settings.arguments())
+    options = settings.arguments()
+    return build_optimizer(network, settings.name, qkv_split=blocks, roles=roles, gradients=gradients, **options)
 
 
 @torch.no_grad()

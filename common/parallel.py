@@ -1,4 +1,4 @@
-"""Layout of a model over the ranks: replicated (DDP), sharded (FSDP), or sharded within replicated groups (HSDP).
+"""Layout of a model over the ranks: replicated (DDP, owners), sharded (FSDP), or sharded within replicas (HSDP).
 
     network = distribute(model, settings, process, torch.bfloat16)
     with synchronizing(network, last_micro_batch), autocast(torch.bfloat16, process): ...
@@ -11,7 +11,7 @@ import itertools
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ def move_or_shard(
 
     Raises UserError if parallel.shard does not divide the number of ranks.
     """
-    if settings.mode != "ddp" and process.world_size > 1:
+    if settings.sharded and process.world_size > 1:
         return _shard(model, _mesh(settings, process), dtype, compile, trained)
     model = model.to(process.device)
     return cast(nn.Module, torch.compile(model, dynamic=False)) if compile else model
@@ -65,12 +65,17 @@ def distribute(
 ) -> nn.Module:
     """Move or shard a model for training; returns the network to train: the model, compiled, or under DDP."""
     network = move_or_shard(model, settings, process, dtype, compile, trained=True)
-    if settings.mode == "ddp" and process.world_size > 1:
+    if not settings.sharded and process.world_size > 1:
         devices = [process.device] if process.device.type == "cuda" else None
         # The option is renamed in torch 2.13; 2.11 does not know the new name.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         network = DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)  # buffers are constants
     return network
+
+
+def destination(settings: ParallelConfig, process: launch.Process) -> Literal["all_reduced", "to_owners"]:
+    """Return the `gradients` of `build_optimizer`; a single process has all of them in every mode."""
+    return "to_owners" if settings.mode == "owners" and process.world_size > 1 else "all_reduced"
 
 
 def _mesh(settings: ParallelConfig, process: launch.Process) -> DeviceMesh:

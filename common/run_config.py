@@ -16,10 +16,16 @@ MOST_SEEDS = 2**31  # numpy takes 32-bit seeds, and each rank adds its rank
 class ParallelConfig:
     """Layout over the ranks; results and checkpoints do not depend on it."""
 
-    mode: Literal["ddp", "fsdp", "hsdp"] = "ddp"
-    """ddp: one copy per rank, fastest if it fits; fsdp: one shard per rank; hsdp: fsdp in groups, ddp between them."""
+    mode: Literal["ddp", "owners", "fsdp", "hsdp"] = "ddp"
+    """ddp: one copy per rank, fastest if it fits; owners: ddp, but each matrix's gradient and momentum are on one rank
+    (not for lion, signum and adamw); fsdp: one shard per rank; hsdp: fsdp in groups, ddp between them."""
     shard: int = 0
     """Number of neighbouring ranks that shard one copy (hsdp); 0: those of one machine, whose links are fastest."""
+
+    @property
+    def sharded(self) -> bool:
+        """Whether no rank has a whole copy."""
+        return self.mode in ("fsdp", "hsdp")
 
     def __post_init__(self):
         at_least(0, self, "shard")

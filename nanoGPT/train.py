@@ -3,6 +3,7 @@
     python -m nanoGPT.train nanoGPT/configs/stdlib.toml --optimizer.name muon --optimizer.lr 8e-3
     torchrun --standalone --nproc-per-node 8 -m nanoGPT.train nanoGPT/configs/gpt2_small.toml
     torchrun ... -m nanoGPT.train nanoGPT/configs/gpt2_xl.toml --parallel.mode fsdp    (or hsdp, --parallel.shard 4)
+    torchrun ... -m nanoGPT.train nanoGPT/configs/gpt2_small.toml --parallel.mode owners    (half of DDP's bytes)
     python -m nanoGPT.train nanoGPT/configs/stdlib.toml --resume
 
 The run's folder, runs/nanogpt/GROUP/NAME, holds metrics.jsonl, config.json, checkpoints/ and wandb/. On a CPU a resumed
@@ -25,12 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from common import UserError, config, gpu, launch
-from common.parallel import autocast, clip_gradient, cut_batch, distribute, precision, synchronizing
+from common.parallel import autocast, clip_gradient, cut_batch, destination, distribute, precision, synchronizing
 from common.run import Run, execute
 from nanoGPT import data
 from nanoGPT.model import GPT
 from optimizers import Probe, RuleOptimizer, build_optimizer, count_bytes
-from optimizers.build import check_name
+from optimizers.build import Gradients, check_name
 
 
 def main() -> None:
@@ -49,7 +50,7 @@ def train(settings: Config, process: launch.Process) -> bool:
     )
     launch.seed_all(settings.seed)
     model, network = build_model(settings, process)
-    optimizer = build(settings.optimizer, network)
+    optimizer = build(settings.optimizer, network, destination(settings.parallel, process))
     watch = Probe(optimizer, model=model, **settings.probe.options())
     launch.seed_all(settings.seed + process.rank)  # after the weights: dropout differs between ranks
     if optimizer.searches and precision(settings.dtype, process) == torch.float16:
@@ -141,10 +142,10 @@ def build_model(settings: Config, process: launch.Process) -> tuple[GPT, nn.Modu
     return model, distribute(model, settings.parallel, process, dtype, settings.compile)
 
 
-def build(settings: GPTOptimizerConfig, network: nn.Module) -> RuleOptimizer:
+def build(settings: GPTOptimizerConfig, network: nn.Module, gradients: Gradients = "all_reduced") -> RuleOptimizer:
     """Build the optimizer; the rule refuses unknown options."""
     blocks = {"*.c_attn.weight": 3} if settings.split_qkv else None
-    return build_optimizer(network, settings.name, qkv_split=blocks, **settings.arguments())
+    return build_optimizer(network, settings.name, qkv_split=blocks, gradients=gradients, **settings.arguments())
 
 
 def read_batches(

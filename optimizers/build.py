@@ -26,6 +26,7 @@ PAPER = {
 
 Split = int | Sequence[int]
 Groups = list[dict]
+Gradients = Literal["all_reduced", "to_owners"]
 
 
 def build_optimizer(
@@ -43,7 +44,7 @@ def build_optimizer(
     as_matrices: str | Mapping[str, str] | None = None,
     roles: Mapping[str, str] | None = None,
     process_group: dist.ProcessGroup | None = None,
-    gradients: Literal["all_reduced", "to_owners"] = "all_reduced",
+    gradients: Gradients = "all_reduced",
     **options,
 ) -> RuleOptimizer | Guest:
     """Build one optimizer for a whole model: rule `name` on its matrices, AdamW on the rest.

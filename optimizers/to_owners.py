@@ -145,11 +145,12 @@ def send_to_owners(optimizer: RuleOptimizer, model: nn.Module) -> None:
 
 def add_traffic(traffic: wire.Traffic, sizes: list[int], entries: list[Entry], ranks: int, rank: int) -> None:
     """Count the bytes per step of reducing gradients of these sizes: to owners where entries say so, else to all."""
-    rest = sum(size for size, entry in zip(sizes, entries, strict=True) if not entry.owner_only)
-    traffic.add_all_reduce("gradients", rest, ranks)
-    owned = [(size, entry) for size, entry in zip(sizes, entries, strict=True) if entry.owner_only]
+    sized = list(zip(sizes, entries, strict=True))
+    traffic.add_all_reduce("gradients", sum(size for size, entry in sized if not entry.owner_only), ranks)
+    owned = [(size, entry) for size, entry in sized if entry.owner_only]
+    if not owned:
+        return
+    place = {member: number for number, member in enumerate(owned[0][1].layout.ranks)}
     for size, entry in owned:
-        members = entry.layout.ranks
-        traffic.add_reduce("gradients", size, members.index(rank), members.index(entry.owner), ranks)
-    if owned:
-        traffic.add_all_reduce("norms", 16 * len(owned), ranks)
+        traffic.add_reduce("gradients", size, place[rank], place[entry.owner], ranks)
+    traffic.add_all_reduce("norms", 16 * len(owned), ranks)

@@ -5,6 +5,7 @@
     python -m scripts.plan --model llama2_70b --mesh hsdp=16x64 --record plan.json
 
     ddp=W         W replicas
+    owners=W      W replicas, gradients reduced to the owners of the matrices (gradients="to_owners")
     fsdp=W        W shards (FSDP2)
     hsdp=RxS      R replicas of S shards
     tp=T          tensor parallelism: Linears sharded by rows or columns, embedding and head by rows
@@ -20,6 +21,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from statistics import mean
 from typing import Literal
@@ -49,7 +51,7 @@ class Options:
     model: Literal[(*GPT2, *LLAMA2)]
     """The model: GPT-2 without biases and with a tied head, or Llama 2 as published."""
     mesh: str
-    """The layout, such as ddp=8, fsdp=64, hsdp=16x8, tp=8 or fsdp_tp=8x4; at most 1,024 ranks."""
+    """The layout, such as ddp=8, owners=8, fsdp=64, hsdp=16x8, tp=8 or fsdp_tp=8x4; at most 1,024 ranks."""
     optimizers: tuple[Literal[rule_names()], ...] = ("adamw", "muon", "olion")
     """The columns: rules of the matrices; AdamW trains the rest."""
     rank: int = 0
@@ -90,18 +92,20 @@ from common.whole import write_json
 from nanoGPT.model import GPT, GPTConfig
 from optimizers import RULES, RuleOptimizer, build_optimizer
 from optimizers.layout import local_of
-from optimizers.wire import KINDS, ring_bytes
+from optimizers.to_owners import add_traffic
+from optimizers.wire import KINDS, Traffic, ring_bytes
 
 MAX_RANKS = 1024  # the largest tried: Llama-2-70B on 16x64 takes seconds
 WAYS = ("received", "sent")
 AXES = {  # word of --mesh -> meaning of the numbers after it
     "ddp": ("replicate",),
+    "owners": ("replicate",),
     "fsdp": ("shard",),
     "hsdp": ("replicate", "shard"),
     "tp": ("tensor",),
     "fsdp_tp": ("shard", "tensor"),
 }
-EXAMPLES = "ddp=8, fsdp=64, hsdp=16x8 (replicas x shards), tp=8 or fsdp_tp=8x4 (shards x parts)"
+EXAMPLES = "ddp=8, owners=8, fsdp=64, hsdp=16x8 (replicas x shards), tp=8 or fsdp_tp=8x4 (shards x parts)"
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,7 @@ def distribute(model: nn.Module, mesh: Mesh) -> dist.ProcessGroup | None:
 
     The mesh must consist of all ranks of the default group, and all of them must call it.
     """
-    if mesh.word == "ddp":
+    if mesh.word in ("ddp", "owners"):
         return dist.group.WORLD
     axes = AXES[mesh.word]
     devices = init_device_mesh("cpu", tuple(getattr(mesh, axis) for axis in axes), mesh_dim_names=axes)
@@ -212,8 +216,20 @@ def planned(optimizer: RuleOptimizer, mesh: Mesh, grad_dtype: torch.dtype) -> di
         "balance": plan.balance() if loads else None,
         "received": _by_kind([each.received for each in everyone]),
         "sent": _by_kind([each.sent for each in everyone]),
-        "gradient_traffic": gradient_traffic(gradients, mesh),
+        "gradient_traffic": _to_owners(optimizer, grad_dtype, mesh) or gradient_traffic(gradients, mesh),
     }
+
+
+def _to_owners(optimizer: RuleOptimizer, grad_dtype: torch.dtype, mesh: Mesh) -> int:
+    """Return the bytes that the busiest rank sends or receives to reduce gradients to owners; 0 if none are."""
+    entries = optimizer.plan.entries
+    if not any(entry.owner_only for entry in entries):
+        return 0
+    sizes = [prod(entry.shape) * grad_dtype.itemsize for entry in entries]
+    everyone = [Traffic() for _ in range(mesh.ranks)]
+    for rank, traffic in enumerate(everyone):
+        add_traffic(traffic, sizes, entries, mesh.ranks, rank)
+    return max(max(each.total_sent, each.total_received) for each in everyone)
 
 
 def _by_kind(everyone: list[Counter]) -> dict[str, dict[str, float]]:
@@ -279,6 +295,8 @@ def plan(options: Options) -> dict:
             if options.state_dtype and "state_dtype" in RULES[name].defaults:
                 extra["state_dtype"] = getattr(torch, options.state_dtype)
             optimizer = build_optimizer(model, name, lr=1e-3, process_group=process_group, **extra)
+            if mesh.word == "owners" and RULES[name].direct and mesh.ranks > 1:
+                optimizer.keep_at_owners()  # the others' gradients are all-reduced
             if options.print_plan:
                 print(f"{name}\n{optimizer.plan}\n")
             columns[name] = planned(optimizer, mesh, getattr(torch, options.grad_dtype))
@@ -289,7 +307,8 @@ def plan(options: Options) -> dict:
 NOTES = """
 GB = 1e9 bytes, held by rank {rank}, without temporary tensors.
 MB = 1e6 bytes of the busiest rank and, in brackets, the mean over ranks, without averaging the gradient. That takes
-(S - 1) x a rank's gradients over S shards, and 2 (R - 1) / R x over R replicas. FSDP's gathering of weights and tensor
+(S - 1) x a rank's gradients over S shards, and 2 (R - 1) / R x over R replicas; to owners half of that, a chain of the
+ranks, of which the busiest counts. FSDP's gathering of weights and tensor
 parallelism's of activations are not included.
 ms of the busiest rank at {efficiency:.0%} of {gpu_tflops:g} TFLOP/s, and {link_gbs:g} GB/s into a rank and out of it.
 A step takes between the maximum of the two, if they overlap, and their sum, plus the elementwise work."""

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.nn.parallel import DistributedDataParallel
 
 from common import UserError
 from nanoGPT.model import GPT, GPTConfig
@@ -137,6 +138,42 @@ def test_work_of_gpt2_xl_on_8_replicas_matches_an_even_share():
     assert 1 <= column["balance"] < 1.01  # 192 matrices on 8 ranks, 24 each
     # Bits, and 144 bytes per matrix: 8 positions of zeros, its norm, and the flag of more.
     assert column["received"]["directions"]["mean"] == 7 / 8 * (48 * 12 * 1600**2 / 8 + 192 * 144)
+
+
+def test_owners_of_gpt2_small_on_8_replicas_hold_an_eighth_of_the_momenta_and_halve_the_gradient_s_bytes():
+    columns = {mesh: planned_for("gpt2_small", mesh, optimizers=("olion",))["columns"]["olion"] for mesh in OF_8}
+    matrices, rest = 12 * 12 * 768**2, (50304 + 1024 + 25) * 768
+    everywhere, owners = (columns[mesh] for mesh in OF_8)
+    assert everywhere["gradient_traffic"] == 2 * 7 * 4 * (matrices + rest) // 8
+    share = everywhere["state"] - owners["state"]  # rank 0 owns some of the largest: 6 matrices of 48
+    assert share / 4 == pytest.approx(matrices * 7 / 8, rel=0.05)
+    # A chain sends a matrix out of every rank but its owner; 16 bytes of its norm are all-reduced.
+    wanted = 2 * 7 * 4 * rest // 8 + 4 * matrices * 7 / 8 + 2 * 7 * 16 * 48 / 8
+    assert owners["gradient_traffic"] == pytest.approx(wanted, rel=0.05)
+    assert owners["received"] == everywhere["received"]  # directions
+
+
+OF_8 = ("ddp=8", "owners=8")
+
+
+def reduced_to_owners() -> int:
+    """Return the bytes that this rank sends, or receives if they are more, in a backward pass."""
+    model = DistributedDataParallel(GPT(SMALL))
+    build_optimizer(model, "olion", lr=1e-3, gradients="to_owners")
+    tokens = torch.arange(16).view(2, 8)
+    with count_bytes() as traffic:
+        model(tokens, tokens)[1].backward()
+    return max(traffic.total_sent, traffic.total_received)
+
+
+@pytest.mark.slow
+def test_bytes_of_gradients_to_owners_match_those_counted_on_gloo_ranks(ranks4):
+    with fake_group(4, 0):
+        _, optimizer = laid_out("owners=4", "olion", "meta")
+        optimizer.keep_at_owners()
+        column = planned(optimizer, parse_mesh("owners=4"), torch.float32)
+    # A ring's bytes are rounded down per bucket.
+    assert column["gradient_traffic"] == pytest.approx(max(ranks4(reduced_to_owners)), abs=8)
 
 
 def test_layout_of_replicas_of_shards_of_parts_matches_the_mesh():
