@@ -3,12 +3,15 @@
 Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101.
 """
 
+from typing import Literal
+
 import torch
 from torch.optim.adamw import adamw as torch_adamw
 from torch.optim.optimizer import ParamsT
 
 from .engine import ProcessGroup, RuleOptimizer
 from .options import Fraction, NonNegative, declared_by, given
+from .rounding import Rounding
 from .rule import Tensors, UpdateRule, register
 
 # Devices whose AdamW has one fused kernel; on a CPU it was measured 8 times faster than foreach.
@@ -24,6 +27,8 @@ class AdamW(RuleOptimizer):
         betas: (b1, b2), the decays of the gradient's average and of its square's.
         eps: added to the root of the second average.
         weight_decay: decoupled, multiplied by lr.
+        state_dtype: "int8" or "int8_stochastic" keeps the gradient's average as in `OLion`, its square's in float32.
+        weight_rounding: as in `OLion`.
 
     Raises ValueError, when built, for values out of range.
 
@@ -40,6 +45,8 @@ class AdamW(RuleOptimizer):
         betas: tuple[Fraction, Fraction] = (0.9, 0.999),
         eps: NonNegative = 1e-8,
         weight_decay: NonNegative = 1e-2,
+        state_dtype: Literal["int8", "int8_stochastic"] | None = None,
+        weight_rounding: Rounding = "nearest",
         process_group: ProcessGroup | None = None,
     ):
         super().__init__(**given(locals()))
@@ -78,6 +85,7 @@ register(
         name="adamw",
         **declared_by(AdamW),
         state=("exp_avg", "exp_avg_sq"),
+        squares=("exp_avg_sq",),
         scalars=("step",),
         whole_step=whole_step,
     )

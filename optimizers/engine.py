@@ -1,5 +1,6 @@
 """The one torch.optim.Optimizer that runs every rule, param group by param group."""
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
@@ -18,12 +19,15 @@ from .line_search import Search, Trial, backtrack, gradients_aside
 from .matrices import blocks_in
 from .options import checked, outline
 from .plan import Plan, make_plan
+from .quantized import SCALE
+from .rounding import LEAST_CHANGE, REMAINDER
 from .rule import RULES, UpdateRule, rule_named, rule_now, rule_of
 from .state import fill, fingerprint, new_state, refitted, refuse_resized, refuse_unfit, saved_buffers
 from .update import Update
 
 # Group keys that belong to the engine or to torch and its schedulers, not to a rule.
 _COMMON_KEYS = {"params", "param_names", "rule", "name", "initial_lr", "steps"}
+_OF_ALL_RULES = ("lr", "weight_decay", "weight_rounding")  # options that a group of another rule inherits
 _IDENTITY = ("params", "param_names")  # keys that a loaded group does not change
 # Keys of schedulers and model libraries that are near an option's name: OneCycleLR, CyclicLR, SWALR, timm.
 _FOREIGN_KEYS = {"max_lr", "min_lr", "base_lr", "swa_lr", "lr_scale", "max_momentum", "base_momentum"}
@@ -34,7 +38,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     Args:
         params: tensors, (name, tensor) pairs or param groups, as for any torch optimizer. A group may name its own
-            `rule`; it then takes that rule's defaults, but the optimizer's lr and weight_decay.
+            `rule`; it then takes that rule's defaults, but the optimizer's lr, weight_decay and weight_rounding.
         rule: the name of a registered rule, for the groups that name none.
         process_group: the ranks that hold the same plain tensors and gradients (DDP), and share the work. Without it
             each process works alone. DTensors carry their layout.
@@ -65,6 +69,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         known = rule_named(rule).defaults
         refuse_unknown(options, known, rule)
         super().__init__(params, {**known, **options, "rule": rule})
+        _check_rounding(self.param_groups, options.get("weight_rounding", "nearest"))
         self._begin(process_group)
 
     def _begin(self, process_group: ProcessGroup | None, ask: bool = True) -> None:
@@ -93,8 +98,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         params = [(group, param) for group in self.param_groups for param in group["params"]]
         for (group, param), entry in zip(params, self._plan.entries, strict=True):
             if entry.owner_only and entry.owner is not None:
-                refined, buffers = rule_of(group).refined, self.state[param]
-                for name in [each for each in buffers if each not in refined]:
+                everywhere, buffers = {*rule_of(group).refined, REMAINDER}, self.state[param]
+                for name in [each for each in buffers if each.removesuffix(SCALE) not in everywhere]:
                     buffers[name] = owned.at_owner(param, buffers[name], entry.owner, self._process_group)
 
     def add_param_group(self, param_group: dict) -> None:
@@ -109,7 +114,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         _refuse_misplaced(param_group, rule)
         inherited = self.defaults
         if rule.name != self.defaults["rule"]:
-            inherited = {name: self.defaults[name] for name in ("lr", "weight_decay")}
+            inherited = {name: self.defaults[name] for name in _OF_ALL_RULES if name in self.defaults}
         super().add_param_group({**rule.defaults, **inherited, "rule": rule.name, **param_group})
         group = self.param_groups[-1]
         for foreign in self.defaults.keys() - rule.defaults.keys() - _COMMON_KEYS - param_group.keys():
@@ -126,9 +131,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        if rule.period:
-            # In the group, not in a parameter's state: it must be the same on all ranks, whoever has a gradient.
-            group.setdefault("steps", 0)
+        _count_steps(group, rule)
         for param in group["params"]:
             self.state[param] = new_state(param, group, rule)
         if built:
@@ -265,6 +268,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         ]
         for group in loaded:
             _check(group, rule_named(group["rule"]))
+            _count_steps(group, rule_named(group["rule"]))
         owned.refuse_missing(buffers_of, self._process_group)
         buffers_of = {param: self._wholes(param, buffers) for param, buffers in buffers_of.items()}
         required = {param: owned.outline(param, self.state[param]) for param in buffers_of}
@@ -294,6 +298,33 @@ class RuleOptimizer(torch.optim.Optimizer):
 
 def _options(group: dict) -> dict:
     return {name: group[name] for name in rule_named(group["rule"]).defaults}
+
+
+def _check_rounding(groups: list[dict], wanted: str) -> None:
+    """Refuse a rounding of bfloat16 weights where none are; warn if decay is rounded away."""
+    narrow = [group for group in groups if any(param.dtype == torch.bfloat16 for param in group["params"])]
+    if wanted != "nearest" and not narrow:
+        raise BadValue(
+            f"weight_rounding={wanted!r} needs bfloat16 weights, got none; convert the model before, or leave it out"
+        )
+    for group in narrow:
+        shrink = float(group["lr"]) * float(group["weight_decay"])
+        if 0 < shrink < LEAST_CHANGE and group.get("weight_rounding", "nearest") == "nearest":
+            warnings.warn(
+                f"bfloat16 weights do not decay: lr x weight_decay = {shrink:.2g} is rounded away below 2^-9; set "
+                "weight_rounding='compensated' or 'stochastic', or keep the weights in float32",
+                stacklevel=4,
+            )
+            return
+
+
+def _count_steps(group: dict, rule: UpdateRule) -> None:
+    """Have a group count its steps if they are not alike: with a period, or with random numbers.
+
+    In the group, not in a parameter's state: the count must be the same on all ranks, whoever has a gradient.
+    """
+    if rule.period or group.get("state_dtype") == "int8_stochastic" or group.get("weight_rounding") == "stochastic":
+        group.setdefault("steps", 0)
 
 
 def _check(group: dict, rule: UpdateRule) -> None:

@@ -99,9 +99,11 @@ class OwnerExchange(Route):
                 size = 8 * (chunk.stop - chunk.start) * bucket.blocks.count
                 traffic.add_all_reduce("norms", size, self.layout.shards)
             rows_here = prod(len(bucket.pieces.indices(shard, dim)) for dim in range(bucket.row_dims))
-            for chunk in bucket.chunks if self.rule.rows else ():
+            for chunk in bucket.chunks:
                 for cut, _ in self._cuts_of_columns(bucket):
-                    traffic.add_all_reduce("rows", 8 * (chunk.stop - chunk.start) * rows_here, cut.parts)
+                    count, coded = (chunk.stop - chunk.start) * rows_here, self.entries[0].coded
+                    traffic.add_all_reduce("rows", 8 * count * bool(self.rule.rows), cut.parts)
+                    traffic.add_all_reduce("scales", 4 * count * coded, cut.parts)
 
     def _carry(self, bucket: Bucket, update: Update, waiting: list[PendingDirections]) -> Generator:
         """Compute and send a bucket's directions, yielding while messages are in transit."""

@@ -15,6 +15,8 @@ from . import curvature
 from .engine import ProcessGroup, RuleOptimizer
 from .muon import prepare
 from .options import Fraction, NonNegative, declared_by, given
+from .quantized import StateDtype
+from .rounding import Rounding
 from .rule import UpdateRule, register, signed
 
 
@@ -60,7 +62,8 @@ class Curvature(RuleOptimizer):
         eps: NonNegative = 1e-7,
         scale: NonNegative = 0.2,
         signed: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype = None,
+        weight_rounding: Rounding = "nearest",
         qkv_split: int | tuple[int, ...] = 1,
         qkv_dim: int = 0,
         as_matrices: Literal["batch", "flatten"] | None = None,

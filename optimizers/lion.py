@@ -3,11 +3,12 @@
 Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675, program 1.
 """
 
-import torch
 from torch.optim.optimizer import ParamsT
 
 from .engine import ProcessGroup, RuleOptimizer
 from .options import Fraction, NonNegative, declared_by, given
+from .quantized import StateDtype
+from .rounding import Rounding
 from .rule import Tensors, UpdateRule, mix, register, sign, update_ema
 
 
@@ -43,7 +44,8 @@ class Lion(RuleOptimizer):
         betas: tuple[Fraction, Fraction] = (0.9, 0.99),
         weight_decay: NonNegative = 0.0,
         scale: NonNegative = 1.0,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype = None,
+        weight_rounding: Rounding = "nearest",
         process_group: ProcessGroup | None = None,
     ):
         super().__init__(**given(locals()))

@@ -16,6 +16,8 @@ from .engine import ProcessGroup, RuleOptimizer
 from .lion import mix_old, prepare
 from .options import Fraction, NonNegative, declared_by, given
 from .polar import POLAR, Form, orthogonalize_group
+from .quantized import StateDtype
+from .rounding import Rounding
 from .rule import UpdateRule, register
 
 
@@ -58,7 +60,8 @@ class LionMuon(RuleOptimizer):
         eps: NonNegative = 1e-7,
         ns_dtype: torch.dtype | None = None,
         ns_form: Form = "auto",
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype = None,
+        weight_rounding: Rounding = "nearest",
         qkv_split: int | tuple[int, ...] = 1,
         qkv_dim: int = 0,
         as_matrices: Literal["batch", "flatten"] | None = None,

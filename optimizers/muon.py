@@ -16,6 +16,8 @@ from .checks import BadValue
 from .engine import ProcessGroup, RuleOptimizer
 from .options import Fraction, NonNegative, declared_by, given
 from .polar import JORDAN, POLAR, Form, orthogonalize_group
+from .quantized import StateDtype
+from .rounding import Rounding
 from .rule import Tensors, UpdateRule, ema, mix, register, signed, update_ema
 
 SCALES = {
@@ -73,7 +75,8 @@ class Muon(RuleOptimizer):
         shrink: Fraction = 0.5,
         ns_dtype: torch.dtype | None = None,
         ns_form: Form = "auto",
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype = None,
+        weight_rounding: Rounding = "nearest",
         qkv_split: int | tuple[int, ...] = 1,
         qkv_dim: int = 0,
         as_matrices: Literal["batch", "flatten"] | None = None,
@@ -99,6 +102,10 @@ def check(group: dict) -> None:
     """Raise ValueError for a search that would not end, and for options that no orthogonalization takes."""
     if group["shrink"] == 0:
         raise BadValue("shrink must be above 0 and below 1, got 0; 0.5 is usual")
+    if group["line_search"] and group["weight_rounding"] != "nearest":
+        raise BadValue(
+            f"line_search needs weight_rounding='nearest', got {group['weight_rounding']!r}; leave one of them out"
+        )
     POLAR["check"](group)
 
 

@@ -14,6 +14,8 @@ from .elementwise import each
 from .engine import ProcessGroup, RuleOptimizer
 from .options import Fraction, NonNegative, declared_by, given
 from .polar import POLAR, Form
+from .quantized import StateDtype
+from .rounding import Rounding
 from .rule import Tensors, UpdateRule, ema, register, update_ema
 
 
@@ -53,7 +55,8 @@ class NorMuon(RuleOptimizer):
         ns_coefficients: str | Sequence = "jordan",
         ns_dtype: torch.dtype | None = None,
         ns_form: Form = "auto",
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype = None,
+        weight_rounding: Rounding = "nearest",
         qkv_split: int | tuple[int, ...] = 1,
         qkv_dim: int = 0,
         as_matrices: Literal["batch", "flatten"] | None = None,

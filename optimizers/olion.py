@@ -14,6 +14,8 @@ from torch.optim.optimizer import ParamsT
 from .engine import ProcessGroup, RuleOptimizer
 from .options import Fraction, NonNegative, declared_by, given
 from .polar import POLAR, Form, orthogonalize_group
+from .quantized import StateDtype
+from .rounding import Rounding
 from .rule import Tensors, UpdateRule, mix, register, sign_of, update_ema
 
 
@@ -37,7 +39,11 @@ class OLion(RuleOptimizer):
         scale: RMS of D; 0.2 is AdamW's usual update size (Liu et al., arXiv 2502.16982).
         ns_dtype: precision of the orthogonalization; None is bfloat16 on GPUs and float32 or float64 on CPUs.
         ns_form: "plain", "gram", "auto" (the cheaper of the two), "qdwh" or "svd"; see `polar.orthogonalize`.
-        state_dtype: dtype of the averages; None is the parameter's.
+        state_dtype: dtype of the averages; None is the parameter's. "int8" keeps averages of gradients at one byte per
+            entry and one scale per row, rounded to the nearest, "int8_stochastic" at random (`quantized.py`).
+        weight_rounding: of bfloat16 weights, which "nearest" keeps from any change below 2^-9 of their size, as a
+            usual weight decay is: "stochastic" rounds at random, right on average; "compensated" keeps the 16 bits
+            that float32 has beyond bfloat16 as state, so that weights step as in float32 (`rounding.py`).
         qkv_split: row blocks of each weight that are orthogonalized apart: a number of equal ones (3 for a fused QKV),
             or their sizes in proportion, as numbers of heads ((32, 8, 8) for grouped queries).
         qkv_dim: 1 to split columns instead, of weights that are stored (in, out).
@@ -67,7 +73,8 @@ class OLion(RuleOptimizer):
         scale: NonNegative = 0.2,
         ns_dtype: torch.dtype | None = None,
         ns_form: Form = "auto",
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype = None,
+        weight_rounding: Rounding = "nearest",
         qkv_split: int | tuple[int, ...] = 1,
         qkv_dim: int = 0,
         as_matrices: Literal["batch", "flatten"] | None = None,

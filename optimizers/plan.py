@@ -16,6 +16,7 @@ from .exchange import OwnerExchange
 from .layout import Layout, layout_of, plain_layout, whole_of
 from .matrices import blocks_in, row_dims
 from .owners import assign_owners, refuse_disagreement
+from .quantized import bytes_of_scales, is_quantized
 from .routes import Entry, Local, Route
 from .rule import rule_of
 from .update import grad_dtype
@@ -95,6 +96,8 @@ def make_plan(
 def _entry(group: dict, position: int, plain: Layout | None, to_owners: bool) -> Entry:
     param, name, rule = group["params"][position], name_of(group, position), rule_of(group)
     entry = Entry(name, tuple(param.shape), rule.name)
+    entry.coded = sum(is_quantized(each, param, group, rule) for each in rule.state)
+    entry.scales = bytes_of_scales(param, group, entry.coded)
     if rule.direct:
         try:
             entry.layout = layout_of(param, plain, group.get("as_matrices"))

@@ -18,6 +18,8 @@ from .engine import ProcessGroup, RuleOptimizer
 from .options import Fraction, NonNegative, declared_by, given
 from .polar import POLAR, Form, orthogonalize_group
 from .qdwh import qdwh
+from .quantized import StateDtype
+from .rounding import Rounding
 from .rule import Tensors, UpdateRule, ema, register, sign, signed
 
 Order = Literal["momentum_first", "polar_first"]
@@ -64,7 +66,8 @@ class PolarGrad(RuleOptimizer):
         ns_coefficients: str | Sequence = "jordan",
         eps: NonNegative = 1e-7,
         ns_dtype: torch.dtype | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype = None,
+        weight_rounding: Rounding = "nearest",
         qkv_split: int | tuple[int, ...] = 1,
         qkv_dim: int = 0,
         as_matrices: Literal["batch", "flatten"] | None = None,
@@ -108,7 +111,8 @@ class PolarSGDM(RuleOptimizer):
         ns_coefficients: str | Sequence = "jordan",
         eps: NonNegative = 1e-7,
         ns_dtype: torch.dtype | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype = None,
+        weight_rounding: Rounding = "nearest",
         qkv_split: int | tuple[int, ...] = 1,
         qkv_dim: int = 0,
         as_matrices: Literal["batch", "flatten"] | None = None,

@@ -27,6 +27,7 @@ from .elsewhere import Elsewhere
 from .engine import RuleOptimizer
 from .measures import POINTS
 from .owned import here
+from .quantized import floating, in_int8
 from .rule import UpdateRule
 from .watched import Matrix, choose
 
@@ -152,6 +153,7 @@ def _measured(matrix: Matrix, buffers: Mapping[str, Any], turn: int, quantities:
     if param.grad is not None and not isinstance(param.grad, Elsewhere):
         grad = _whole(param.grad).to(precision)
     state = {name: _whole(each) for name, each in here(param, buffers).items() if isinstance(each, Tensor)}
+    state = floating(state, precision)
     row = torch.zeros(sum(sizes.values()), dtype=torch.float64, device=weight.device)
     if measuring is None or measuring == dist.get_rank():
         found = _compute(matrix, weight, grad, state, quantities)
@@ -194,6 +196,8 @@ def _update(matrix: Matrix, grad: Tensor, state: dict[str, Tensor]) -> Tensor:
     assert matrix.rule is not None
     options: dict[str, Any] = {name: matrix.group[name] for name in matrix.rule.defaults}
     options |= {"lr": 1.0, "weight_decay": 0.0}
+    if in_int8(options):
+        options["state_dtype"] = None  # decoded
     stand_in = torch.zeros_like(grad)
     if "steps" in matrix.group:
         options["steps"] = matrix.group["steps"]  # the coming step may be one between orthogonalizations

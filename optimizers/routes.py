@@ -37,7 +37,8 @@ class Entry:
     together. blocks: its matrices. owner: a global rank. flops: of its direction. to_owner_dtype: of its shards sent to
     the owner. codec: of the direction sent back. floats: the numbers sent with the direction, one per matrix, if the
     rule needs them. row_dims: the leading dimensions that count rows of matrices. owner_only: whether the owner alone
-    gets the gradient.
+    gets the gradient. coded: its buffers in int8. scales: (bytes, ranks) of the all-reduces of their rows' maxima, of
+    this rank's shard.
     """
 
     name: str
@@ -54,6 +55,8 @@ class Entry:
     floats: int = 0
     row_dims: int = 0
     owner_only: bool = False
+    coded: int = 0
+    scales: Any = ()
 
     @property
     def route(self) -> str:
@@ -109,7 +112,8 @@ class Local(Route):
         limit = max(_STACK_ENTRIES, sum(sizes) // _STACKS)
         alike = defaultdict(list)
         for i, blocks in enumerate(self.blocks):
-            if update.has_grad[i] and sizes[i]:  # an empty shard of a batch has no direction
+            # An empty shard of a batch has no direction; elementwise, it takes part in the maxima of rows.
+            if update.has_grad[i] and (sizes[i] or not self.rule.direct):
                 alike[blocks and tuple(blocks.shape_counts), weights[i].dtype, weights[i].device].append(i)
         stacks = [chunk for members in alike.values() for chunk in _chunks(members, sizes, limit)]
         stack_sizes = [sum(sizes[i] for i in members) for members in stacks]
@@ -120,6 +124,10 @@ class Local(Route):
             directions = self._direct(chosen, update, members, sizes)
             update.finish(members, directions, partial(self._rescale, chosen), partial(self._multiply, chosen, sizes))
         return []
+
+    def add_traffic(self, traffic: wire.Traffic, rank: int) -> None:
+        for size, ranks in chain(*(entry.scales for entry in self.entries)):
+            traffic.add_all_reduce("scales", size, ranks)
 
     def _direct(self, stacks: list[list[int]], update: Update, members: list[int], sizes: Tensors) -> Tensors:
         """Return directions; of a sized rule, append the numbers of each stack to `sizes`."""

@@ -37,6 +37,7 @@ class UpdateRule:
         kinds: {option: annotation}; an option without one takes values of its default's type. Both come from a
             constructor by `**declared_by(OLion)`; see `options.py`.
         state: names of the buffers, each of its parameter's shape, layout and (unless `state_dtype`) dtype.
+        squares: those of `state` that average squares; int8, whose steps are linear, would make the small ones zero.
         scalars: names of 0-dimensional float32 buffers.
         rows: names of buffers of one number per row of each matrix; with some, `refine` also gets
             state["row_squares"], the mean square entry of each row of the directions.
@@ -48,7 +49,7 @@ class UpdateRule:
             is sent with the direction.
         signs: whether `direct` returns only -1, 0, 1 and NaN, which are then sent at one bit per entry.
         refine: (directions, state, group) -> directions. Elementwise, on this rank's shards; may write to directions.
-        refined: names of the buffers that `refine` keeps, and `prepare` does not.
+        refined: names of the buffers that `refine` keeps, and `prepare` does not; in int8 each gets its own only.
         rms: the size of an update: the root mean square entry to which each whole matrix of refined directions is
             scaled, or the name of the option that holds it.
         factor: or as a number, (group, m, n) -> factor of the direction of an (m, n) matrix, before `refine`; m and n
@@ -67,6 +68,7 @@ class UpdateRule:
     name: str
     defaults: Mapping[str, Any]
     state: tuple[str, ...] = ()
+    squares: tuple[str, ...] = ()
     scalars: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
     prepare: Callable[[Tensors, dict[str, Tensors], dict], Tensors] | None = None

@@ -4,12 +4,13 @@ Bernstein, Wang, Azizzadenesheli and Anandkumar, "signSGD: Compressed Optimisati
 arXiv 1802.04434, algorithms 1 and 2.
 """
 
-import torch
 from torch.optim.optimizer import ParamsT
 
 from .adamuon import prepare  # the sign of the averaged gradient
 from .engine import ProcessGroup, RuleOptimizer
 from .options import Fraction, NonNegative, declared_by, given
+from .quantized import StateDtype
+from .rounding import Rounding
 from .rule import UpdateRule, register
 
 
@@ -41,7 +42,8 @@ class Signum(RuleOptimizer):
         momentum: Fraction = 0.9,
         weight_decay: NonNegative = 0.0,
         scale: NonNegative = 1.0,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype = None,
+        weight_rounding: Rounding = "nearest",
         process_group: ProcessGroup | None = None,
     ):
         super().__init__(**given(locals()))

@@ -9,6 +9,8 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from .checks import BadValue, name_of
 from .layout import local_of
 from .matrices import row_dims
+from .quantized import SCALE, is_quantized
+from .rounding import REMAINDER, is_compensated
 from .rule import UpdateRule
 from .update import state_dtype
 
@@ -18,17 +20,24 @@ Groups = list[dict[str, Any]]
 
 def new_state(param: Tensor, group: dict, rule: UpdateRule) -> Buffers:
     """Return a parameter's buffers, all zero."""
-    state = {name: torch.zeros_like(param, dtype=state_dtype(param, group)) for name in rule.state}
-    state |= {name: _new_rows(param, group) for name in rule.rows}
+    state, dtype = {}, state_dtype(param, group)
+    for name in rule.state:
+        coded = is_quantized(name, param, group, rule)
+        state[name] = torch.zeros_like(param, dtype=torch.int8 if coded else dtype)
+        if coded:
+            state[name + SCALE] = _new_rows(param, group, torch.float32)
+    state |= {name: _new_rows(param, group, dtype) for name in rule.rows}
+    if is_compensated(param, group):
+        state[REMAINDER] = torch.zeros_like(param, dtype=torch.int16)
     scalars = {name: torch.zeros((), dtype=torch.float32, device=param.device) for name in rule.scalars}
     return {name: buffer.detach() for name, buffer in {**state, **scalars}.items()}
 
 
-def _new_rows(param: Tensor, group: dict) -> Tensor:
+def _new_rows(param: Tensor, group: dict, dtype: torch.dtype) -> Tensor:
     """Return one zero per row of a parameter's matrices, cut as its rows are."""
     local, dims = local_of(param), row_dims(param.shape, group)
     shape, mine = ((*each.shape[:dims], *[1] * (each.ndim - dims)) for each in (param, local))
-    rows = torch.zeros(mine, dtype=state_dtype(param, group), device=local.device)
+    rows = torch.zeros(mine, dtype=dtype, device=local.device)
     if not isinstance(param, DTensor):
         return rows
     placements = [Replicate() if getattr(each, "dim", -1) >= dims else each for each in param.placements]
@@ -45,7 +54,8 @@ def refitted(buffers: Buffers, param: Tensor, group: dict, rule: UpdateRule) -> 
     """
     fresh = new_state(param, group, rule)
     for name, buffer in fresh.items():
-        _local_copy(buffer, _in_layout(buffers[name], buffer))
+        if name in buffers:  # a weight converted to bfloat16 has a new remainder
+            _local_copy(buffer, _in_layout(buffers[name], buffer))
     return fresh
 
 

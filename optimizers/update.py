@@ -5,14 +5,18 @@ from itertools import compress
 from math import prod
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .checks import BadValue
+from .checks import BadValue, name_of
 from .elementwise import each
 from .layout import local_of
 from .matrices import row_dims, to_rms
+from .quantized import SCALE, decoded, encode, groups_of_rows, in_int8, peaks_of
+from .rounding import REMAINDER, is_compensated, is_rounded, joined, parted, random_bits, stochastic, uniform
 from .rule import Tensors, UpdateRule, rule_now
+from .wire import all_reduce
 
 
 class Update:
@@ -37,6 +41,8 @@ class Update:
     ):
         self.rule, self.group, self._state = rule or rule_now(group), group, state
         self._check_signs = check_signs and self.rule.signs
+        # The group's own count moves on before the last directions have come.
+        self._indices, self._step_number = indices, group.get("steps", 0)
         self.params = [group["params"][i] for i in indices]
         self.weights = [local_of(param) for param in self.params]
         self.has_grad = [param.grad is not None for param in self.params]
@@ -46,8 +52,10 @@ class Update:
     def prepare(self, members: list[int]) -> Tensors:
         """Read gradients and state, update the state; return new tensors, this process's shards."""
         assert self.rule.prepare
-        grads = [gradient_of(self.params[i], self.group) for i in members]
-        return self.rule.prepare(grads, self._buffers(members), self.group)
+        grads, buffers = [gradient_of(self.params[i], self.group) for i in members], self._buffers(members)
+        prepared = self.rule.prepare(grads, buffers, self.group)
+        self._keep(members, buffers)
+        return prepared
 
     def dtype_of(self, member: int) -> torch.dtype:
         """Return the dtype of a parameter's prepared tensor, also where the gradient is on another rank."""
@@ -88,10 +96,11 @@ class Update:
         sum_rows: sums numbers per row over the shards of that row.
         """
         if self.rule.refine:
-            buffers = self._buffers(members)
+            buffers = self._buffers(members, refining=True)
             if self.rule.rows:
                 buffers["row_squares"] = self._row_squares(members, directions, sum_rows)
             directions = list(self.rule.refine(directions, buffers, self.group))
+            self._keep(members, buffers)
         if self.rule.sized:
             directions = multiply(directions)
         if self.rule.scales_refined:
@@ -117,32 +126,115 @@ class Update:
 
     def _step(self, members: list[int], directions: Tensors) -> None:
         """Decay weights, and step against their directions."""
-        weights, lr = [self.weights[i] for i in members], self.group["lr"]
+        weights, lr = [self._opened(i) for i in members], self.group["lr"]
         if self.group["weight_decay"]:
             each("mul_", weights, 1 - lr * self.group["weight_decay"])
         if isinstance(lr, Tensor):  # stays one, so that a step in a CUDA graph reads the schedule's
             each("mul_", directions, -lr)
             lr = -1
+        if any(map(self._is_rounded, members)):  # in the dtypes of the weights
+            directions = [each.to(weight.dtype) for each, weight in zip(directions, weights, strict=True)]
         each("add_", weights, directions, alpha=-lr)
+        self._close(members, weights)
+
+    def _is_rounded(self, i: int) -> bool:
+        return is_rounded(self.params[i], self.group)
+
+    def _opened(self, i: int) -> Tensor:
+        """Return a weight to be stepped: itself or, if it will be rounded, in float32."""
+        if not self._is_rounded(i):
+            return self.weights[i]
+        if is_compensated(self.params[i], self.group):
+            return joined(self.weights[i], local_of(self._state[self.params[i]][REMAINDER]))
+        return self.weights[i].float()
+
+    def _close(self, members: list[int], stepped: Tensors) -> None:
+        """Round stepped weights into their own memory."""
+        for i, wide in zip(members, stepped, strict=True):
+            weight, param = self.weights[i], self.params[i]
+            if wide is weight:
+                continue
+            if is_compensated(param, self.group):
+                parted(wide, weight, local_of(self._state[param][REMAINDER]))
+            elif self._is_rounded(i):
+                stochastic(wide, weight, random_bits(param, self._key(i, "weight")))
+            else:
+                weight.copy_(wide)
 
     def whole_step(self) -> None:
-        """Run a rule that does the whole update in one kernel."""
+        """Run a rule that does the whole update in one kernel, on tensors of one dtype."""
         members = [i for i, has_grad in enumerate(self.has_grad) if has_grad]
-        if members and self.rule.whole_step:
-            weights, grads = (
-                [self.weights[i] for i in members],
-                [gradient_of(self.params[i], self.group) for i in members],
-            )
-            self.rule.whole_step(weights, grads, self._buffers(members), self.group)
+        if not members or not self.rule.whole_step:
+            return
+        weights, buffers = [self._opened(i) for i in members], self._buffers(members)
+        grads = [gradient_of(self.params[i], self.group) for i in members]
+        if in_int8(self.group) or any(map(self._is_rounded, members)):
+            dtypes = [torch.promote_types(weight.dtype, torch.float32) for weight in weights]
+            weights, grads = _in_dtypes(weights, dtypes), _in_dtypes(grads, dtypes)
+            wide = {name: _in_dtypes(buffers[name], dtypes) for name in self.rule.state}
+            self.rule.whole_step(weights, grads, {**buffers, **wide}, self.group)
+            for name in wide:
+                for buffer, stepped in zip(buffers[name], wide[name], strict=True):
+                    if stepped is not buffer:
+                        buffer.copy_(stepped)
+        else:
+            self.rule.whole_step(weights, grads, buffers, self.group)
+        self._keep(members, buffers)
+        self._close(members, weights)
 
-    def _buffers(self, members: list[int]) -> dict[str, Tensors]:
-        """Return this process's shards of the state, by name; temporary zeros for parameters without gradient."""
-        names = self.rule.state + self.rule.scalars + self.rule.rows
+    def _buffers(self, members: list[int], refining: bool = False) -> dict[str, Tensors]:
+        """Return this process's shards of the state, by name; temporary zeros for parameters without gradient.
+
+        Those in int8 are decoded, for `prepare` or for `refine`.
+        """
+        rule = self.rule
+        names = rule.state + rule.scalars + rule.rows
+        if in_int8(self.group):
+            coded = set(rule.state) - set(rule.squares)
+            names = [name for name in names if name not in coded or (name in rule.refined) == refining]
         return {name: [self._shard(i, name) for i in members] for name in names}
 
     def _shard(self, i: int, name: str) -> Tensor:
-        shard = local_of(self._state[self.params[i]][name])
-        return shard if self.has_grad[i] else torch.zeros_like(shard)
+        state = self._state[self.params[i]]
+        shard = local_of(state[name])
+        if name + SCALE not in state:
+            return shard if self.has_grad[i] else torch.zeros_like(shard)
+        dtype = state_dtype(self.params[i], self.group)
+        if not self.has_grad[i]:
+            return torch.zeros_like(shard, dtype=dtype)
+        return decoded(shard, local_of(state[name + SCALE]), dtype)
+
+    def _keep(self, members: list[int], buffers: dict[str, Tensors]) -> None:
+        """Encode the decoded buffers again, after a rule has written to them."""
+        for name, tensors in buffers.items():
+            kept = [(i, each) for i, each in zip(members, tensors, strict=True) if self._is_coded(i, name)]
+            if kept:
+                peaks = [peaks_of(each, row_dims(self.params[i].shape, self.group)) for i, each in kept]
+                for (i, values), peak in zip(kept, self._over_rows([i for i, _ in kept], peaks), strict=True):
+                    if self.has_grad[i]:
+                        state = self._state[self.params[i]]
+                        at_random = self.group["state_dtype"] == "int8_stochastic"
+                        numbers = uniform(self.params[i], self._key(i, name)) if at_random else None
+                        encode(local_of(state[name]), local_of(state[name + SCALE]), values, peak, numbers)
+
+    def _key(self, i: int, purpose: str) -> str:
+        """Return the key of the random numbers of a parameter at this step."""
+        return f"{purpose} of {name_of(self.group, self._indices[i])} at step {self._step_number}"
+
+    def _is_coded(self, i: int, name: str) -> bool:
+        return name + SCALE in self._state[self.params[i]]
+
+    def _over_rows(self, members: list[int], peaks: Tensors) -> Tensors:
+        """Return the peaks of whole rows, of the peaks of their parts on this rank."""
+        groups = [groups_of_rows(self.params[i], self.group) for i in members]
+        if self.rule.direct and groups[0]:  # a bucket's matrices are alike
+            return list(all_reduce(torch.stack(peaks), groups[0], "scales", dist.ReduceOp.MAX))
+        # One by one: the chunks of an elementwise rule have their own lengths on each rank.
+        return [all_reduce(peak, of, "scales", dist.ReduceOp.MAX) for peak, of in zip(peaks, groups, strict=True)]
+
+
+def _in_dtypes(tensors: Tensors, dtypes: list[torch.dtype]) -> Tensors:
+    return [tensor.to(dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
 
 
 def _refuse_other_than_signs(directions: Tensor, rule: str) -> None:
@@ -159,7 +251,9 @@ def _refuse_other_than_signs(directions: Tensor, rule: str) -> None:
 
 
 def state_dtype(param: Tensor, group: dict) -> torch.dtype:
-    """Return the dtype of a parameter's state."""
+    """Return the dtype of a parameter's state; if it is kept in int8, that of the rule's arithmetic."""
+    if in_int8(group):
+        return torch.promote_types(param.dtype, torch.float32)
     return group.get("state_dtype") or param.dtype
 
 

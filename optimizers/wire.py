@@ -13,15 +13,15 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 # Shards to the owners of matrices, directions back, planes of zeros and NaN in them, norms, sums of squares per row;
-# gradients, where this package reduces them (to_owners.py).
-KINDS = ("to owners", "directions", "zeros", "norms", "rows", "gradients")
+# gradients, where this package reduces them (to_owners.py); maxima of rows in int8.
+KINDS = ("to owners", "directions", "zeros", "norms", "rows", "gradients", "scales")
 
 
 @dataclass
@@ -109,12 +109,12 @@ def all_to_all(
     return Pending(received, work, sent)
 
 
-def all_reduce(values: Tensor, groups: Iterable[dist.ProcessGroup], kind: str) -> Tensor:
-    """Sum over groups, one after another, in place."""
+def all_reduce(values: Tensor, groups: Iterable[dist.ProcessGroup], kind: str, operation: Any = None) -> Tensor:
+    """Sum over groups, one after another, in place; or apply another operation of dist.ReduceOp."""
     for group in groups:
         for traffic in _counting:
             traffic.add_all_reduce(kind, values.nbytes, dist.get_world_size(group))
-        dist.all_reduce(values, group=group)
+        dist.all_reduce(values, operation or dist.ReduceOp.SUM, group=group)
     return values
 
 

@@ -60,7 +60,7 @@ class Options:
     """Dtype of the weights that the optimizer updates."""
     grad_dtype: Dtype = "float32"
     """Dtype of the gradients."""
-    state_dtype: Dtype | None = None
+    state_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     """Dtype of the matrices' optimizer state, for rules that support it. Default: the weights'."""
     gpu_tflops: float = 989
     """Dense bf16 TFLOP/s of a GPU: an H100 SXM's, from its data sheet."""
@@ -293,7 +293,7 @@ def plan(options: Options) -> dict:
         for name in options.optimizers:
             extra = {}
             if options.state_dtype and "state_dtype" in RULES[name].defaults:
-                extra["state_dtype"] = getattr(torch, options.state_dtype)
+                extra["state_dtype"] = options.state_dtype
             optimizer = build_optimizer(model, name, lr=1e-3, process_group=process_group, **extra)
             if mesh.word == "owners" and RULES[name].direct and mesh.ranks > 1:
                 optimizer.keep_at_owners()  # the others' gradients are all-reduced
