@@ -135,6 +135,19 @@ def test_two_ranks_give_the_bits_of_all_reduced_training(ranks4):
         assert equal(found, wanted)
 
 
+def both_narrow(rule: str) -> list:
+    narrow = {"dtype": torch.bfloat16, "coarse": False, "group": pairs()[dist.get_rank() // 2]}
+    narrow |= {"state_dtype": "int8_stochastic", "weight_rounding": "compensated"}
+    return [trained(way, rule, **narrow) for way in WAYS]
+
+
+@pytest.mark.parametrize("rule", ["olion", "polarsgdm"])
+def test_two_ranks_in_int8_and_bfloat16_give_the_bits_of_all_reduced_training(ranks4, rule):
+    for (wanted, norms, _), (found, norms_found, _) in ranks4(both_narrow, rule):
+        assert norms_found == norms
+        assert equal(found, wanted)
+
+
 def test_four_ranks_match_all_reduced_training_but_for_the_order_of_sums(ranks4):
     for (wanted, norms, _), (found, norms_found, _) in ranks4(both, "muon", torch.float64, False):
         assert norms_found == pytest.approx(norms, rel=1e-12)
