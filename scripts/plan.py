@@ -292,7 +292,9 @@ def plan(options: Options) -> dict:
         process_group = distribute(model, mesh)
         for name in options.optimizers:
             extra = {}
-            if options.state_dtype and "state_dtype" in RULES[name].defaults:
+            # AdamW's kernel takes states of the weights' dtype; int8 is decoded for it.
+            takes = "state_dtype" in RULES[name].defaults and (name != "adamw" or options.state_dtype == "int8")
+            if options.state_dtype and takes:
                 extra["state_dtype"] = options.state_dtype
             optimizer = build_optimizer(model, name, lr=1e-3, process_group=process_group, **extra)
             if mesh.word == "owners" and RULES[name].direct and mesh.ranks > 1:
