@@ -70,7 +70,7 @@ def hf_folder(model: Path) -> Path:
 def has_template(folder: Path) -> bool:
     """Return whether a tokenizer has a chat template."""
     config = folder / "tokenizer_config.json"
-    return (folder / "chat_template.jinja").is_file() or "chat_template" in read_object(config, {}, "restore it")
+    return (folder / "chat_template.jinja").is_file() or "chat_template" in read_object(config)
 
 
 def ask(model: Path, folder: Path, shots: int, tasks: list[str], options: Options) -> dict[str, float]:
@@ -82,7 +82,7 @@ def ask(model: Path, folder: Path, shots: int, tasks: list[str], options: Option
     from lm_eval.__main__ import cli_evaluate
 
     chat, results = has_template(folder), model / "eval" / f"{shots}-shot.json"
-    context = read_object(folder / "config.json", {}, "restore it").get("max_position_embeddings")
+    context = read_object(folder / "config.json").get("max_position_embeddings")
     if not isinstance(context, int) or context < 2:
         raise UserError(f"{folder / 'config.json'} must have max_position_embeddings, a number; has {context!r:.40}")
     # An absolute path is never looked up on the Hub. Training starts every text with the begin-of-text token.

@@ -146,7 +146,7 @@ def read_index(folder: Path) -> dict[str, str]:
         return {}
     path = folder / "model.safetensors.index.json"
     path = path if path in indices else indices[0]
-    entries = read_json(path).get("weight_map")
+    entries = read_object(path).get("weight_map")
     well_formed = isinstance(entries, dict) and all(
         isinstance(file, str) and file.endswith(".safetensors") and Path(file).name == file for file in entries.values()
     )
@@ -170,11 +170,6 @@ def read_header(file: Path) -> dict[str, Stored]:
         ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; raises UserError for anything else."""
-    return read_object(path, {}, "restore it")
-
-
 # ---- config.json
 
 
@@ -183,7 +178,7 @@ def check_config(path: Path, shape: Shape, name: str) -> None:
 
     The file is read as JSON: transformers' AutoConfig could run code of the folder.
     """
-    entries, ours = read_json(path), hf_config(shape)
+    entries, ours = read_object(path), hf_config(shape)
     if (kind := entries.get("model_type", ours.model_type)) != ours.model_type:
         raise UserError(
             f"the weights of {name} must be of model_type {ours.model_type!r}; {path} says model_type {kind!r}: name "

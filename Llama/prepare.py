@@ -95,7 +95,7 @@ def is_up_to_date(folder: Path, request: dict) -> bool:
         return False
     if not (folder / META).is_file():
         raise BadValue(f"{folder} must be new, or made by Llama.prepare; it has no {META}: choose another --out")
-    meta = read_object(folder / META, {}, "restore it")
+    meta = read_object(folder / META)
     for key in ("source", "vocab_size", "val_fraction", "document_length"):
         if meta.get(key) != request[key]:
             raise BadValue(

@@ -9,7 +9,7 @@ import numpy as np
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from common import UserError, one_line
-from Llama.hf import read_json
+from common.json_files import read_object
 from Llama.templates import Messages, Template
 
 FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -46,7 +46,7 @@ class Tokenizer(HuggingFaceTokenizer):
                 "them (hf download meta-llama/... --local-dir FOLDER), or prepare some (python -m Llama.prepare)"
             )
         for name in FILES:
-            read_json(folder / name)  # torchtitan's error would not name the file
+            read_object(folder / name)  # torchtitan's error would not name the file
         try:
             super().__init__(str(folder))
         except Exception as error:  # errors of tokenizers have no narrower common class
@@ -126,7 +126,7 @@ def export_tokenizer(folder: Path, assets: Path, template: Template | None = Non
     Raises UserError if transformers would produce other tokens than training.
     """
     tokenizer = Tokenizer(assets)
-    found = {name: read_json(assets / name) for name in FILES}
+    found = {name: read_object(assets / name) for name in FILES}
     found[FILES[0]] |= {"truncation": None, "padding": None}
     # Other classes rebuild the tokenizer with their own rules, such as LlamaTokenizer's for spaces.
     found[FILES[1]] |= {"tokenizer_class": "PreTrainedTokenizerFast"}

@@ -47,11 +47,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from common import UserError
+from common.json_files import read_object
 from common.manifest import Damaged
 from common.tensor_reader import TensorReader
 from common.whole import written_aside
 from Llama.checkpoints import FOLDER, newest_checkpoint, verify
-from Llama.hf import DTYPES, Adapter, check_config, hf_config, read_json, stored_tensors
+from Llama.hf import DTYPES, Adapter, check_config, hf_config, stored_tensors
 from Llama.model import FLAVORS, Shape, weights_on_meta
 from Llama.templates import FINE_TUNING, TEMPLATES, Template
 from Llama.tokenizer import Tokenizer, export_tokenizer
@@ -157,7 +158,7 @@ def export(options: Options) -> Path:
 
 def recorded(path: Path) -> dict[str, Any]:
     """Return the config in a run's config.json; raises UserError if it is damaged, or of another program."""
-    config = read_json(path).get("config")
+    config = read_object(path).get("config")
     for section, key in (("model", "name"), ("model", "flavor"), ("model", "hf_assets_path"), ("training", "dataset")):
         text_at(path, config, section, key)
     return config

@@ -15,6 +15,7 @@ from typing import Any
 from common import UserError, one_line
 
 Shape = Any
+ANY_OBJECT: Mapping[str, Shape] = {}
 
 _WORDS = {
     dict: "an object",
@@ -26,7 +27,9 @@ _WORDS = {
 }
 
 
-def read_object(path: str | Path, shape: Mapping[str, Shape], remedy: str) -> dict[str, Any]:
+def read_object(
+    path: str | Path, shape: Mapping[str, Shape] = ANY_OBJECT, remedy: str = "restore it"
+) -> dict[str, Any]:
     """Return the JSON object in a file; raises UserError, naming file, key and remedy, for anything else."""
     try:
         text = Path(path).read_text(encoding="utf-8")
