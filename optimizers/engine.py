@@ -237,7 +237,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 continue
             rule = rule_now(group)
             for route in (each.of(rule) for each in routes):
-                update = kind(group, route.indices, self.state, not self._stepped, route.rule)
+                update = kind(route.rule, group, route.indices, self.state, not self._stepped)
                 waiting += route.run(update)
                 updates.append(update)
                 layouts.append(route.entries[0].layout)

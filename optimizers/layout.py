@@ -88,12 +88,13 @@ def layout_of(param: Tensor, plain: Layout | None, as_matrices: str | None) -> L
         raise BadValue(
             f"a parameter's mesh must number its ranks upwards along each axis, as torch's groups do; got {mesh}"
         )
-    cuts, groups = [(placements[axis], mesh.size(axis)) for axis in shard_axes], _groups_of(mesh, shard_axes)
+    cuts = tuple(Cut.of(placements[axis], mesh.size(axis)) for axis in shard_axes)
+    groups = _groups_of(mesh, shard_axes)
     row, column = (grid == dist.get_rank()).nonzero()[0]
     return Layout(
         tuple(grid.flatten().tolist()),
         tuple(map(tuple, grid.tolist())),
-        tuple(Cut(placement.dim, size, getattr(placement, "split_factor", 1)) for placement, size in cuts),
+        cuts,
         cut_groups=groups,
         shard_groups=_one_group(groups, grid[row]),
         replica_groups=_one_group(_groups_of(mesh, replica_axes), grid[:, column]),

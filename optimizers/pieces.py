@@ -7,7 +7,7 @@ neighbours, and the shards are put in order by an index.
 
 from functools import cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ class Cut(NamedTuple):
     dim: int
     parts: int
     strides: int = 1
+
+    @classmethod
+    def of(cls, placement: Any, parts: int) -> "Cut":
+        """Return the cut of an axis of `parts` ranks with this placement, Shard or _StridedShard."""
+        return cls(placement.dim, parts, getattr(placement, "split_factor", 1))
 
 
 class Pieces:

@@ -81,7 +81,5 @@ def bytes_of_scales(param: Tensor, group: dict, count: int) -> list[tuple[int, i
 def floating(buffers: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return buffers of one parameter with those in int8 decoded, and without their scales."""
     scales = {name: buffers[name + SCALE] for name in buffers if name + SCALE in buffers}
-    kept = {
-        name: buffer for name, buffer in buffers.items() if name.removesuffix(SCALE) not in scales or name in scales
-    }
-    return {name: decoded(each, scales[name], dtype) if name in scales else each for name, each in kept.items()}
+    others = {name: buffer for name, buffer in buffers.items() if name.removesuffix(SCALE) not in scales}
+    return others | {name: decoded(buffers[name], scale, dtype) for name, scale in scales.items()}

@@ -82,8 +82,8 @@ def _cuts(param: Tensor) -> tuple[tuple[Cut, ...], int]:
     assert coordinate is not None
     cuts, shard = [], 0
     for axis, placement in enumerate(param.placements):
-        if (dim := getattr(placement, "dim", None)) is not None:
-            cuts.append(Cut(dim, mesh.size(axis), getattr(placement, "split_factor", 1)))
+        if hasattr(placement, "dim"):
+            cuts.append(Cut.of(placement, mesh.size(axis)))
             shard = shard * mesh.size(axis) + coordinate[axis]
     return tuple(cuts), shard
 

@@ -15,7 +15,7 @@ from .layout import local_of
 from .matrices import row_dims, to_rms
 from .quantized import SCALE, decoded, encode, groups_of_rows, in_int8, peaks_of
 from .rounding import REMAINDER, is_compensated, is_rounded, joined, parted, random_bits, stochastic, uniform
-from .rule import Tensors, UpdateRule, rule_now
+from .rule import Tensors, UpdateRule
 from .wire import all_reduce
 
 
@@ -33,13 +33,13 @@ class Update:
 
     def __init__(
         self,
+        rule: UpdateRule,
         group: dict,
         indices: list[int],
         state: dict[Tensor, dict[str, Tensor]],
         check_signs: bool = False,
-        rule: UpdateRule | None = None,
     ):
-        self.rule, self.group, self._state = rule or rule_now(group), group, state
+        self.rule, self.group, self._state = rule, group, state
         self._check_signs = check_signs and self.rule.signs
         # The group's own count moves on before the last directions have come.
         self._indices, self._step_number = indices, group.get("steps", 0)
@@ -208,14 +208,19 @@ class Update:
         """Encode the decoded buffers again, after a rule has written to them."""
         for name, tensors in buffers.items():
             kept = [(i, each) for i, each in zip(members, tensors, strict=True) if self._is_coded(i, name)]
-            if kept:
-                peaks = [peaks_of(each, row_dims(self.params[i].shape, self.group)) for i, each in kept]
-                for (i, values), peak in zip(kept, self._over_rows([i for i, _ in kept], peaks), strict=True):
-                    if self.has_grad[i]:
-                        state = self._state[self.params[i]]
-                        at_random = self.group["state_dtype"] == "int8_stochastic"
-                        numbers = uniform(self.params[i], self._key(i, name)) if at_random else None
-                        encode(local_of(state[name]), local_of(state[name + SCALE]), values, peak, numbers)
+            if not kept:
+                continue
+            peaks = [peaks_of(each, row_dims(self.params[i].shape, self.group)) for i, each in kept]
+            for (i, values), peak in zip(kept, self._over_rows([i for i, _ in kept], peaks), strict=True):
+                if self.has_grad[i]:
+                    self._encode(i, name, values, peak)
+
+    def _encode(self, i: int, name: str, values: Tensor, peaks: Tensor) -> None:
+        param = self.params[i]
+        at_random = self.group["state_dtype"] == "int8_stochastic"
+        numbers = uniform(param, self._key(i, name)) if at_random else None
+        codes, scales = (local_of(self._state[param][each]) for each in (name, name + SCALE))
+        encode(codes, scales, values, peaks, numbers)
 
     def _key(self, i: int, purpose: str) -> str:
         """Return the key of the random numbers of a parameter at this step."""
