@@ -26,7 +26,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +60,7 @@ def warm_python() -> Iterator[str]:
         (folder / "settings").write_text(json.dumps(_settings()))
         door.bind(str(folder / "door"))
         door.listen(64)
-        code = f"from tests.warm import fork_programs; fork_programs({door.fileno()})"
+        code = f"from tests.warm import Forks; Forks({door.fileno()}).serve()"
         command = [sys.executable, "-c", code]
         server = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, pass_fds=[door.fileno()])
         try:
@@ -104,53 +104,71 @@ def ask(folder: str, interpreter: str, *arguments: str) -> None:
 
 
 # In the process that forks.
-def fork_programs(door: int) -> None:
-    """Fork a program per request until stdin ends."""
-    listener, selector = socket.socket(fileno=door), selectors.DefaultSelector()
-    for source in (sys.stdin, listener):
-        selector.register(source, selectors.EVENT_READ)
-    programs: dict[int, tuple[int, socket.socket]] = {}  # by the descriptor that tells of the program's end
-    while True:
-        for key, _ in selector.select():
-            if key.fileobj is sys.stdin:
-                for pid, _ in programs.values():
-                    os.kill(pid, signal.SIGKILL)
-                    os.waitpid(pid, 0)
-                os._exit(0)
-            elif key.fileobj is listener:
-                _import_libraries()
-                client, _ = listener.accept()
-                _, descriptors, _, _ = socket.recv_fds(client, 1, 4)
-                if not descriptors:  # the client was killed
-                    client.close()
-                    continue
-                pid = os.fork()
-                if not pid:
-                    for held in (listener, selector, client, *(client for _, client in programs.values())):
-                        held.close()
-                    for end in programs:
-                        os.close(end)
-                    _run(*descriptors)
-                for descriptor in descriptors:
-                    os.close(descriptor)
-                client.sendall(str(pid).encode())
-                end = os.pidfd_open(pid)
-                programs[end] = (pid, client)
-                selector.register(end, selectors.EVENT_READ)
-                selector.register(client, selectors.EVENT_READ, pid)
-            elif key.data:  # the client was killed: it says nothing after its request
-                os.kill(key.data, signal.SIGKILL)
-                selector.unregister(key.fileobj)
-            else:
-                pid, client = programs.pop(key.fd)
-                status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                with suppress(OSError):  # if it lives
-                    client.sendall(str(status).encode())
-                with suppress(KeyError):
-                    selector.unregister(client)
-                selector.unregister(key.fd)
-                os.close(key.fd)
-                client.close()
+class Forks:
+    """The programs that run, each with the client that stands for it; every source of events has its callback."""
+
+    def __init__(self, door: int):
+        self._listener, self._selector = socket.socket(fileno=door), selectors.DefaultSelector()
+        self._programs: dict[int, tuple[int, socket.socket]] = {}  # by the descriptor that tells of the program's end
+        self._selector.register(sys.stdin, selectors.EVENT_READ, self._stop)
+        self._selector.register(self._listener, selectors.EVENT_READ, self._start)
+
+    def serve(self) -> None:
+        """Fork a program per request until stdin ends."""
+        while True:
+            for key, _ in self._selector.select():
+                key.data()
+
+    def _stop(self) -> None:
+        for pid, _ in self._programs.values():
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        os._exit(0)
+
+    def _start(self) -> None:
+        _import_libraries()
+        client, _ = self._listener.accept()
+        _, descriptors, _, _ = socket.recv_fds(client, 1, 4)
+        if not descriptors:  # the client was killed
+            client.close()
+            return
+        pid = os.fork()
+        if not pid:
+            self._close_all(client)
+            _run(*descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        client.sendall(str(pid).encode())
+        end = os.pidfd_open(pid)
+        self._programs[end] = (pid, client)
+        self._selector.register(end, selectors.EVENT_READ, partial(self._ended, end))
+        self._selector.register(client, selectors.EVENT_READ, partial(self._abandoned, pid, client))
+
+    def _close_all(self, client: socket.socket) -> None:
+        """Close, in a fork, all that belongs to the process that forks."""
+        for held in (self._listener, self._selector, client, *(client for _, client in self._programs.values())):
+            held.close()
+        for end in self._programs:
+            os.close(end)
+
+    def _abandoned(self, pid: int, client: socket.socket) -> None:
+        """End the program of a client that was killed: it says nothing after its request."""
+        if client.fileno() < 0:  # both have ended, and the program was seen first
+            return
+        os.kill(pid, signal.SIGKILL)
+        self._selector.unregister(client)
+
+    def _ended(self, end: int) -> None:
+        """Tell the client, if it lives, the exit status of its program."""
+        pid, client = self._programs.pop(end)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        with suppress(OSError):
+            client.sendall(str(status).encode())
+        with suppress(KeyError):
+            self._selector.unregister(client)
+        self._selector.unregister(end)
+        os.close(end)
+        client.close()
 
 
 @cache
