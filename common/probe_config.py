@@ -21,7 +21,7 @@ class ProbeConfig:
     """Number of matrices per shape, evenly spaced over the depth; 0 for all. The cost grows with it."""
     quantities: tuple[str, ...] = ()
     """Any of norms, isotropy, hadamard, flips, alignment, cosine and spectrum; () is all that the rule supports except
-    spectrum."""
+    spectrum; all by itself includes it."""
     mean: bool = True
     """Record means over the matrices of one shape; otherwise each matrix by name."""
 

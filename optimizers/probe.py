@@ -101,7 +101,8 @@ def probe(optimizer: torch.optim.Optimizer, **chosen: Any) -> dict[str, float | 
         roles: the `roles` that the optimizer was built with, if any.
         matrices: name patterns, of all matrices by default.
         per_shape: at most so many of each shape, evenly spaced over the depth (2); 0 for all.
-        quantities: some of `QUANTITIES`; by default all of the optimizer's rule, except the spectrum.
+        quantities: some of `QUANTITIES`; by default all that the optimizer's rule has except the spectrum;
+            ("all",) includes it.
         mean: means over the matrices of one shape, "probe/512x128/..."; else by name.
 
     On any layout: every rank of a matrix must call it; the ranks share the matrices, and all get the result.
@@ -115,9 +116,13 @@ def probe(optimizer: torch.optim.Optimizer, **chosen: Any) -> dict[str, float | 
 
 def _possible(quantities: Sequence[str] | None, rules: Sequence[UpdateRule | None]) -> tuple[str, ...]:
     """Return the quantities to measure; raise ValueError for one that a rule does not have."""
+    wanted = DEFAULT
+    if quantities and tuple(quantities) == ("all",):
+        quantities, wanted = (), tuple(QUANTITIES)
     for each in quantities or ():
         if each not in QUANTITIES:
-            raise BadValue(f"a probe measures {', '.join(QUANTITIES)}; got {each!r}{closest(each, QUANTITIES)}")
+            names = f"{', '.join(QUANTITIES)}, or all by itself"
+            raise BadValue(f"a probe measures {names}; got {each!r}{closest(each, QUANTITIES)}")
     barred: dict[str, str] = {}
     for rule in rules:
         if rule is None:
@@ -128,7 +133,7 @@ def _possible(quantities: Sequence[str] | None, rules: Sequence[UpdateRule | Non
         if each in barred:
             left = ", ".join(name for name in QUANTITIES if name not in barred)
             raise BadValue(f"{each} cannot be measured: {barred[each]}; ask for {left}")
-    return tuple(quantities or (each for each in DEFAULT if each not in barred))
+    return tuple(quantities or (each for each in wanted if each not in barred))
 
 
 def _sizes(quantities: Sequence[str]) -> dict[str, int]:

@@ -289,6 +289,15 @@ def test_a_probe_is_due_at_the_first_step_and_every_so_many():
     assert not any(never(step) for step in range(1, 8))
 
 
+@pytest.mark.parametrize("rule", ["olion", "lion"])
+def test_all_is_the_default_and_the_spectrum(rule):
+    model, optimizer = train(rule)
+    default, everything = (probe(optimizer, model=model, quantities=each) for each in (None, ("all",)))
+    more = {key.split("/")[-1] for key in everything.keys() - default.keys()}
+    assert more == {"weight_entries", "weight_singular_values", "momentum_singular_values"}
+    assert default.keys() < everything.keys()
+
+
 def test_patterns_and_numbers_choose_matrices():
     _, optimizer = train("olion")
     names = {key.split("/")[1] for key in probe(optimizer, matrices=("layers.*",), mean=False) if key != "probe/ms"}
@@ -330,6 +339,7 @@ def test_other_optimizers_have_weights_and_momentum_measured(kind):
         ("olion", {"matrices": ("table.*",)}, "'table.\\*' fits none"),
         ("olion", {"quantities": ("isotropie",)}, "got 'isotropie'; did you mean 'isotropy'"),
         ("olion", {"per_shape": -1}, "per_shape must be a number of matrices, or 0 for all; got -1"),
+        ("olion", {"quantities": ("all", "norms")}, "or all by itself; got 'all'"),
         ("lion", {"quantities": ("isotropy",)}, "lion orthogonalizes nothing, .* ask for norms, cosine, spectrum"),
         ("adamw", {"quantities": ("hadamard",)}, "adamw orthogonalizes nothing"),
     ],
