@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 # Settings and sections of torchtitan that nothing here reads -> the reason, or the setting to use instead.
 NOT_READ = {
     "job.config_file": "name the file itself, before the flags",
-    "job.custom_config_module": "Llama/config.py is the config",
-    "experimental.custom_args_module": "Llama/config.py is the config",
+    "job.custom_config_module": "Llama/options.py is the config",
+    "experimental.custom_args_module": "Llama/options.py is the config",
     "metrics.enable_wandb": "set metrics.wandb",
     "model.tokenizer_path": "set model.hf_assets_path",
     "model.converters": "weights are trained in float32 or bfloat16",

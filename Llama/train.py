@@ -5,7 +5,7 @@
     python -m Llama.train Llama/train_configs/stdlib.toml --job.resume
 
 Ctrl-C or SIGTERM saves a checkpoint and exits. The run's folder, runs/llama/GROUP/NAME, holds metrics.jsonl,
-config.json, checkpoint/ and wandb/. The options are torchtitan 0.2.2's, except those that Llama/config.py replaces;
+config.json, checkpoint/ and wandb/. The options are torchtitan 0.2.2's, except those that Llama/options.py replaces;
 --help lists them.
 """
 
@@ -20,6 +20,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
+
+from common.guard import main_guard
+from Llama import help
+
+if __name__ == "__main__":  # --help before the imports below, which take seconds
+    main_guard(help.show)
 
 import torch
 from torch import nn

@@ -1,6 +1,8 @@
 """Llama's config: both files parse, every [optimizer] key is read, and impossible settings are one line at start."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,16 @@ STDLIB, PAPER, TUNED = (str(CONFIGS / f"{name}.toml") for name in ("stdlib", "ll
 def eight_gpus(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setattr("Llama.checks.on_cpu", lambda: False)
+
+
+def test_help_without_torchtitans_imports_lists_what_it_would_with_them(capsys):
+    with pytest.raises(SystemExit):
+        parse_config([STDLIB, "--help"])
+    command = [sys.executable, "-m", "Llama.train", STDLIB, "--help"]
+    printed = subprocess.run(command, cwd=CONFIGS.parents[1], capture_output=True, text=True, check=True).stdout
+    assert printed.startswith("usage: python -m Llama.train [CONFIG.toml ...] [-h] [OPTIONS]\n")
+    words, expected = (re.sub(r"\W+", "", text.partition("\n")[2]) for text in (printed, capsys.readouterr().out))
+    assert words == expected and "parallelism" in words
 
 
 def test_paper_config_matches_the_papers_settings(eight_gpus):

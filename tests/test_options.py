@@ -28,6 +28,7 @@ PROGRAMS = (
     "Llama.arithmetic",
     "Llama.evaluate",
     "Llama.prepare",
+    "Llama.train",
     "Llama.weights",
     "scripts.figures",
     "scripts.sweep",
