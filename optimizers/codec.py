@@ -1,7 +1,8 @@
-"""Codecs: directions written as bytes and read back, and the number of these bytes.
+"""Codecs: pieces of directions or gradients written as bytes and read back, and the number of these bytes.
 
     SignCodec     entries -1, 1, 0 and NaN: one bit per entry; zeros and NaN, which are few, apart
     CastCodec     any entries, rounded to a dtype
+    Int8Codec     any entries, at one byte each and a scale for every 256
 
 Two bits distinguish the four kinds of sign; a tensor of -1 and 1 alone needs only the first:
 
@@ -25,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .quantized import decoded, encode, peaks_of
+
 # Eight bools in one word: this product brings bool i to bit 56 + i (2^(8 i) x 2^(56 - 7 i)), and no two of its 64
 # terms share a bit, so nothing carries into the top byte. On big-endian machines the bits of a byte come in reverse.
 _GATHER = 0x0102040810204080
@@ -33,9 +36,11 @@ _GATHER = 0x0102040810204080
 _CPU_CHUNK = 2**20
 _GPU_CHUNK = 2**28
 
+_BLOCK = 256  # entries that share a scale in int8
+
 
 class Codec:
-    """Writes pieces of directions, shards of equal size, as rows of bytes, multiples of 16.
+    """Writes pieces, shards of equal size, as rows of bytes, multiples of 16.
 
     A row holds the encoded entries, then the floats sent with them: one float64 per matrix, if the rule needs it.
     """
@@ -103,6 +108,43 @@ class CastCodec(Codec):
 
 
 @dataclass(frozen=True)
+class Int8Codec(Codec):
+    """Entries as int8 codes, after the float32 scales of each 256 of them in order: the largest magnitude / 127.
+
+    The error of an entry is at most half a scale, 0.4 % of the largest of its 256. One NaN or infinity makes NaN of all
+    of them.
+    """
+
+    def _size(self, entries):
+        return -(-(4 * _blocks(entries) + entries) // 8) * 8
+
+    def _encode(self, pieces, payload):
+        parts, count, entries = pieces.shape
+        blocks = pad(pieces, [0, _BLOCK * _blocks(entries) - entries]).view(parts, count, _blocks(entries), _BLOCK)
+        codes, scales = (
+            torch.empty_like(blocks, dtype=torch.int8),
+            blocks.new_empty(blocks.shape[:3], dtype=torch.float),
+        )
+        encode(codes, scales[..., None], blocks, peaks_of(blocks, 3))
+        after = 4 * scales.shape[2]
+        payload[..., :after].view(torch.float32).copy_(scales)
+        payload[..., after : after + entries].view(torch.int8).copy_(codes.flatten(2)[..., :entries])
+
+    def _decode(self, payload, entries, dtype, zeros):
+        after = 4 * _blocks(entries)
+        scales = payload[:, :after].contiguous().view(torch.float32)
+        codes = pad(payload[:, after : after + entries].view(torch.int8), [0, -entries % _BLOCK])
+        blocks = codes.view(len(codes), _blocks(entries), _BLOCK)
+        return decoded(blocks, scales[..., None], dtype).flatten(1)[:, :entries]
+
+    def overflow(self, rows: Tensor) -> Tensor:
+        return rows.new_zeros((), dtype=torch.bool)
+
+    def __str__(self) -> str:
+        return "int8"
+
+
+@dataclass(frozen=True)
 class SignCodec(Codec):
     """Signs, as 64-bit words:
 
@@ -148,6 +190,10 @@ class SignCodec(Codec):
 def codec_of(signs: bool, dtype: torch.dtype | None) -> Codec:
     """Return the codec of directions: one bit per entry for signs, bfloat16 for others, or the given dtype."""
     return SignCodec() if signs and dtype is None else CastCodec(dtype or torch.bfloat16)
+
+
+def _blocks(entries: int) -> int:
+    return -(-entries // _BLOCK)
 
 
 def _words(entries: int) -> int:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from . import wire
 from .buckets import Bucket, fill_buckets
-from .codec import codec_of, padded_entries
+from .codec import CastCodec, codec_of, padded_entries
 from .pieces import Cut
 from .routes import Entry, Route
 from .rule import Tensors, UpdateRule
@@ -61,6 +61,7 @@ class OwnerExchange(Route):
     def __init__(self, rule: UpdateRule, indices: list[int], entries: list[Entry]):
         super().__init__(rule, indices, entries)
         self.to_owner_dtype, self.codec = entries[0].to_owner_dtype, entries[0].codec
+        self.to_owner_codec = entries[0].to_owner_codec if entries[0].layout.shard_groups else None
         self.layout = layout = entries[0].layout
         self._owner_only, self._between = entries[0].owner_only, None
         self.buckets = fill_buckets(entries, layout)
@@ -90,7 +91,7 @@ class OwnerExchange(Route):
         for bucket in self.buckets:
             row, rows, entries = bucket.counts[replica], bucket.rows, bucket.entries
             mine, all_mine = [row[shard]] * len(row), [rows[replica]] * len(rows)
-            shards = padded_entries(entries, self.to_owner_dtype) * self.to_owner_dtype.itemsize
+            shards = (self.to_owner_codec or CastCodec(self.to_owner_dtype)).nbytes(entries, 0)
             directions = self.codec.nbytes(entries, bucket.floats)
             traffic.add_all_to_all("to owners", row, mine, shard, shards)
             traffic.add_all_to_all("directions", mine, row, shard, directions)
@@ -107,13 +108,15 @@ class OwnerExchange(Route):
 
     def _carry(self, bucket: Bucket, update: Update, waiting: list[PendingDirections]) -> Generator:
         """Compute and send a bucket's directions, yielding while messages are in transit."""
-        shards, dtype = self._prepare(bucket, update)  # (n, entries)
+        shards, dtype = self._prepare(bucket, update)
         counts = bucket.counts[self._replica]
         from_all = [counts[self._shard]] * len(counts)
         transit = wire.all_to_all(shards, counts, from_all, self._shard_group, "to owners")
         yield
         shards = transit.wait()
         del transit
+        if self.to_owner_codec:
+            shards, _ = self.to_owner_codec.read(shards, bucket.entries, 0, self.to_owner_dtype)
         whole, directed = self._direct(bucket, update, shards)  # (k, *shape) both
         del shards
         messages, zeros = self.codec.write(bucket.pieces.cut(directed), self._floats(bucket, whole, directed))
@@ -127,7 +130,7 @@ class OwnerExchange(Route):
             waiting.append(received)
 
     def _prepare(self, bucket: Bucket, update: Update) -> tuple[Tensor, torch.dtype]:
-        """Prepare members; return the shards for my row's owners, (n, entries), and the dtype of directions.
+        """Prepare members; return the shards for my row's owners, n rows, and the dtype of directions.
 
         All members, as their state is on every rank, unless only the owner has it.
         """
@@ -142,11 +145,15 @@ class OwnerExchange(Route):
                 dtype = update.dtype_of(bucket.members[0]) if self._owner_only else shards[0].dtype
                 sent_in = self.to_owner_dtype if self._shard_group else dtype
                 width, device = padded_entries(bucket.entries, sent_in), update.weights[bucket.members[0]].device
-                rows = torch.empty(last - first, width, dtype=sent_in, device=device)
+                new = torch.zeros if self.to_owner_codec else torch.empty  # a scale is of the padding too
+                rows = new(last - first, width, dtype=sent_in, device=device)
             if mine:
                 kept = [shards[i - prepared.start] for i in mine]
                 places = [rows[i - first, : bucket.entries].view(bucket.pieces.shape) for i in mine]
                 torch._foreach_copy_([bucket.pieces.unpadded(self._shard, place) for place in places], kept)
+        if self.to_owner_codec:
+            rows, _ = self.to_owner_codec.write(rows[None, :, : bucket.entries], rows.new_empty(len(rows), 0))
+            rows = rows[0]
         return rows, dtype
 
     def _direct(self, bucket: Bucket, update: Update, shards: Tensor) -> tuple[Tensor, Tensor]:

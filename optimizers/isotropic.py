@@ -68,6 +68,7 @@ class Curvature(RuleOptimizer):
         qkv_dim: int = 0,
         as_matrices: Literal["batch", "flatten"] | None = None,
         wire_dtype: torch.dtype | None = None,
+        to_owner_dtype: Literal["int8"] | None = None,
         process_group: ProcessGroup | None = None,
     ):
         super().__init__(**given(locals()))

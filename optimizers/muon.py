@@ -81,6 +81,7 @@ class Muon(RuleOptimizer):
         qkv_dim: int = 0,
         as_matrices: Literal["batch", "flatten"] | None = None,
         wire_dtype: torch.dtype | None = None,
+        to_owner_dtype: Literal["int8"] | None = None,
         process_group: ProcessGroup | None = None,
     ):
         super().__init__(**given(locals()))

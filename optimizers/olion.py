@@ -50,6 +50,8 @@ class OLion(RuleOptimizer):
         as_matrices: tensors of more than two dimensions as a "batch" of matrices or "flatten"ed; None refuses them.
         wire_dtype: dtype of directions in messages between ranks; None is one bit per entry for signs, exact with
             their zeros, and bfloat16 for others.
+        to_owner_dtype: "int8" sends the shards of FSDP2 and tensor parallelism to their owners at one byte per entry
+            and one scale per 256, rounded to the nearest; None in the precision that the owner computes in.
         process_group: the ranks that hold the same plain tensors and gradients (DDP) and share the work; DTensors
             carry their layout.
 
@@ -79,6 +81,7 @@ class OLion(RuleOptimizer):
         qkv_dim: int = 0,
         as_matrices: Literal["batch", "flatten"] | None = None,
         wire_dtype: torch.dtype | None = None,
+        to_owner_dtype: Literal["int8"] | None = None,
         process_group: ProcessGroup | None = None,
     ):
         super().__init__(**given(locals()))

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from .checks import BadValue, name_of
-from .codec import codec_of
+from .codec import Int8Codec, codec_of
 from .exchange import OwnerExchange
 from .layout import Layout, layout_of, plain_layout, whole_of
 from .matrices import blocks_in, row_dims
@@ -109,6 +109,7 @@ def _entry(group: dict, position: int, plain: Layout | None, to_owners: bool) ->
         entry.flops = sum(count * rule.flops(m, n, group, param) for (m, n), count in counts)
         entry.grad_dtype = grad_dtype(param, group)
         entry.to_owner_dtype = rule.rounds_to(group, param) or entry.grad_dtype
+        entry.to_owner_codec = Int8Codec() if group.get("to_owner_dtype") == "int8" else None
         entry.codec = codec_of(rule.signs, group.get("wire_dtype"))
         entry.floats, entry.row_dims = entry.blocks.count if rule.sends_floats else 0, row_dims(entry.whole, group)
         entry.owner_only = to_owners and entry.layout is not None
@@ -125,7 +126,7 @@ def _routes(group: dict, entries: list[Entry]) -> list[Route]:
     """Divide a group's parameters by route; those of one route have equal layouts and precisions of messages."""
     alike, rule = defaultdict(list), rule_of(group)
     for i, entry in enumerate(entries):
-        alike[entry.layout, entry.grad_dtype, entry.to_owner_dtype, entry.codec].append(i)
+        alike[entry.layout, entry.grad_dtype, entry.to_owner_dtype, entry.to_owner_codec, entry.codec].append(i)
     routes: list[Route] = []
     for (layout, *_), indices in alike.items():
         mine = [entries[i] for i in indices]

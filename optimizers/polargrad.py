@@ -72,6 +72,7 @@ class PolarGrad(RuleOptimizer):
         qkv_dim: int = 0,
         as_matrices: Literal["batch", "flatten"] | None = None,
         wire_dtype: torch.dtype | None = None,
+        to_owner_dtype: Literal["int8"] | None = None,
         process_group: ProcessGroup | None = None,
     ):
         super().__init__(**given(locals()))
@@ -117,6 +118,7 @@ class PolarSGDM(RuleOptimizer):
         qkv_dim: int = 0,
         as_matrices: Literal["batch", "flatten"] | None = None,
         wire_dtype: torch.dtype | None = None,
+        to_owner_dtype: Literal["int8"] | None = None,
         process_group: ProcessGroup | None = None,
     ):
         super().__init__(**given(locals()))

@@ -35,10 +35,10 @@ class Entry:
 
     layout: None if this process needs no other. whole: the shape of the tensor that the ranks of the layout hold
     together. blocks: its matrices. owner: a global rank. flops: of its direction. to_owner_dtype: of its shards sent to
-    the owner. codec: of the direction sent back. floats: the numbers sent with the direction, one per matrix, if the
-    rule needs them. row_dims: the leading dimensions that count rows of matrices. owner_only: whether the owner alone
-    gets the gradient. coded: its buffers in int8. scales: (bytes, ranks) of the all-reduces of their rows' maxima, of
-    this rank's shard.
+    the owner; to_owner_codec: None sends them as they are. codec: of the direction sent back. floats: the numbers sent
+    with the direction, one per matrix, if the rule needs them. row_dims: the leading dimensions that count rows of
+    matrices. owner_only: whether the owner alone gets the gradient. coded: its buffers in int8. scales: (bytes, ranks)
+    of the all-reduces of their rows' maxima, of this rank's shard.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Entry:
     flops: float = 0.0
     grad_dtype: Any = None
     to_owner_dtype: Any = None
+    to_owner_codec: Any = None
     codec: Any = None
     floats: int = 0
     row_dims: int = 0
@@ -66,7 +67,7 @@ class Entry:
     @property
     def outline(self) -> str:
         """The properties that determine the messages between ranks about it."""
-        sent = f"{self.to_owner_dtype} to owners, directions in {self.codec}"
+        sent = f"{self.to_owner_codec or self.to_owner_dtype} to owners, directions in {self.codec}"
         sent += ", gradients to owners" if self.owner_only else ""
         return f"{self.name} {self.shape} as {self.blocks}, {self.rule}, {self.route}, {sent}"
 

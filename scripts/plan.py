@@ -62,6 +62,8 @@ class Options:
     """Dtype of the gradients."""
     state_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     """Dtype of the matrices' optimizer state, for rules that support it. Default: the weights'."""
+    to_owner_dtype: Literal["int8"] | None = None
+    """int8: shards travel to their owners at one byte per entry."""
     gpu_tflops: float = 989
     """Dense bf16 TFLOP/s of a GPU: an H100 SXM's, from its data sheet."""
     efficiency: float = 0.5
@@ -296,6 +298,8 @@ def plan(options: Options) -> dict:
             takes = "state_dtype" in RULES[name].defaults and (name != "adamw" or options.state_dtype == "int8")
             if options.state_dtype and takes:
                 extra["state_dtype"] = options.state_dtype
+            if options.to_owner_dtype and "to_owner_dtype" in RULES[name].defaults:
+                extra["to_owner_dtype"] = options.to_owner_dtype
             optimizer = build_optimizer(model, name, lr=1e-3, process_group=process_group, **extra)
             if mesh.word == "owners" and RULES[name].direct and mesh.ranks > 1:
                 optimizer.keep_at_owners()  # the others' gradients are all-reduced

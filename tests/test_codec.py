@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from optimizers.codec import CastCodec, SignCodec, padded_entries
+from optimizers.codec import CastCodec, Int8Codec, SignCodec, padded_entries
 
 SHAPES = [(1, 1, 7), (3, 2, 100), (4, 3, 1024), (2, 2, 70000), (2, 0, 100)]  # shards, tensors, entries of a shard
 
@@ -40,6 +40,27 @@ def test_cast_rows_match_a_cast(shape, dtype):
     pieces = torch.randn(shape).to(dtype)
     got = through_rows(CastCodec(torch.bfloat16), pieces)
     assert got.dtype == dtype and torch.equal(got, pieces.to(torch.bfloat16).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_int8_rows_match_to_half_a_127th_of_the_largest_of_256(shape, dtype):
+    pieces = (torch.randn(shape) * 10 ** torch.randn(*shape[:2], 1)).to(dtype)
+    got = through_rows(Int8Codec(), pieces)
+    assert got.dtype == dtype and got.shape == pieces.shape
+    for some, read in zip(pieces.double().split(256, dim=2), got.double().split(256, dim=2), strict=True):
+        if some.numel():
+            largest = some.abs().amax(2, keepdim=True)
+            slack = 2 * torch.finfo(dtype).eps + 1e-6  # of the value decoded, and of the scale in float32
+            assert bool(((some - read).abs() <= largest * (0.5 / 127 + slack)).all())
+
+
+def test_int8_rows_match_zeros_and_spread_what_is_not_finite_over_256():
+    pieces = torch.zeros(1, 1, 600)
+    pieces[0, 0, 300] = torch.inf
+    pieces[0, 0, 590] = torch.nan
+    got = through_rows(Int8Codec(), pieces)[0, 0]
+    assert torch.equal(got[:256], torch.zeros(256)) and bool(got[256:].isnan().all())
 
 
 @pytest.mark.parametrize("zeros", [0, 1, 4, 7, 50])

@@ -436,14 +436,17 @@ DENSE = ("twin", "few", "row", "large", "batch", "uneven batch", "convolution", 
 DENSE += ("grouped", "fused columns", "grouped columns")
 
 
+PRECISIONS = {"": {}, " in bfloat16": {"ns_dtype": torch.bfloat16}, " in int8": {"to_owner_dtype": "int8"}}
+
+
 def measured(layout: str) -> dict[str, tuple] | None:
     """Return, by rule, the bytes counted in a step, those of the plan, and those counted after the block."""
     if not is_member(layout):
         return None
     found = {}
     for rule in RULES_ON[layout]:
-        for label, options in {"": {}, " in bfloat16": {"ns_dtype": torch.bfloat16}}.items():
-            if options and "ns_dtype" not in options_of(rule):
+        for label, options in PRECISIONS.items():
+            if not options.keys() <= options_of(rule).keys():
                 continue
             job = Job(rule, layout, DENSE, **options)
             with count_bytes() as traffic:
@@ -461,7 +464,7 @@ def test_bytes_counted_match_the_plan_and_stop_with_the_block(ranks4, layout):
     for found in members(ranks4(measured, layout), layout):
         for rule, (counted, planned, after) in found.items():
             assert counted == planned == after, rule
-            assert bool(counted[1]) == (rule.removesuffix(" in bfloat16") in MATRIX_RULES)
+            assert bool(counted[1]) == (rule.partition(" in ")[0] in MATRIX_RULES)
 
 
 def eight_matrices(rule: str, layout: str) -> tuple[dict, dict]:
@@ -510,6 +513,57 @@ def test_bytes_of_shards_match_arithmetic(ranks4, layout):
         assert (sent["to owners"], received["to owners"]) == inward
         for got, count in zip((sent["directions"], received["directions"]), entries, strict=True):
             assert count / 8 <= got <= 1.02 * count / 8
+
+
+def rounded_to_int8(shard: Tensor) -> Tensor:
+    """Round a shard as a message to an owner does: each 256 entries in order to 127ths of their largest."""
+    blocks = shard.view(-1, 256)
+    scales = blocks.abs().amax(1, keepdim=True) / 127
+    return torch.where(scales > 0, (blocks / scales).round() * scales, 0.0).view(shard.shape)
+
+
+# Options under which the first average is the gradient, or half of it: rounding before or after is the same.
+EXACT_AVERAGES = {
+    "olion": {"betas": (0.0, 0.5)},
+    "muon": {"momentum": 0.5, "nesterov": False},
+    "normuon": {"betas": (0.0, 0.5)},
+}
+
+
+def compared_in_int8(rule: str, layout: str) -> tuple[Held, Held]:
+    """A first step with shards sent in int8, and one of unrounded shards whose gradients were rounded before it."""
+    is_member(layout)
+    options = exact(rule) | EXACT_AVERAGES[rule]
+    coded, before = (
+        Job(rule, layout, ("large",), to_owner_dtype="int8", **options),
+        Job(rule, layout, ("large",), **options),
+    )
+    coded.step(0)
+    (param,) = before.params.values()
+    param.grad = placed_gradient(layout, "large", 0).clone()
+    param.grad.to_local().copy_(rounded_to_int8(param.grad.to_local()))
+    before.optimizer.step()
+    return tuple({"large": job.tensors()["large"]} for job in (coded, before))
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "hsdp", "fsdp x tp"])
+@pytest.mark.parametrize("rule", EXACT_AVERAGES)
+def test_shards_sent_in_int8_match_gradients_rounded_before(ranks4, rule, layout):
+    results = ranks4(compared_in_int8, rule, layout)
+    assert_replicas_equal(results)
+    assert differing(results, 0.0) == 0
+
+
+def test_int8_shards_send_a_quarter_of_float32s_bytes(ranks4):
+    is_8_bits = ranks4(to_owners_bytes, "int8")
+    for coded, plain in zip(is_8_bits, ranks4(to_owners_bytes, None), strict=True):
+        assert 1 / 4 < coded / plain <= (1 + 4 / 256) / 4
+
+
+def to_owners_bytes(dtype: str | None) -> int:
+    is_member("rows")
+    job = Job("olion", "rows", ("large",), to_owner_dtype=dtype, **exact("olion"))
+    return job.optimizer.plan.traffic(1).sent["to owners"]
 
 
 # --- State, gradients, parts of a step

@@ -31,6 +31,7 @@ OPTIONS: dict[str, tuple] = {  # option of an optimizer -> invalid values
     "ns_form": ("round", 3),
     "state_dtype": ("float7", "int4", 5),
     "wire_dtype": ("float7", 5),
+    "to_owner_dtype": ("int4", "float32", 5),
     "weight_rounding": ("up", 5),
     "nesterov": ("no", 1.5),
     "adjust_lr_fn": ("guess", 5),
