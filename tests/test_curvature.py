@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from optimizers.curvature import expectations, homogenize, spectrum
+from optimizers.homogenize import expectations, homogenize, spectrum
 
 POWERS = [2.02, 2.4, 3.0, 3.6, 3.98]
 

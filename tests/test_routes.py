@@ -446,7 +446,7 @@ def measured(layout: str) -> dict[str, tuple] | None:
     found = {}
     for rule in RULES_ON[layout]:
         for label, options in PRECISIONS.items():
-            if not options.keys() <= options_of(rule).keys():
+            if options and rule not in ("olion", "muon"):
                 continue
             job = Job(rule, layout, DENSE, **options)
             with count_bytes() as traffic:
