@@ -206,6 +206,8 @@ class Update:
 
     def _keep(self, members: list[int], buffers: dict[str, Tensors]) -> None:
         """Encode the decoded buffers again, after a rule has written to them."""
+        if not in_int8(self.group):
+            return
         for name, tensors in buffers.items():
             kept = [(i, each) for i, each in zip(members, tensors, strict=True) if self._is_coded(i, name)]
             if not kept:
