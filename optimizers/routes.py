@@ -124,6 +124,7 @@ class Local(Route):
             members, sizes = [*chain(*chosen)], []
             directions = self._direct(chosen, update, members, sizes)
             update.finish(members, directions, partial(self._rescale, chosen), partial(self._multiply, chosen, sizes))
+            del directions  # before the next are computed
         return []
 
     def add_traffic(self, traffic: wire.Traffic, rank: int) -> None:
@@ -139,9 +140,9 @@ class Local(Route):
                 sizes.append(products_of(stack, directions))
             return directions
 
-        prepared = update.prepare(members)
+        prepared = list(update.prepare(members))
         if self.rule.direct:
-            return self._each(stacks, directed, list(prepared))
+            return self._each(stacks, directed, prepared)
         factor = update.factor()
         return prepared if factor == 1 else each("mul_", prepared, factor)
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from optimizers import RuleOptimizer
 from optimizers.layout import local_of
+from optimizers.routes import _STACK_ENTRIES
 from scripts.plan import fake_group
 
 RANKS, SHAPE = 8, (128, 81920)  # flat: of small symmetric products, CPUs compute no blocks
@@ -87,4 +88,6 @@ def test_peak_of_a_step_matches_that_of_a_few_matrices(monkeypatch, rule, layout
     # Packed signs wait for one another: a bit per entry, and as much for the owner's zeros.
     waiting = MANY * entries // 8 * (2 if rule == "olion" and layout != "local" else 0)
     assert many <= 1.1 * few + waiting
+    if layout == "local":
+        assert many <= 6 * 4 * _STACK_ENTRIES  # stacks in float32: nothing outlives its use
     assert many < 4 * MANY * entries / 2  # whole float32 copies of all matrices are far from it
