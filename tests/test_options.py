@@ -35,6 +35,7 @@ PROGRAMS = (
     "scripts.ablation",
     "scripts.bench_communication",
     "scripts.bench_optimizers",
+    "scripts.compare_nanogpt",
     "scripts.bench_signs",
     "scripts.curvature",
     "scripts.drill",
