@@ -19,7 +19,7 @@ from optimizers import RULES as REGISTERED
 from optimizers import OLion, RuleOptimizer, count_bytes
 from optimizers.polar import flops
 
-STEPS, LR, DECAY = 6, 0.05, 0.1  # 6: every pattern of zero and missing gradients twice
+STEPS, LR, DECAY = 4, 0.05, 0.1  # 4: every pattern of zero and missing gradients
 POLAR_FIRST = "polargrad, polar first"
 # Rules with a `direct`, whose matrices are sent; RULES has the elementwise ones too. BUFFERS counts a rule's state.
 MATRIX_RULES = ("olion", "muon", "adamuon", "normuon", "lionmuon", "curvature", "polargrad", POLAR_FIRST, "polarsgdm")
