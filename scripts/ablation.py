@@ -1,7 +1,7 @@
 """Ablation: trains the small GPT with parts of OLion removed or exchanged.
 
     python -m scripts.ablation nanoGPT/configs/stdlib.toml --optimizer.name olion_unsigned --optimizer.lr 8e-3
-    python -m scripts.figures 'runs/nanogpt/ablation/*'
+    python -m scripts.sweep nanoGPT/configs/stdlib.toml --module scripts.ablation --optimizers olion_sign_first
 
 All use OLion's momentum and its size of update, RMS 0.2 per entry:
 

@@ -3,6 +3,7 @@
     python -m scripts.sweep nanoGPT/configs/stdlib.toml --lrs 4e-3 8e-3 1.6e-2 --seeds 1337 1338 1339 --jobs 2
     python -m scripts.sweep nanoGPT/configs/stdlib.toml --optimizers olion muon --adamw-lr 4e-3 --set steps=200
     python -m scripts.sweep Llama/train_configs/stdlib.toml --module Llama.train --jobs 2
+    python -m scripts.sweep nanoGPT/configs/stdlib.toml --module scripts.ablation --optimizers olion olion_unsigned
     python -m scripts.sweep nanoGPT/configs/stdlib.toml --draw-only
 
 The same command again runs missing cells. Every outcome is merged into one JSON, which keeps earlier ones.
@@ -45,6 +46,7 @@ warn_once = cache(warn)  # not after every run
 
 Curve = dict[float, dict[int, float]]  # learning rate -> seed -> loss, infinite if the run diverged or failed
 MODULES = ("nanoGPT.train", "SIT.train", "Llama.train")  # ours, whose optimizers are known
+ABLATION = "scripts.ablation"  # nanoGPT.train with more of them
 Curves = dict[tuple[float | None, str], Curve]  # (rate of the AdamW part, optimizer) -> curve
 
 
@@ -75,7 +77,7 @@ class Options:
 
     @property
     def experiment(self) -> str:
-        return self.module.split(".")[0].lower()
+        return ("nanoGPT" if self.module == ABLATION else self.module.split(".")[0]).lower()
 
     def key(self, name: str) -> str:
         """Return the training module's name of a key."""
@@ -157,8 +159,10 @@ def check(options: Options) -> None:
         key, equals, _ = setting.partition("=")
         if not key or not equals or key.replace("-", "_") in SWEPT | {options.key("seed")}:
             raise UserError(f"--set must be key=value for keys that are not swept; got {setting!r}")
-    if not re.fullmatch(r"\w+\.train", options.module):
-        raise UserError(f"--module must be a training module, like nanoGPT.train; got {options.module!r}")
+    if options.module != ABLATION and not re.fullmatch(r"\w+\.train", options.module):
+        raise UserError(
+            f"--module must be a training module, like nanoGPT.train, or {ABLATION}; got {options.module!r}"
+        )
     if options.module in MODULES:
         from optimizers.build import check_name  # here: it imports torch, which --help does not need
 

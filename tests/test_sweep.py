@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from common import UserError
 from common.guard import main_guard
 from scripts import sweep
 
@@ -169,6 +170,17 @@ def test_drawing_only_trains_nothing(monkeypatch):
     run_sweep(monkeypatch, "--draw-only")
     assert len(calls()) == 2
     assert Path("images/sweep_fake_small.png").exists()
+
+
+def test_ablations_variants_are_swept_as_the_gpts_runs(workplace):
+    variants = ("olion_unsigned", "olion_sign_twice")
+    options = sweep.Options(Path("small.toml"), optimizers=variants, module="scripts.ablation")
+    sweep.check(options)
+    assert options.runs == Path("runs/nanogpt/sweep-small")
+    with pytest.raises(
+        UserError, match=r"--module must be a training module, .* or scripts.ablation; got 'scripts.plan'"
+    ):
+        sweep.check(sweep.Options(Path("small.toml"), module="scripts.plan"))
 
 
 @pytest.mark.parametrize(
