@@ -1,6 +1,7 @@
 """nanoGPT.model against transformers' GPT2LMHeadModel, torch's FLOP counter, and its own definition."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import UserError
+from common.launch import Process
+from common.parallel import ParallelConfig, move_or_shard
 from nanoGPT.model import GPT, GPTConfig
 from optimizers import roles_of
 
@@ -208,3 +211,21 @@ def test_one_block_as_wide_as_its_context_has_the_roles_of_a_deeper_one():
     found = roles_of(GPT(replace(TINY, n_layer=1, context=32, vocab_size=1000)))
     assert found["blocks.0.attn.c_proj.weight"] == found["blocks.0.mlp.c_fc.weight"] == "matrix"
     assert found["wte.weight"] == found["wpe.weight"] == "embedding"
+
+
+def test_training_is_compiled_for_one_size_of_batch_after_validations_of_others(monkeypatch):
+    """As on 8 GPUs, where a validation's passes have other sizes than training's."""
+    symbolic = []
+
+    def backend(graph, inputs):
+        sizes = [size for each in inputs if torch.is_tensor(each) for size in each.shape]
+        symbolic.append(any(isinstance(each, torch.SymInt) for each in (*inputs, *sizes)))
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    process = Process(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+    network = move_or_shard(GPT(TINY), ParallelConfig(), process, torch.float32, compile=True, trained=True)
+    for size in (4, 2, 3):
+        network(*torch.zeros(2, size, 16, dtype=torch.long))
+    assert symbolic == [False] * 3
