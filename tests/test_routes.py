@@ -84,9 +84,9 @@ LAYOUTS = {
     "fsdp x tp": Layout("sharded", [[0, 1], [2, 3]], [[_StridedShard(0, split_factor=2), Shard(0)]]),
     "three axes": Layout("hsdp", [[[0], [1]], [[2], [3]]], [[Shard(0), Replicate(), Shard(1)]]),
 }
-# Of each kind of direction one rule runs on every layout: signs, a cast, a second moment, a norm that travels, none.
-# The others share their routes and codecs, and run on one layout per route.
-ON_EVERY_LAYOUT = ("olion", "muon", "adamuon", "polargrad", "adamw")
+# Of each kind of message one rule runs on every layout: signs, and a cast with a number per matrix. The others share
+# their routes and codecs, and run on one layout per route.
+ON_EVERY_LAYOUT = ("olion", "polargrad")
 ONE_PER_ROUTE = ("replicated on 4", "rows", "columns", "hsdp", "fsdp x tp")
 RULES_ON = {layout: RULES if layout in ONE_PER_ROUTE else ON_EVERY_LAYOUT for layout in LAYOUTS}
 PAIRS = [(rule, layout) for layout, rules in RULES_ON.items() for rule in rules]
