@@ -1,7 +1,5 @@
 """SIT's frozen networks: DINOv2 against transformers' own, the digits' CNN, the VAE against its own distribution."""
 
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -300,11 +298,3 @@ def test_load_vae_reads_a_folder_and_says_where_to_put_missing_files(tmp_path):
 
 
 # ---- Imports
-
-
-def test_sit_imports_transformers_diffusers_and_scikit_learn_only_where_they_are_used():
-    modules = "SIT.encoders, SIT.vae, SIT.digits, SIT.data, SIT.latents, SIT.prepare"
-    heavy = "transformers", "diffusers", "sklearn", "torchvision", "timm"
-    code = f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
