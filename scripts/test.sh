@@ -10,7 +10,7 @@ PYTHON=$(bash scripts/setup.sh)
 
 arguments=()
 types=yes
-if [[ $# == 0 || "$*" == --fast ]]; then arguments+=(-n auto --maxprocesses 8 --dist loadfile); fi
+if [[ $# == 0 || "$*" == --fast ]]; then arguments+=(-n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder); fi
 for argument in "$@"; do
   if [[ "$argument" == --fast ]]; then
     arguments+=(-m "not slow")

@@ -26,11 +26,30 @@ def pytest_configure(config):
         config.add_cleanup(starting.close)
 
 
+# Files of the fast tier: no ranks, no training programs, and no libraries that take seconds to import.
+QUICK = """codec config curvature data engine evidence gpu guests intersection json_files line_search optimizer_options
+options pieces polar probe read_ahead readme roles rules schedule signs slurm symmetric untrusted_files""".split()
+# Files that take minutes, first: the last file of a run is then a short one, and no core waits for it.
+LONG = "routes drill llama_train sit_train shell sit_shell llama_shell parallel to_owners quantized sweep train".split()
+
+
+def subject(path) -> str:
+    return path.stem.removeprefix("test_")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave out the files that the fast tier does not run: to import them takes longer than its tests."""
+    if config.option.markexpr == "not slow" and collection_path.name.startswith("test_"):
+        return subject(collection_path) not in QUICK or None
+    return None
+
+
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
+    items.sort(key=lambda item: LONG.index(subject(item.path)) if subject(item.path) in LONG else len(LONG))
     for item in items:
-        if item.get_closest_marker("gpu"):  # not item.keywords, which also hold the names of folders
+        if subject(item.path) not in QUICK:
+            item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():  # not keywords, which hold folders' names
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
