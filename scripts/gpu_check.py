@@ -127,7 +127,7 @@ def check_layouts(folder: Path) -> None:
 
     def trained(network: nn.Module, rule: str) -> list[Tensor]:
         # In the precision of the weights: in bfloat16 layouts differ by its rounding.
-        exact = {"ns_dtype": torch.float64, "wire_dtype": torch.float64} if RULES[rule].direct else {}
+        exact = {name: torch.float64 for name in ("ns_dtype", "wire_dtype") if name in RULES[rule].defaults}
         optimizer = build_optimizer(network, rule, lr=0.05, roles={"*": "matrix"}, **exact)
         for step in range(3):
             generator = torch.Generator().manual_seed(step)

@@ -42,3 +42,13 @@ def test_a_failed_section_is_reported_and_the_others_still_run(monkeypatch, tmp_
 def test_optimizers_section_finds_the_rows_of_a_benchmark():
     record = {"machine": {}, "shapes": {"embedded": {"OLion bfloat16": {"median_ms": 2.0}, "repeats": 7}}}
     assert list(gpu_check._rows_of(record)) == [("OLion bfloat16", {"median_ms": 2.0})]
+
+
+def test_layouts_section_compares_every_rule_with_one_device(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run(monkeypatch, tmp_path / "check.json", "layouts")
+    rows = json.loads((tmp_path / "check.json").read_text())["rows"]
+    compared = {row["what"].split(":")[0]: row["number"] for row in rows if "difference" in row["what"]}
+    rules = "olion muon adamuon lion adamw normuon lionmuon polargrad curvature signum".split()
+    assert compared.keys() >= {f"{rule}, {layout} on 2" for rule in rules for layout in ("ddp", "fsdp")}
+    assert all(number < 1e-9 for number in compared.values())
