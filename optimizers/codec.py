@@ -70,7 +70,7 @@ class Codec:
 
     def overflow(self, rows: Tensor) -> Tensor:
         """Return whether zeros must follow, as a row lacks room: bool, 0-dimensional, equal on all ranks."""
-        raise NotImplementedError
+        return rows.new_zeros((), dtype=torch.bool)
 
     def _size(self, entries: int) -> int:
         """Return the bytes of encoded entries, a multiple of 8."""
@@ -100,9 +100,6 @@ class CastCodec(Codec):
     def _decode(self, payload, entries, dtype, zeros):
         return payload.view(self.dtype)[:, :entries].to(dtype)
 
-    def overflow(self, rows: Tensor) -> Tensor:
-        return rows.new_zeros((), dtype=torch.bool)
-
     def __str__(self) -> str:
         return str(self.dtype)
 
@@ -120,11 +117,9 @@ class Int8Codec(Codec):
 
     def _encode(self, pieces, payload):
         parts, count, entries = pieces.shape
-        blocks = pad(pieces, [0, _BLOCK * _blocks(entries) - entries]).view(parts, count, _blocks(entries), _BLOCK)
-        codes, scales = (
-            torch.empty_like(blocks, dtype=torch.int8),
-            blocks.new_empty(blocks.shape[:3], dtype=torch.float),
-        )
+        blocks = pad(pieces, [0, -entries % _BLOCK]).view(parts, count, _blocks(entries), _BLOCK)
+        codes = torch.empty_like(blocks, dtype=torch.int8)
+        scales = blocks.new_empty(blocks.shape[:3], dtype=torch.float32)
         encode(codes, scales[..., None], blocks, peaks_of(blocks, 3))
         after = 4 * scales.shape[2]
         payload[..., :after].view(torch.float32).copy_(scales)
@@ -136,9 +131,6 @@ class Int8Codec(Codec):
         codes = pad(payload[:, after : after + entries].view(torch.int8), [0, -entries % _BLOCK])
         blocks = codes.view(len(codes), _blocks(entries), _BLOCK)
         return decoded(blocks, scales[..., None], dtype).flatten(1)[:, :entries]
-
-    def overflow(self, rows: Tensor) -> Tensor:
-        return rows.new_zeros((), dtype=torch.bool)
 
     def __str__(self) -> str:
         return "int8"

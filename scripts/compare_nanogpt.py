@@ -10,7 +10,6 @@ GPU if there is one (bfloat16, compiled if the config says so), else on the CPU 
 batch, forward and backward pass, clipping and update; the median is over the steps after the first quarter.
 """
 
-import json
 import os
 import pickle
 import re
@@ -60,9 +59,9 @@ if __name__ == "__main__":  # --help and errors before the imports below, which 
 import torch
 
 from common.config import parse_config
-from common.runlog import machine
+from common.runlog import machine, read_metrics
 from nanoGPT.config import Config
-from nanoGPT.data import read_meta
+from nanoGPT.train import fit_vocabulary
 
 
 def ours(options: Options, folder: Path) -> list[float]:
@@ -72,19 +71,18 @@ def ours(options: Options, folder: Path) -> list[float]:
     flags |= {"wandb": "disabled", "out": folder, "group": "compared"}
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
     _run([sys.executable, "-m", "nanoGPT.train", str(options.config), *words], Path.cwd())
-    (log,) = folder.glob("compared/*/metrics.jsonl")
-    entries = map(json.loads, log.read_text(encoding="utf-8").splitlines())
-    return [entry["step_ms"] for entry in entries if "step_ms" in entry]
+    (run,) = folder.glob("compared/*")
+    return [line["step_ms"] for line in read_metrics(run) if "step_ms" in line]
 
 
 def theirs(options: Options, settings: Config, folder: Path) -> list[float]:
     """Train with their train.py in a folder that has what it reads there; return the milliseconds of each step."""
-    corpus, vocabulary = folder / "data" / "corpus", read_meta(settings.data.folder)["vocab_size"]
+    corpus = folder / "data" / "corpus"
     corpus.mkdir(parents=True)
     for name in ("train.bin", "val.bin"):
         (corpus / name).symlink_to(Path(settings.data.folder, name).resolve())
     with open(corpus / "meta.pkl", "wb") as file:
-        pickle.dump({"vocab_size": settings.model.vocab_size or -(-vocabulary // 64) * 64}, file)
+        pickle.dump({"vocab_size": settings.model.vocab_size}, file)
     (folder / "configurator.py").symlink_to((options.checkout / "configurator.py").resolve())
     gpu, model, batch = torch.cuda.is_available(), settings.model, settings.data
     flags = {"dataset": "corpus", "out_dir": "out", "max_iters": options.steps, "log_interval": 1, "eval_iters": 1}
@@ -108,7 +106,7 @@ def _run(command: list[str], folder: Path) -> str:
 
 def main() -> None:
     options = check()
-    settings = parse_config(Config, [str(options.config)])
+    settings = fit_vocabulary(parse_config(Config, [str(options.config)]))
     here = machine()["machine"]
     print(f"{(here['gpus'] or [here['cpu']])[0]}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print("| round | nanoGPT.train, ms per step | karpathy/nanoGPT, ms per step | ratio |\n|---|---:|---:|---:|")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs lint, the type check and the tests; sets up the environment if there is none.
 #   bash scripts/test.sh                    everything: minutes
-#   bash scripts/test.sh --fast             without types and the tests marked slow: under a minute
+#   bash scripts/test.sh --fast             the quick files (tests/conftest.py), without types: under a minute
 #   bash scripts/test.sh tests/test_polar.py -k gram    pytest's arguments; on one core
 # Without pytest's arguments the tests run on all cores, at most 8, each file on one (OMP_NUM_THREADS is 1).
 set -euo pipefail

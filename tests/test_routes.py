@@ -554,16 +554,16 @@ def test_shards_sent_in_int8_match_gradients_rounded_before(ranks4, rule, layout
     assert differing(results, 0.0) == 0
 
 
-def test_int8_shards_send_a_quarter_of_float32s_bytes(ranks4):
-    is_8_bits = ranks4(to_owners_bytes, "int8")
-    for coded, plain in zip(is_8_bits, ranks4(to_owners_bytes, None), strict=True):
-        assert 1 / 4 < coded / plain <= (1 + 4 / 256) / 4
-
-
 def to_owners_bytes(dtype: str | None) -> int:
     is_member("rows")
     job = Job("olion", "rows", ("large",), to_owner_dtype=dtype, **exact("olion"))
     return job.optimizer.plan.traffic(1).sent["to owners"]
+
+
+def test_int8_shards_send_a_quarter_of_float32s_bytes(ranks4):
+    is_8_bits = ranks4(to_owners_bytes, "int8")
+    for coded, plain in zip(is_8_bits, ranks4(to_owners_bytes, None), strict=True):
+        assert 1 / 4 < coded / plain <= (1 + 4 / 256) / 4
 
 
 # --- State, gradients, parts of a step

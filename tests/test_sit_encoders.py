@@ -295,6 +295,3 @@ def test_load_vae_reads_a_folder_and_says_where_to_put_missing_files(tmp_path):
     ) as caught:
         vae.load_vae(str(tmp_path / "empty"))
     assert "\n" not in str(caught.value)
-
-
-# ---- Imports

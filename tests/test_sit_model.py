@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from SIT.model import SIZES, Block, ModelConfig, SiT, modulation_names, tensor_r
 from SIT.published import load_published, open_published
 from SIT.tokens import patchify, sincos_positions, unpatchify
 
-ROOT = Path(__file__).resolve().parents[1]
 # All lengths differ that can, so that an exchange of two of them fails.
 TINY = ModelConfig(
     size="",
